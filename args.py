@@ -1,0 +1,208 @@
+"""Command-line arguments of opt_train_demo.py and opt_benchmark.py.
+
+Nothing heavy is imported here: `--help` and a mistyped flag answer at once. What needs the model's configuration, the data
+or the device is checked in opt/plan.py.
+"""
+
+import argparse
+import os
+import sys
+
+PLUGINS = ("torch_ddp", "torch_ddp_fp16", "low_level_zero", "gemini", "hybrid_parallel")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+class UserError(Exception):
+    """Something that the user can put right. Printed as one line, by one process, with exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line, from one process of the node."""
+
+    def error(self, message):
+        report_user_error(f"{message} (see --help)")
+
+
+def report_user_error(message) -> None:
+    """Print `message` from the node's first process and exit with code 2 on every process."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _number(kind, low, high=float("inf"), low_open=False):
+    """An argparse type: a number of `kind` in [low, high], or in (low, high] with `low_open`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        if not (low < value if low_open else low <= value) or not value <= high or value == float("inf"):
+            upper = "" if high == float("inf") else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {'over' if low_open else 'at least'} {low}{upper}")
+        return value
+
+    return parse
+
+
+def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
+    """What decides how the model is built, spread over the devices and updated: the same for training and benchmark."""
+    g = parser.add_argument_group("model and plugin")
+    g.add_argument("--plugin", choices=PLUGINS, default="torch_ddp", help="the ColossalAI Booster plugin; default torch_ddp")
+    g.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="arithmetic of forward and backward; default bf16 on a GPU that has it, fp16 on an older GPU, fp32 on a CPU "
+        "(bf16 there with gemini, which has no fp32); torch_ddp_fp16 is always fp16",
+    )
+    g.add_argument("--batch_size", type=_number(int, 1), default=32, help="rows per data-parallel rank and step; default 32")
+    g.add_argument(
+        "--gradient_accumulation_steps",
+        type=_number(int, 1),
+        default=1,
+        help="batches per optimizer step; default 1",
+    )
+    g.add_argument("--tp_size", type=_number(int, 1), help="tensor parallel size, hybrid_parallel only; default 1")
+    g.add_argument("--pp_size", type=_number(int, 1), help="pipeline stages, hybrid_parallel only; default 1")
+    g.add_argument(
+        "--num_microbatches",
+        type=_number(int, 1),
+        help="micro-batches that a batch is cut into, with --pp_size over 1; default twice the stages where that divides "
+        "the batch, else the stages",
+    )
+    g.add_argument(
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2),
+        help="what ZeRO spreads over the data-parallel ranks: 1 optimizer state, 2 gradients too; low_level_zero (default 1) "
+        "and hybrid_parallel (default 0; at most 1 with pipeline stages)",
+    )
+    g.add_argument(
+        "--offload_optim_frac",
+        type=_number(float, 0, 1),
+        help="share of the optimizer state kept in host memory, 0 to 1, gemini only; default 0",
+    )
+    g.add_argument("--mem_cap", type=_number(float, 0), default=0, help="GPU memory that a process may use, GiB; default 0, no cap")
+    g.add_argument(
+        "--grad_checkpoint",
+        action="store_true",
+        help="recompute each layer's activations in backward: less memory, about a third more arithmetic; default off",
+    )
+    g.add_argument("--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off")
+    g.add_argument("--learning_rate", type=_number(float, 0), default=5e-5, help="peak learning rate; default 5e-5")
+    g.add_argument("--weight_decay", type=_number(float, 0), default=0.01, help="AdamW's decay of matrices; biases and norms have none; default 0.01")
+    g.add_argument(
+        "--adam_kernel",
+        choices=("torch", "colossalai"),
+        default="torch",
+        help="HybridAdam's arithmetic: PyTorch's fused AdamW, ready at once, or ColossalAI's own, compiled at first use with "
+        "the CUDA toolkit (minutes); default torch",
+    )
+    g.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}")
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The parser of opt_train_demo.py."""
+    parser = _Parser(
+        prog="opt_train_demo.py",
+        description="Fine-tune an OPT model with ColossalAI. Start it with `colossalai run --nproc_per_node N "
+        "opt_train_demo.py ...`, with torchrun, or with python for one process.",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        default="facebook/opt-350m",
+        help="Hub id, or a directory with config and tokenizer; weights there are loaded, without any it trains from "
+        "scratch; default facebook/opt-350m",
+    )
+    parser.add_argument(
+        "--output_path",
+        default="./output_model",
+        help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; a name that ends in .bin "
+        "or .safetensors gives one weights file, the rest beside it; default ./output_model",
+    )
+    _add_setup_arguments(parser, seed=42)
+
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--dataset",
+        default="hugginglearners/netflix-shows",
+        help="Hub id, wikitext-2-raw, or a local csv, json, jsonl, txt or parquet file; default hugginglearners/netflix-shows",
+    )
+    g.add_argument("--text_column", default="description", help="column that holds the text; default description (a txt file is one text a line)")
+    g.add_argument(
+        "--max_length",
+        type=_number(int, 2),
+        help="longest row in tokens, start and end tokens included; default 512 or the model's positions if fewer",
+    )
+    g.add_argument("--eval_fraction", type=_number(float, 0, 0.9), default=0.05, help="held-out share of the texts, 0 to 0.9; default 0.05; 0 for no evaluation")
+
+    g = parser.add_argument_group("schedule")
+    g.add_argument("--num_epoch", type=_number(int, 1), default=10, help="passes over the training texts; default 10")
+    g.add_argument("--max_train_steps", type=_number(int, 1), help="optimizer steps at most; default as many as the epochs give")
+    g.add_argument("--warmup_ratio", type=_number(float, 0, 1), default=0.1, help="share of the steps that the learning rate rises for; default 0.1, then it falls linearly to 0")
+    g.add_argument("--max_norm", type=_number(float, 0), default=1.0, help="gradients are scaled down to this global L2 norm; default 1.0; 0 for no clipping")
+    g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the data-parallel size; default off")
+    g.add_argument("--eval_steps", type=_number(int, 1), help="optimizer steps between evaluations; default once an epoch")
+
+    g = parser.add_argument_group("results")
+    g.add_argument("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where metrics go beside metrics.jsonl; default none")
+    g.add_argument("--no_save", action="store_true", help="do not write the trained model; default off")
+    g.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, print the plan, and do not train; one process is enough: it takes the number of processes "
+        "from WORLD_SIZE; default off",
+    )
+    return parser
+
+
+def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argparse.Namespace:
+    """Fill in what depends on plugin and device; refuse combinations that the plugin cannot honour.
+
+    Raises UserError. `device_type` is "cuda" or "cpu"; `has_bf16` says whether that GPU computes in bf16.
+    """
+    hybrid, zero, gemini = args.plugin == "hybrid_parallel", args.plugin == "low_level_zero", args.plugin == "gemini"
+    only = {
+        "--tp_size": (args.tp_size, hybrid, "hybrid_parallel"),
+        "--pp_size": (args.pp_size, hybrid, "hybrid_parallel"),
+        "--num_microbatches": (args.num_microbatches, hybrid, "hybrid_parallel"),
+        "--zero_stage": (args.zero_stage, hybrid or zero, "low_level_zero and hybrid_parallel"),
+        "--offload_optim_frac": (args.offload_optim_frac, gemini, "gemini"),
+    }
+    for flag, (value, honoured, by) in only.items():
+        if value is not None and not honoured:
+            raise UserError(f"{flag} has no meaning for --plugin {args.plugin}: it is for {by}; leave it out or change the plugin")
+    args.tp_size, args.pp_size = args.tp_size or 1, args.pp_size or 1
+    args.offload_optim_frac = args.offload_optim_frac or 0.0
+
+    if args.plugin == "torch_ddp_fp16":
+        if args.precision not in (None, "fp16"):
+            raise UserError(f"--plugin torch_ddp_fp16 computes in fp16, not {args.precision}: use --plugin torch_ddp --precision {args.precision}")
+        args.precision = "fp16"
+    if args.precision is None:
+        args.precision = ("bf16" if has_bf16 else "fp16") if device_type == "cuda" else ("bf16" if gemini else "fp32")
+    if args.precision == "bf16" and device_type == "cuda" and not has_bf16:
+        raise UserError("this GPU has no bf16: use --precision fp16")
+    if gemini and args.precision == "fp32":
+        raise UserError("gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp")
+
+    if args.zero_stage is None:
+        args.zero_stage = 1 if zero else 0
+    if zero and args.zero_stage == 0:
+        raise UserError("low_level_zero is ZeRO stage 1 or 2: for stage 0 use --plugin torch_ddp")
+    if hybrid and args.zero_stage > 0 and args.precision == "fp32":
+        raise UserError("hybrid_parallel has no ZeRO in fp32: use --zero_stage 0 or --precision bf16")
+    if args.pp_size == 1:
+        if args.num_microbatches is not None:
+            raise UserError("--num_microbatches needs pipeline stages: set --pp_size 2 or more, or leave it out")
+    else:
+        if args.zero_stage > 1:
+            raise UserError("ZeRO stage 2 does not go with pipeline stages: use --zero_stage 1 or 0")
+        if args.num_microbatches is None:
+            args.num_microbatches = args.pp_size * (2 if args.batch_size % (2 * args.pp_size) == 0 else 1)
+        if args.num_microbatches < args.pp_size:
+            raise UserError(f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a stage would always be idle; use {args.pp_size} or more")
+        if args.batch_size % args.num_microbatches:
+            raise UserError(f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} micro-batches: change --batch_size or --num_microbatches")
+    return args

@@ -1,0 +1,8 @@
+"""What opt_train_demo.py and opt_benchmark.py build with: one module a concern."""
+
+import logging
+import warnings
+
+# What ColossalAI's imports say on every process about packages that nothing here uses (apex, tensornvme, bitsandbytes).
+warnings.filterwarnings("ignore", message=".*(apex|tensornvme|TypedStorage)")
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

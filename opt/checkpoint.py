@@ -1,0 +1,146 @@
+"""The trained model, out of any plugin and any parallel sizes, into a directory that transformers loads."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from transformers import OPTConfig
+
+from .plugins import Parallel
+from .weights import TIED_HEAD
+
+SHARD_BYTES = 5 * 10**9  # transformers' own limit for one weights file
+
+
+def is_one_file(output_path: str) -> bool:
+    """Whether --output_path names one weights file and not a directory."""
+    return output_path.endswith((".bin", ".safetensors"))
+
+
+def output_directory(output_path: str) -> Path:
+    """Where metrics.jsonl and loss.png go: --output_path, or the folder of the file that it names."""
+    return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
+
+
+def export_model(model: nn.Module, parallel: Parallel, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the model in Hugging Face layout; to be called by all processes.
+
+    With pipeline stages each stage writes its own shards, so on several nodes output_path must be a folder that they share.
+    Everything is written aside and moved into place at the end, the file that makes it loadable last: a reader finds the
+    whole model or none.
+    """
+    one_file = is_one_file(output_path)
+    target = output_directory(output_path)
+    aside = target / ".model.writing"
+    is_main = dist.get_rank() == 0
+    if is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+
+    writes = parallel.dp_rank == 0 and parallel.tp_rank == 0
+    shards, dtype = [], None  # [(file, {name: bytes})] of this process
+    block, size = {}, 0
+    for name, tensor in _whole_parameters(model, parallel):
+        if not writes:
+            continue
+        dtype = dtype or tensor.dtype
+        nbytes = tensor.numel() * tensor.element_size()
+        if block and size + nbytes > shard_bytes and not one_file:
+            shards.append(_write_shard(aside, parallel.pp_rank, len(shards), block))
+            block, size = {}, 0
+        block[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += nbytes
+    if block:
+        shards.append(_write_shard(aside, parallel.pp_rank, len(shards), block))
+
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, shards)
+    if is_main:
+        _assemble([shard for own in everyones for shard in own], aside, one_file, Path(output_path).suffix)
+        config = OPTConfig.from_dict(config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch."), "architectures": ["OPTForCausalLM"]})
+        if one_file:
+            os.replace(next(aside.glob("one_file*")), output_path)
+        else:
+            config.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            _publish(aside, target)
+        shutil.rmtree(aside)
+    dist.barrier()
+
+
+def _whole_parameters(model: nn.Module, parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole, unpadded tensors of this pipeline stage; the tied head is left out. A collective."""
+    from colossalai.checkpoint_io.utils import gather_distributed_param
+    from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
+    from colossalai.zero import GeminiDDP
+
+    if isinstance(model, GeminiDDP):
+        for shard, _ in model.state_dict_shard(max_shard_size=1024):
+            yield from ((name, tensor) for name, tensor in shard.items() if name != TIED_HEAD)
+        return
+    for name, parameter in model.unwrap().named_parameters():
+        if name == TIED_HEAD:
+            continue
+        whole = gather_distributed_param(parameter, keep_vars=False)
+        yield name, to_unpadded_tensor(whole) if is_padded_tensor(whole) else whole.data
+
+
+def _write_shard(directory: Path, stage: int, number: int, tensors: dict) -> tuple[str, dict[str, int]]:
+    file = f"stage{stage:03d}-{number:05d}.safetensors"
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    _flush_to_disk(directory / file)
+    return file, {name: t.numel() * t.element_size() for name, t in tensors.items()}
+
+
+def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> None:
+    """Give the shards of all stages transformers' names, or join them into one file."""
+    if one_file:
+        from safetensors.torch import load_file
+
+        tensors = {}
+        for file, _ in shards:
+            tensors |= load_file(directory / file)
+        if suffix == ".bin":
+            torch.save(tensors, directory / "one_file.bin")
+        else:
+            save_file(tensors, directory / "one_file.safetensors", metadata={"format": "pt"})
+        _flush_to_disk(directory / f"one_file{suffix}")
+        return
+    if len(shards) == 1:
+        (directory / shards[0][0]).rename(directory / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for i, (file, sizes) in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (directory / file).rename(directory / name)
+        weight_map |= dict.fromkeys(sizes, name)
+        total += sum(sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _publish(aside: Path, target: Path) -> None:
+    """Move the files into place; the one that a loader starts from leaves first and arrives last."""
+    heads = ("model.safetensors", "model.safetensors.index.json")
+    for old in (*heads, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (target / old).unlink(missing_ok=True)
+    for old in target.glob("model-*-of-*.safetensors"):
+        old.unlink()
+    for file in sorted(aside.iterdir(), key=lambda f: f.name in heads):
+        file.rename(target / file.name)
+    _flush_to_disk(target)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

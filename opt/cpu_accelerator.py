@@ -1,0 +1,95 @@
+"""Lets every plugin run on a host without a GPU (ColossalAI 0.5.0 supports CUDA and Ascend only).
+
+ColossalAI stops on a CPU for small reasons, each named below; nothing here is touched on a CUDA host. To see whether a
+patch can go, remove it and run tests/test_parity.py.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import CpuAccelerator, set_accelerator
+
+
+class _NoStream:
+    """A CPU computes in order: there is nothing to wait for."""
+
+    def wait_stream(self, other):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class _NoEvent(_NoStream):
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+
+class CpuDevice(CpuAccelerator):
+    """CpuAccelerator raises "not supported" for streams, events, seeds and synchronisation, which all plugins ask for."""
+
+    support_set_device = False
+
+    def synchronize(self, device=None):
+        pass
+
+    def current_stream(self, device=None):
+        return _NoStream()
+
+    default_stream = current_stream
+
+    def Stream(self, device=None, priority=0, **kwargs):
+        return _NoStream()
+
+    def Event(self, enable_timing=False, blocking=False, interprocess=False):
+        return _NoEvent()
+
+    def stream(self, stream_):
+        return nullcontext()
+
+    def set_to_device(self, models):
+        return models
+
+    def manual_seed(self, seed):
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()  # CpuAccelerator passes the device on, which torch.get_rng_state does not take
+
+    def empty_cache(self):
+        pass
+
+    def memory_allocated(self, device=None):
+        return 0
+
+
+def use_cpu() -> None:
+    """Make ColossalAI compute on this host's CPU."""
+    set_accelerator(CpuDevice())
+    _zero_on_cpu()
+    _pipeline_over_gloo()
+
+
+def _zero_on_cpu() -> None:
+    """LowLevelZeroOptimizer._sanity_checks asserts that the accelerator is named cuda or npu."""
+    from colossalai.zero.low_level import LowLevelZeroOptimizer
+
+    def same_dtype(self):
+        for group in self.optim.param_groups:
+            for p in group["params"]:
+                assert p.dtype == self._dtype, f"parameters of one dtype are expected: {self._dtype}, got {p.dtype}"
+
+    LowLevelZeroOptimizer._sanity_checks = same_dtype
+
+
+def _pipeline_over_gloo() -> None:
+    """p2p compares a gloo group's name with Backend.HCCL, which only Ascend builds of PyTorch have."""
+    from colossalai.pipeline import p2p
+
+    p2p._check_for_nccl_hccl_backend = lambda group: False

@@ -1,0 +1,249 @@
+"""Text -> tokens -> batches.
+
+One process a node reads the texts, tokenizes them once and writes two flat arrays into a cache; every process maps those
+into memory. A batch is a set of rows padded on the right to its own longest row.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from args import UserError
+
+from .modeling import IGNORE
+
+NETFLIX = "hugginglearners/netflix-shows"
+WIKITEXT = "wikitext-2-raw"
+_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+_CACHE_VERSION = 1  # count up when the tokens of the same text change
+
+
+@dataclass
+class Counts:
+    """What became of a data set's texts."""
+
+    rows: int = 0  # kept
+    empty: int = 0  # skipped: empty or missing
+    truncated: int = 0  # cut at max_length
+    tokens: int = 0
+
+
+class Rows:
+    """Token rows of unequal length: one flat array and the offsets of its rows."""
+
+    def __init__(self, directory: Path, split: str):
+        self.tokens = np.load(directory / f"{split}.tokens.npy", mmap_mode="r")
+        self.offsets = np.load(directory / f"{split}.offsets.npy")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+
+@dataclass
+class Dataset:
+    """The tokens of a data set: training rows, held-out rows, and what was counted on the way."""
+
+    train: Rows
+    held_out: Rows
+    counts: Counts
+    source: str  # where the texts came from, in words
+
+
+def load_tokenizer(directory: Path):
+    """The fast tokenizer of a model's directory. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
+    except Exception as error:  # a missing or broken file surfaces as almost any exception, by tokenizer class
+        raise UserError(f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs tokenizer.json, or vocab.json and merges.txt") from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: a fast tokenizer with an end token is needed")
+    return tokenizer
+
+
+def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: float, seed: int, tokenizer) -> Path:
+    """Tokenize a data set, or find it tokenized: the directory in the cache that Dataset is read from.
+
+    To be run by one process a node. A row is BOS, the text, EOS; of wikitext-2-raw, a block of `max_length` tokens of the
+    whole text. Raises UserError.
+    """
+    splits, identity, source = _texts(dataset, text_column)
+    key = [_CACHE_VERSION, identity, text_column, max_length, eval_fraction, seed, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opt-colossalai"
+    directory = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    if (directory / "counts.json").is_file():
+        return directory
+
+    counts = Counts()
+    cut = _blocks if dataset == WIKITEXT else _one_row_a_text
+    rows = {split: cut(texts, tokenizer, max_length, counts) for split, texts in splits.items()}
+    if "held_out" not in rows:
+        rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, seed)
+    elif not eval_fraction:
+        rows["held_out"] = []
+    if not rows["train"]:
+        raise UserError(f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty")
+    if eval_fraction and not rows["held_out"]:
+        raise UserError(f"--dataset {dataset} has {counts.rows} texts, too few to hold out {eval_fraction:g} of them: raise --eval_fraction or set it to 0")
+    counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
+
+    root.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=root))  # complete or absent: written aside, then renamed
+    for split, split_rows in rows.items():
+        np.save(new / f"{split}.tokens.npy", np.concatenate([np.asarray(r, np.int32) for r in split_rows] or [np.empty(0, np.int32)]))
+        np.save(new / f"{split}.offsets.npy", np.cumsum([0, *map(len, split_rows)]))
+    (new / "counts.json").write_text(json.dumps(asdict(counts) | {"source": source}))
+    try:
+        new.rename(directory)
+    except OSError:  # another run was here first
+        shutil.rmtree(new)
+    return directory
+
+
+def open_dataset(directory: Path) -> Dataset:
+    """The data set in a directory that tokenize() gave."""
+    counts = json.loads((directory / "counts.json").read_text())
+    source = counts.pop("source")
+    return Dataset(Rows(directory, "train"), Rows(directory, "held_out"), Counts(**counts), source)
+
+
+def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
+    """A data set's texts by split, what identifies them, and where they came from in words."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    if dataset == WIKITEXT:
+        loaded = _load("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
+        column, source = "text", "Hub, Salesforce/wikitext, wikitext-2-raw-v1"
+        splits = {"train": loaded["train"], "held_out": loaded["validation"]}
+        identity = [loaded["train"]._fingerprint, loaded["validation"]._fingerprint]
+    elif os.path.isfile(dataset):
+        file = Path(dataset)
+        if file.suffix not in _LOADERS:
+            raise UserError(f"--dataset {dataset}: a file must end in {', '.join(_LOADERS)}")
+        if file.stat().st_size == 0:
+            raise UserError(f"--dataset {dataset} is an empty file")
+        if file.suffix == ".txt":
+            column = "text"
+        splits = {"train": _load(_LOADERS[file.suffix], data_files=str(file), split="train", asked_for=dataset)}
+        identity, source = hashlib.sha256(file.read_bytes()).hexdigest(), f"local file {dataset}"
+    elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1:
+        raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
+    else:
+        loaded = _load(dataset, asked_for=dataset)
+        split = "train" if "train" in loaded else next(iter(loaded))
+        splits, identity, source = {"train": loaded[split]}, loaded[split]._fingerprint, f"Hub, {dataset}, split {split}"
+
+    names = splits["train"].column_names
+    if column not in names:
+        raise UserError(f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column")
+    return {name: split[column][:] for name, split in splits.items()}, identity, source
+
+
+def _load(*args, asked_for: str, **kwargs):
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:  # whatever its reader, builder or the Hub raises, the user's part in it is this data set
+        cause = error.__cause__ or error
+        reason = str(cause).split("\n")[0][:200]
+        raise UserError(f"--dataset {asked_for} cannot be read ({type(cause).__name__}: {reason})") from error
+
+
+def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
+    kept = [t for t in texts if isinstance(t, str) and t.strip()]
+    wrong = next((t for t in texts if t is not None and not isinstance(t, str) and t == t), None)  # t != t: NaN, missing
+    if wrong is not None:
+        raise UserError(f"the text column holds {type(wrong).__name__}, such as {wrong!r:.40}, not text: choose another with --text_column")
+    counts.empty += len(texts) - len(kept)
+    counts.rows += len(kept)
+    rows = []
+    # Special tokens are added here, once: OPT's tokenizers differ in whether they add a BOS, and none adds an EOS.
+    encoded = tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"] if kept else []
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    for ids in encoded:
+        row = [*start, *ids, tokenizer.eos_token_id]
+        counts.truncated += len(row) > max_length
+        rows.append(row[:max_length])
+    return rows
+
+
+def _blocks(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
+    counts.empty += sum(not t.strip() for t in texts)
+    # Tokenized line by line, batched, as the fast tokenizer runs in parallel; the lines keep their newlines.
+    lines = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    stream = np.concatenate([np.asarray(ids, np.int32) for ids in (start, *lines)])
+    rows = [stream[i : i + max_length].tolist() for i in range(0, len(stream), max_length)]
+    counts.rows += len(rows)
+    return rows
+
+
+def _hold_out(rows: list, fraction: float, seed: int) -> tuple[list, list]:
+    held_out = set(np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * fraction)].tolist())
+    return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+
+
+class Batches:
+    """The batches of one data-parallel rank: an epoch's rows in a seeded order, each row once, the same number of
+    batches on every rank. The last one is filled up with rows that have no target."""
+
+    def __init__(self, rows: Rows, batch_size: int, dp_rank: int, dp_size: int, pad_id: int, seed: int | None):
+        self.rows, self.batch_size, self.pad_id = rows, batch_size, pad_id
+        self.dp_rank, self.dp_size, self.seed = dp_rank, dp_size, seed
+
+    def __len__(self):
+        """Batches an epoch."""
+        return -(-len(self.rows) // (self.batch_size * self.dp_size))
+
+    def epoch(self, number: int = 0) -> Iterator["Batch"]:
+        """The batches of epoch `number`, in the same order whenever it is asked for; in the rows' own order if unseeded."""
+        order = np.arange(len(self.rows))
+        if self.seed is not None:
+            np.random.default_rng((self.seed, number)).shuffle(order)
+        lengths = self.rows.lengths
+        per_step = self.batch_size * self.dp_size
+        for i in range(len(self)):
+            everyone = order[i * per_step : (i + 1) * per_step]
+            # Dealt out in turn, so that a last step with few rows gives every rank its share.
+            own = [self.rows[j] for j in everyone[self.dp_rank :: self.dp_size]]
+            # Every rank knows every row's length: no rank has to ask the others what they hold.
+            tokens = int(lengths[everyone].sum())
+            yield Batch(collate(own, self.batch_size, self.pad_id), targets=tokens - len(everyone), tokens=tokens)
+
+
+@dataclass
+class Batch:
+    """One rank's rows of a step, and what the rows of all ranks hold together."""
+
+    inputs: dict[str, torch.Tensor]  # input_ids and labels, (batch, length), on the host
+    targets: int  # tokens that the loss is summed over: all but each row's first, over all data-parallel ranks
+    tokens: int  # real tokens, over all data-parallel ranks
+
+
+def collate(rows: list[np.ndarray], batch_size: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows as a batch {input_ids, labels}, both (batch_size, longest row), padded on the right; labels of pads are -100."""
+    length = max((len(r) for r in rows), default=2)
+    input_ids = torch.full((batch_size, length), pad_id)
+    labels = torch.full((batch_size, length), IGNORE)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return {"input_ids": input_ids, "labels": labels}

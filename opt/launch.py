@@ -1,0 +1,99 @@
+"""Processes and devices: who am I, what do I compute on, how do I talk to the others."""
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others, from the variables that torchrun and `colossalai run` set."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes for all."""
+        return self.rank == 0
+
+
+def place() -> Place:
+    """Read the launcher's environment; without a launcher this is the only process."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Place(rank, world_size, local_rank, device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the GPU has bf16 matrix units (compute capability 8.0, Ampere, and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def start(here: Place, mem_cap_gib: float = 0) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and make this process's device ColossalAI's."""
+    from colossalai.accelerator import set_accelerator
+
+    from .cpu_accelerator import use_cpu
+
+    if here.device.type == "cuda":
+        set_accelerator("cuda")
+        torch.cuda.set_device(here.device)
+        if mem_cap_gib:
+            total = torch.cuda.get_device_properties(here.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, mem_cap_gib * 2**30 / total), here.device)
+    else:
+        use_cpu()
+        # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores idle.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+    if "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    if here.device.type == "cuda":
+        dist.init_process_group("nccl", device_id=here.device)
+    else:
+        dist.init_process_group("gloo")
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this host listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that dropout and shuffling draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def node_first(here: Place, work):
+    """Run `work()` on the first process of each node; every process of the node gets its result, or its exception.
+
+    The result travels between processes, so it should be small: a path, not the data.
+    """
+    outcome = None
+    if here.local_rank == 0:
+        try:
+            outcome = (work(), None)
+        except Exception as error:  # handed to the node's other processes, which would wait for ever otherwise
+            outcome = (None, error)
+    if here.world_size > 1:
+        outcomes = [None] * here.world_size
+        dist.all_gather_object(outcomes, outcome)
+        # One node's failure ends every node's run.
+        outcome = next((o for o in outcomes if o and o[1]), outcomes[here.rank - here.local_rank])
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,147 @@
+"""What is recorded while training: metrics.jsonl, the progress bar, TensorBoard or wandb, loss.png."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class Recorder:
+    """Writes one JSON line a step. Created on every process; the main one writes.
+
+    Losses stay on the device until they are shown, about once a second: reading one makes the host wait for the GPU.
+    """
+
+    def __init__(self, directory: Path, is_main: bool, total_steps: int, report_to: str, run_arguments: dict):
+        self.is_main, self._pending, self._shown = is_main, [], time.perf_counter()
+        self.total_tokens, self._started, self._last = 0, time.perf_counter(), time.perf_counter()
+        if not is_main:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        self._file = open(self.path, "w", buffering=1)
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+        self._tracker = _tracker(report_to, directory, run_arguments)
+
+    def step(self, step: int, epoch: float, share: torch.Tensor, lr: float, grad_norm, tokens: int) -> None:
+        """Record an optimizer step. `share`: see step.train_step; `tokens`: real tokens of all ranks. All processes call it."""
+        dist.all_reduce(share)
+        if not self.is_main:
+            return
+        now = time.perf_counter()
+        line = {"step": step, "epoch": round(epoch, 4), "loss": share, "lr": lr}
+        if grad_norm is not None:
+            line["grad_norm"] = grad_norm
+        line |= {"tokens": tokens, "tokens_per_second": tokens / (now - self._last), "seconds": now - self._last}
+        self._last = now
+        self.total_tokens += tokens
+        self._pending.append(line)
+        if now - self._shown > 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been recorded so far."""
+        if not self.is_main or not self._pending:
+            return
+        for line in self._pending:
+            line = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in line.items()}
+            self._write(line)
+        self._bar.update(len(self._pending))
+        rate = sum(p["tokens"] for p in self._pending) / sum(p["seconds"] for p in self._pending)
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.2e}", **{"tokens/s": f"{rate:,.0f}"})
+        self._pending, self._shown = [], time.perf_counter()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record the held-out loss after `step` optimizer steps."""
+        self.flush()
+        if self.is_main:
+            self._write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
+            tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        self._last = time.perf_counter()  # the evaluation's time is not the next step's
+
+    def close(self) -> None:
+        """Write the rest and draw loss.png."""
+        self.flush()
+        if self.is_main:
+            self._bar.close()
+            self._file.close()
+            self._tracker.close()
+            draw_losses(self.path, self.path.with_name("loss.png"))
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._tracker.add(line)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that is over what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class _NoTracker:
+    def add(self, line: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(directory / "tensorboard")
+
+    def add(self, line: dict) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, directory: Path, run_arguments: dict):
+        import wandb
+
+        self._run = wandb.init(project="opt-colossalai", dir=str(directory), config=run_arguments)
+
+    def add(self, line: dict) -> None:
+        self._run.log(line)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _tracker(report_to: str, directory: Path, run_arguments: dict):
+    if report_to == "tensorboard":
+        return _TensorBoard(directory)
+    return _Wandb(directory, run_arguments) if report_to == "wandb" else _NoTracker()
+
+
+def draw_losses(metrics: Path, picture: Path) -> None:
+    """Draw the training and the held-out loss by step, from a metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    if train:
+        axes.plot(*zip(*train), linewidth=0.8, alpha=0.7, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out), marker="o", label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)

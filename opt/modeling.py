@@ -1,0 +1,195 @@
+"""The OPT model: transformers' modules and names, with a forward that every plugin and pipeline stage shares.
+
+The forward takes no attention mask. Rows are padded on the right and attention is causal, so no real token ever sees a
+pad; what the pads compute is kept out of the loss by labels of -100. So every plugin runs the causal attention kernel.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from colossalai.lazy import LazyInitContext
+from colossalai.shardformer.layer._operation import reduce_forward
+from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import OPTConfig
+from transformers.modeling_utils import no_init_weights
+from transformers.models.opt.modeling_opt import OPTAttention, OPTSdpaAttention
+
+from args import UserError
+
+IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Stage:
+    """The layers [start, end) that this process holds, and whether it holds the model's ends."""
+
+    start: int
+    end: int
+    is_first: bool = True
+    is_last: bool = True
+
+
+class OPTForCausalLM(transformers.OPTForCausalLM):
+    """transformers' OPTForCausalLM with a forward for training: see forward()."""
+
+    def __init__(self, config: OPTConfig):
+        super().__init__(config)
+        self.stage = Stage(0, config.num_hidden_layers)
+        self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
+        self.recompute_activations = False
+
+    def forward(self, input_ids=None, labels=None, hidden_states=None) -> dict[str, torch.Tensor]:
+        """One pass over rows padded on the right.
+
+        Args:
+            input_ids: (batch, length), read by the first pipeline stage.
+            labels: (batch, length), the same tokens, -100 where there is no loss; shifted here; read by the last stage.
+            hidden_states: (batch, length, hidden), from the stage before.
+
+        Returns:
+            {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last stage;
+            {"hidden_states": ...} on the others. A sum, so that ranks and micro-batches with unequal numbers of tokens
+            can be averaged without bias.
+        """
+        decoder = self.model.decoder
+        if self.stage.is_first:
+            hidden_states = decoder.embed_tokens(input_ids)
+            if decoder.project_in is not None:
+                hidden_states = decoder.project_in(hidden_states)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions)
+
+        for layer in decoder.layers[self.stage.start : self.stage.end]:
+            if self.recompute_activations and self.training:
+                hidden_states = checkpoint(layer, hidden_states, use_reentrant=False)[0]
+            else:
+                hidden_states = layer(hidden_states)[0]
+
+        if not self.stage.is_last:
+            return {"hidden_states": hidden_states}
+        if decoder.final_layer_norm is not None:
+            hidden_states = decoder.final_layer_norm(hidden_states)
+        if decoder.project_out is not None:
+            hidden_states = decoder.project_out(hidden_states)
+        return {"loss": self.sum_loss(hidden_states, labels)}
+
+    def sum_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The next-token cross-entropy in fp32, summed over the labels that are not -100."""
+        targets = labels[:, 1:].flatten()
+        logits = self.lm_head(hidden_states[:, :-1].flatten(0, 1))
+        if self.tp_group is None:
+            return F.cross_entropy(logits.float()[:, : self.config.vocab_size], targets, ignore_index=IGNORE, reduction="sum")
+        return vocab_parallel_cross_entropy(logits, targets, self.config.vocab_size, self.tp_group)
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Summed cross-entropy of logits whose vocabulary is split over `group`, in fp32, the same on all its processes.
+
+    Args:
+        logits: (tokens, columns), this process's columns; the vocabulary may be padded at its end.
+        targets: (tokens,), ids in the whole vocabulary or -100.
+
+    As in Megatron-LM (arXiv:1909.08053, section 3): a maximum, a sum of exponentials and the target's logit cross the
+    processes, never the logits.
+    """
+    first = dist.get_rank(group) * logits.shape[1]
+    columns = max(0, min(logits.shape[1], vocab_size - first))
+    logits = logits.float()
+    if columns < logits.shape[1]:
+        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= columns, float("-inf"))
+    highest = logits.detach().max(dim=1).values
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    logits = logits - highest.unsqueeze(1)
+    here = (targets >= first) & (targets < first + columns)
+    own = logits.gather(1, torch.where(here, targets - first, 0).unsqueeze(1)).squeeze(1)
+    # reduce_forward: the sum over the processes forward, and backward each process's own share of the gradient.
+    total = reduce_forward(logits.exp().sum(1), group)
+    target_logit = reduce_forward(torch.where(here, own, 0.0), group)
+    return torch.where(targets == IGNORE, 0.0, total.log() - target_logit).sum()
+
+
+class OPTPolicy(OPTForCausalLMPolicy):
+    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with transformers' SDPA attention and our forward.
+
+    ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU, and its pipeline forward
+    builds a 4-D mask, calls torch.cuda and reduces the loss in the model's dtype.
+    """
+
+    def module_policy(self):
+        config = self.model.config
+        config._attn_implementation = "eager"
+        try:
+            policy = super().module_policy()
+        finally:
+            config._attn_implementation = "sdpa"
+        for base, ours in ((OPTAttention, OPTSdpaAttention), (transformers.OPTForCausalLM, OPTForCausalLM)):
+            if base in policy:
+                policy[ours] = policy.pop(base)
+                policy[ours].method_replacement = None
+        return policy
+
+    def set_pipeline_forward(self, model_cls, new_forward, policy):
+        """Our forward knows stages by itself: see postprocess."""
+
+    def postprocess(self):
+        model = super().postprocess()
+        if self.shard_config.enable_tensor_parallelism:
+            model.tp_group = self.shard_config.tensor_parallel_process_group
+        stages = self.pipeline_stage_manager
+        if stages is not None:
+            start, end = stages.get_stage_index(stages.distribute_layers(model.config.num_hidden_layers))
+            model.stage = Stage(start, end, stages.is_first_stage(), stages.is_last_stage())
+        return model
+
+
+def load_config(directory: Path, dropout: float | None = None) -> OPTConfig:
+    """The configuration in a model's directory. Raises UserError where there is none or it is not OPT's."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} has no config.json: give a model's directory in Hugging Face layout")
+    try:
+        raw, _ = OPTConfig.get_config_dict(directory)
+        if raw.get("model_type") != "opt":
+            raise UserError(f"{file} describes a model of type '{raw.get('model_type')}', not OPT: give an OPT model such as facebook/opt-350m")
+        config = OPTConfig.from_dict(raw)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): download or copy it again") from error
+    if dropout is not None:
+        config.dropout = dropout
+        if dropout == 0:
+            config.attention_dropout = config.activation_dropout = 0.0
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def meta_model(config: OPTConfig) -> OPTForCausalLM:
+    """The model without memory for its weights: names, shapes, parameter counts."""
+    with torch.device("meta"), no_init_weights():
+        return OPTForCausalLM(config)
+
+
+def build_model(config: OPTConfig, plugin: str, dtype: torch.dtype, device: torch.device, grad_checkpoint: bool) -> OPTForCausalLM:
+    """A model ready for Booster.boost, its weights still to be placed (weights.place).
+
+    Under gemini and hybrid_parallel the parameters get memory only when the plugin has cut them to this process's share;
+    the others need the whole model on each device, which they get at once, in `dtype`.
+    """
+    lazy = plugin in ("gemini", "hybrid_parallel")
+    with LazyInitContext(default_device=device) if lazy else nullcontext(), no_init_weights():
+        if lazy:
+            model = OPTForCausalLM(config)
+        else:
+            with torch.device(device):
+                model = OPTForCausalLM(config).to(dtype)
+    model.recompute_activations = grad_checkpoint
+    return model

@@ -1,0 +1,126 @@
+"""HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
+
+import torch
+from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
+from colossalai.nn import optimizer as colossalai_optimizer
+from colossalai.zero.gemini import gemini_optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class _TorchExtension:
+    """A kernel in the form that ColossalAI's KernelLoader registers; chosen over its own, which want a compiler."""
+
+    name = "torch_fused_adamw"
+    priority = 100
+
+    def is_available(self):
+        return True
+
+    def assert_compatible(self):
+        pass
+
+    def load(self):
+        return self
+
+
+class _MultiTensorAdam(_TorchExtension):
+    """FusedOptimizerLoader's kernel: one step of Adam(W) on lists of CUDA tensors."""
+
+    @staticmethod
+    def multi_tensor_adam(
+        chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1
+    ):
+        """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
+        params (Gemini) and are divided by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
+        _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale)
+
+
+class _CpuAdam(_TorchExtension):
+    """CPUAdamLoader's kernel: one step of Adam(W) on one tensor in host memory."""
+
+    def CPUAdamOptimizer(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
+        self.adamw_mode = adamw_mode
+        return self
+
+    def step(self, step, lr, beta1, beta2, eps, weight_decay, bias_correction, param, grad, exp_avg, exp_avg_sq, div_scale):
+        lists = [[grad], [param], [exp_avg], [exp_avg_sq]]
+        _fused_adam(lists, lr, beta1, beta2, eps, step, self.adamw_mode, bias_correction, weight_decay, div_scale)
+
+
+def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, div_scale):
+    grads, params, exp_avgs, exp_avg_sqs = tensor_lists
+    if not bias_correction:
+        raise NotImplementedError("PyTorch's fused Adam always corrects the bias: use --adam_kernel colossalai")
+    device = params[0].device
+    update = torch._fused_adamw_ if adamw else torch._fused_adam_
+    update(
+        params,
+        [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)],
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        # The kernel reads the step after it was counted up, as a tensor per parameter, on the parameters' device.
+        [torch.full((), float(step), device=device)] * len(params),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=torch.full((), float(div_scale), device=device) if div_scale > 0 else None,
+    )
+
+
+class HybridAdam(colossalai_optimizer.HybridAdam):
+    """ColossalAI's HybridAdam, with loss scaling and clipping honoured for bf16 gradients in host memory.
+
+    In 0.5.0 `step(div_scale=...)` does not reach `torch_adam_update`, the path of Gemini's offloaded bf16 gradients.
+    tests/test_optimizer.py shows it.
+    """
+
+    def step(self, closure=None, div_scale: float = -1):
+        self._div_scale = div_scale
+        return super().step(closure, div_scale)
+
+    def torch_adam_update(self, data, grad, *args, **kwargs):
+        if self._div_scale > 0:
+            grad = grad.to(data.dtype) / self._div_scale
+        super().torch_adam_update(data, grad, *args, **kwargs)
+
+
+gemini_optimizer._AVAIL_OPTIM_LIST.add(HybridAdam)  # Gemini asks for one of these very classes, not for a subclass
+
+
+def use_torch_adam_kernel() -> None:
+    """Give HybridAdam PyTorch's fused AdamW, through ColossalAI's extension point.
+
+    ColossalAI 0.5.0 compiles its own kernels at first use: minutes, and an error without nvcc of torch's CUDA version.
+    """
+    for loader, kernel in ((FusedOptimizerLoader, _MultiTensorAdam), (CPUAdamLoader, _CpuAdam)):
+        # Alone, not beside ColossalAI's kernels: the loader warns about every choice that it has to make.
+        loader.REGISTRY = [kernel]
+
+
+def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_kernel: str = "torch") -> HybridAdam:
+    """HybridAdam over `model`'s parameters; decay on matrices alone, not on biases and layer norms."""
+    if adam_kernel == "torch":
+        use_torch_adam_kernel()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return HybridAdam(groups, lr=learning_rate)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Linear rise over `warmup_steps`, then linear fall to 0 at `total_steps`.
+
+    The same as transformers.get_linear_schedule_with_warmup, but for the first step, whose rate there is 0: it learns.
+    """
+
+    def factor(step):
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+    return LambdaLR(optimizer, factor)

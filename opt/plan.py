@@ -1,0 +1,154 @@
+"""Everything that can go wrong before training, checked; and what is about to happen, printed.
+
+check() runs on every process before any of them waits for another: it reaches the same verdict everywhere, so a mistake
+ends all processes at once.
+"""
+
+import os
+import tempfile
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig, PreTrainedTokenizerFast
+
+from args import UserError, resolve
+
+from . import data, modeling, weights
+from .checkpoint import is_one_file, output_directory
+from .launch import Place, has_bf16
+
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass
+class Setup:
+    """What check() found: enough to start without another look at the disk's directories."""
+
+    directory: Path  # of the model
+    config: OPTConfig
+    tokenizer: PreTrainedTokenizerFast
+    weights: weights.Weights
+    num_parameters: int
+
+
+def check(args: Namespace, here: Place) -> Setup:
+    """Check arguments, paths, model and tokenizer; fill in what `args` left open. Raises UserError."""
+    resolve(args, here.device.type, has_bf16(here.device))
+    if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
+        raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
+    model_ranks = args.tp_size * args.pp_size
+    if here.world_size % model_ranks:
+        raise UserError(f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes")
+    _check_writable(args.output_path)
+
+    directory = weights.locate(args.model_name_or_path)
+    config = modeling.load_config(directory, args.dropout)
+    check_shape(config, args)
+    if args.max_length is None:
+        args.max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
+    if args.max_length > config.max_position_embeddings:
+        raise UserError(f"--max_length {args.max_length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less")
+    tokenizer = data.load_tokenizer(directory)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together")
+    meta = modeling.meta_model(config)
+    return Setup(directory, config, tokenizer, weights.open_weights(directory, meta, args.seed), sum(p.numel() for p in meta.parameters()))
+
+
+def check_shape(config: OPTConfig, args: Namespace) -> None:
+    """Whether the model can be cut as `args` ask. Raises UserError."""
+    if config.num_attention_heads % args.tp_size:
+        raise UserError(f"the model's {config.num_attention_heads} attention heads are not divisible by --tp_size {args.tp_size}")
+    if config.num_hidden_layers < args.pp_size:
+        raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {args.pp_size}")
+
+
+def _check_writable(output_path: str) -> None:
+    """Write and remove a file where the results will go, or in the nearest folder above that exists."""
+    target = output_directory(output_path)
+    if is_one_file(output_path) and os.path.isdir(output_path):
+        raise UserError(f"--output_path {output_path} is a directory, its name one file's: choose another name")
+    nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose another place") from error
+
+
+@dataclass
+class Schedule:
+    """The run in optimizer steps."""
+
+    batches_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    eval_steps: int
+    learning_rate: float
+
+
+def schedule(args: Namespace, batches_per_epoch: int, dp_size: int) -> Schedule:
+    """Batches to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller."""
+    steps = -(-batches_per_epoch // args.gradient_accumulation_steps)
+    total = min(steps * args.num_epoch, args.max_train_steps or steps * args.num_epoch)
+    rate = args.learning_rate * (dp_size if args.scale_lr else 1)
+    return Schedule(batches_per_epoch, steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
+
+
+def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, plan: Schedule, dp_size: int) -> str:
+    """The plan in words."""
+    if here.device.type == "cuda":
+        device = f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
+    else:
+        device = f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on {len(os.sched_getaffinity(0))} cores"
+    plugin = args.plugin
+    if args.plugin == "hybrid_parallel":
+        plugin += f" (tp {args.tp_size} x pp {args.pp_size} x dp {dp_size}, ZeRO stage {args.zero_stage})"
+    elif args.plugin == "low_level_zero":
+        plugin += f" (ZeRO stage {args.zero_stage})"
+    microbatches = f", each cut into {args.num_microbatches} micro-batches" if args.pp_size > 1 else ""
+    rows = args.batch_size * args.gradient_accumulation_steps * dp_size
+    counts = dataset.counts
+    files = weights.weight_files(setup.directory)
+    origin = f"{setup.directory}: {', '.join(f.name for f in files[:3])}{' ...' * (len(files) > 3)}" if files else f"none in {setup.directory}: it trains from scratch"
+    lines = {
+        "device": device,
+        "plugin": plugin,
+        "precision": args.precision,
+        "model": f"{args.model_name_or_path}, {setup.num_parameters / 1e6:,.1f} M parameters",
+        "weights": origin,
+        "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, {counts.truncated:,} cut at {args.max_length} tokens",
+        "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
+        "batch": f"{args.batch_size} rows x {args.gradient_accumulation_steps} accumulated x {dp_size} data-parallel = {rows} rows a step{microbatches}",
+        "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of warm-up, learning rate {plan.learning_rate:g}; evaluation every {plan.eval_steps:,}",
+        "memory": f"about {estimate_memory(setup.config, setup.num_parameters, args, dp_size) / 2**30:.1f} GiB a process (an estimate)",
+        "output": args.output_path + (" (model not saved)" if args.no_save else ""),
+    }
+    return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
+
+
+def estimate_memory(config: OPTConfig, num_parameters: int, args: Namespace, dp_size: int) -> float:
+    """Bytes on a process's device: weights, gradients and Adam's state exactly, activations roughly.
+
+    Activations follow Korthikanti et al. (arXiv:2205.05198, table 2) without the term of the attention scores, which the
+    fused attention kernels do not keep; plus the logits in the compute dtype and twice in fp32.
+    """
+    width = 4 if args.precision == "fp32" else 2
+    own = num_parameters / (args.tp_size * args.pp_size)
+    adam = 8 if args.precision == "fp32" or args.plugin.startswith("torch_ddp") else 12  # with the fp32 master copy
+    if args.plugin.startswith("torch_ddp"):
+        state = own * (4 + 4 + adam)
+    elif args.plugin == "gemini":
+        gradients = 2 if args.gradient_accumulation_steps > 1 else 0  # otherwise they take the parameters' place
+        state = own * (2 + gradients + adam * (1 - args.offload_optim_frac)) / dp_size
+    else:
+        spread = dp_size if args.zero_stage > 0 else 1
+        state = own * (width + width / (dp_size if args.zero_stage == 2 else 1) + adam / spread)
+    rows = args.batch_size / (args.num_microbatches or 1)
+    tokens = rows * args.max_length
+    kept = (2 if args.grad_checkpoint else 34 / args.tp_size) * config.hidden_size * width / 2
+    layers = config.num_hidden_layers / args.pp_size * min(args.pp_size, args.num_microbatches or 1)
+    return state + tokens * (kept * layers + config.vocab_size * (width + 8) / args.tp_size)

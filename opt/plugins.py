@@ -1,0 +1,138 @@
+"""--plugin to Booster: the only place that knows ColossalAI's plugin classes."""
+
+from argparse import Namespace
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from colossalai.booster import Booster
+from colossalai.booster.mixed_precision.mixed_precision_base import MixedPrecision
+from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossalai.interface import OptimizerWrapper
+
+from .modeling import DTYPES, OPTPolicy
+
+
+@dataclass
+class Parallel:
+    """A Booster, and how its plugin spreads the work over the processes."""
+
+    booster: Booster
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    pp_rank: int
+    pp_size: int
+    is_last_stage: bool
+    can_defer_sync: bool  # whether gradients of several batches may be reduced once, at the last
+    clips_outside: bool = False  # whether gradients are clipped by the training step, not by the plugin's optimizer
+    # Whether optimizer.get_grad_norm() is the gradient's norm: in fp16 it still has the loss scale in it.
+    knows_grad_norm: bool = False
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this process speaks for its data-parallel rank when losses are added up over all processes."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    def accumulate(self, model, optimizer, is_last_batch: bool):
+        """The context for the backward of one of several batches per step."""
+        return nullcontext() if is_last_batch or not self.can_defer_sync else self.booster.no_sync(model, optimizer)
+
+
+def build_booster(args: Namespace, device: torch.device) -> Parallel:
+    """The Booster that `args` (resolved, see args.resolve) ask for. Needs the process group."""
+    max_norm = getattr(args, "max_norm", 0.0)
+    on_gpu = device.type == "cuda"
+    world = {"dp_rank": dist.get_rank(), "dp_size": dist.get_world_size()}
+    knows_grad_norm = max_norm > 0 and args.precision != "fp16"
+    world |= {"tp_rank": 0, "pp_rank": 0, "pp_size": 1, "is_last_stage": True}
+
+    if args.plugin in ("torch_ddp", "torch_ddp_fp16"):
+        precision = None if args.precision == "fp32" else AutocastPrecision(DTYPES[args.precision], device.type)
+        plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return Parallel(Booster(plugin=plugin, mixed_precision=precision), **world, can_defer_sync=True, clips_outside=True)
+
+    if args.plugin == "low_level_zero":
+        plugin = LowLevelZeroPlugin(
+            stage=args.zero_stage,
+            precision=args.precision,
+            initial_scale=2**16,
+            max_norm=max_norm,
+        )
+        return Parallel(Booster(plugin=plugin), **world, can_defer_sync=args.zero_stage == 1, knows_grad_norm=knows_grad_norm)
+
+    if args.plugin == "gemini":
+        plugin = GeminiPlugin(
+            precision=args.precision,
+            placement_policy="static",
+            offload_optim_frac=args.offload_optim_frac,
+            enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
+            # Pinned memory and a reduction stream exist beside a GPU only.
+            enable_async_reduce=on_gpu,
+            pin_memory=on_gpu,
+            initial_scale=2**16,
+            max_norm=max_norm,
+        )
+        return Parallel(Booster(plugin=plugin), **world, can_defer_sync=False, knows_grad_norm=knows_grad_norm)
+
+    plugin = HybridParallelPlugin(
+        tp_size=args.tp_size,
+        pp_size=args.pp_size,
+        precision=args.precision,
+        zero_stage=args.zero_stage,
+        num_microbatches=args.num_microbatches,
+        max_norm=max_norm,
+        custom_policy=OPTPolicy(),
+        # With the cache, a stage expects every batch to have the first one's shape; ours are as long as their longest row.
+        enable_metadata_cache=False,
+        # The vocabulary is padded to a multiple of this times tp_size.
+        make_vocab_size_divisible_by=1,
+    )
+    stages = plugin.stage_manager
+    return Parallel(
+        Booster(plugin=plugin),
+        dp_rank=dist.get_rank(plugin.dp_group),
+        dp_size=dist.get_world_size(plugin.dp_group),
+        tp_rank=dist.get_rank(plugin.tp_group),
+        pp_rank=stages.stage if stages else 0,
+        pp_size=args.pp_size,
+        is_last_stage=stages is None or stages.is_last_stage(),
+        can_defer_sync=args.zero_stage < 2,
+        knows_grad_norm=knows_grad_norm,
+    )
+
+
+class AutocastPrecision(MixedPrecision):
+    """fp32 weights, forward under autocast; with a gradient scaler for fp16.
+
+    Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, and its 'fp16' scales on CUDA only.
+    """
+
+    def __init__(self, dtype: torch.dtype, device_type: str):
+        self.dtype, self.device_type = dtype, device_type
+
+    def configure(self, model, optimizer=None, criterion=None):
+        inner = model.unwrap()
+        # Inside DDP, not around it: TorchDDPPlugin.no_sync accepts its own wrapper alone.
+        inner.forward = torch.autocast(self.device_type, dtype=self.dtype)(inner.forward)
+        if optimizer is not None and self.dtype == torch.float16:
+            optimizer = _ScaledOptimizer(optimizer, self.device_type)
+        return model, optimizer, criterion
+
+
+class _ScaledOptimizer(OptimizerWrapper):
+    def __init__(self, optim, device_type: str):
+        super().__init__(optim)
+        self.scaler = torch.amp.GradScaler(device_type, init_scale=2.0**16)
+
+    def backward(self, loss, inputs=None, retain_graph=False, **kwargs):
+        self.scaler.scale(loss).backward(inputs=inputs, retain_graph=retain_graph, **kwargs)
+
+    def clip_grad_by_norm(self, max_norm, *args, **kwargs):
+        self.scaler.unscale_(self.optim)
+        return super().clip_grad_by_norm(max_norm, *args, **kwargs)
+
+    def step(self, *args, **kwargs):
+        self.scaler.step(self.optim, *args, **kwargs)
+        self.scaler.update()

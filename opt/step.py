@@ -1,0 +1,74 @@
+"""One optimizer step and one evaluation, for every plugin, with pipeline stages and without."""
+
+import torch
+import torch.distributed as dist
+
+from .data import Batch, Batches
+from .plugins import Parallel
+
+
+def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Batch], max_norm: float = 0.0):
+    """Forward and backward over `batches` (gradient accumulation), then one update.
+
+    Every target token of the step weighs the same, whichever rank, batch or micro-batch it is in: each sum of losses is
+    divided by the step's number of targets over all ranks, times the data-parallel size that the plugin's average divides by.
+
+    Returns:
+        (loss, grad_norm): this process's share of the step's mean loss before the update, a scalar on the device, to be
+        summed over all processes; the global gradient norm before clipping, or None where the plugin does not give it.
+    """
+    share = torch.zeros((), device=_device())
+    targets = sum(batch.targets for batch in batches)
+    for i, batch in enumerate(batches):
+        with parallel.accumulate(model, optimizer, is_last_batch=i == len(batches) - 1):
+            loss = _forward(parallel, model, batch, parallel.dp_size / targets, optimizer)
+        share += loss / parallel.dp_size
+    grad_norm = None
+    if max_norm > 0 and parallel.clips_outside:
+        grad_norm = optimizer.clip_grad_by_norm(max_norm)
+    optimizer.step()
+    if parallel.knows_grad_norm:
+        grad_norm = optimizer.get_grad_norm()
+    schedule.step()
+    optimizer.zero_grad()
+    return share, grad_norm
+
+
+@torch.no_grad()
+def evaluate(parallel: Parallel, model, batches: Batches) -> float:
+    """The mean loss over all target tokens of `batches`, the same value on every process."""
+    model.eval()
+    total, targets = torch.zeros((), device=_device(), dtype=torch.float64), 0
+    for batch in batches.epoch():
+        total += _forward(parallel, model, batch, 1.0)
+        targets += batch.targets
+    model.train()
+    dist.all_reduce(total)
+    return total.item() / targets
+
+
+def _forward(parallel: Parallel, model, batch: Batch, weight: float, optimizer=None) -> torch.Tensor:
+    """The batch's summed loss times `weight`, and its backward if there is an optimizer; 0 where this process does not
+    count (see Parallel.counts_loss)."""
+    if parallel.pp_size > 1:
+        # The schedule takes the mean over the micro-batches; ours is a sum.
+        microbatches = parallel.booster.plugin.scheduler.num_microbatches
+        result = parallel.booster.execute_pipeline(
+            iter([batch.inputs]),
+            model,
+            lambda outputs, _: outputs["loss"] * (weight * microbatches),
+            optimizer,
+        )
+        loss = result["loss"]
+    else:
+        inputs = {name: t.to(_device(), non_blocking=True) for name, t in batch.inputs.items()}
+        loss = model(**inputs)["loss"] * weight
+        if optimizer is not None:
+            parallel.booster.backward(loss, optimizer)
+    return loss.detach() if parallel.counts_loss else torch.zeros((), device=_device())
+
+
+def _device() -> torch.device:
+    from colossalai.accelerator import get_accelerator
+
+    return get_accelerator().get_current_device()

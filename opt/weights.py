@@ -1,0 +1,213 @@
+"""Weights, in the layout that each plugin takes: found, read lazily, placed, and proven to be all there.
+
+facebook/opt-* on the Hub ship fp16 .bin files with the base model's names (`decoder.…`) and without the tied
+`lm_head.weight`; save_pretrained writes `model.decoder.…`, others the whole state dict; any of them in one file or in
+shards. ColossalAI 0.5.0's own loading takes some of these under some plugins, and trains on garbage under others without
+a word. Here all of them become one mapping, name -> tensor, that reads a tensor from disk when it is asked for.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from args import UserError
+
+EMBEDDING = "model.decoder.embed_tokens.weight"
+TIED_HEAD = "lm_head.weight"
+# In the order of preference of transformers' from_pretrained.
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class Weights(Mapping):
+    """Names and tensors of an OPTForCausalLM. Iteration leaves out the tied head, which is there all the same."""
+
+    def __init__(self, names: dict):
+        self._names = names  # name -> where _read finds it
+
+    def _read(self, where) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __getitem__(self, name):
+        return self._read(self._names[EMBEDDING if name == TIED_HEAD else name])
+
+    def __contains__(self, name):
+        return name in self._names or name == TIED_HEAD
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+    def copy(self):
+        """What GeminiDDP.load_state_dict calls before it reads; there is nothing here that it could change."""
+        return self
+
+
+class CheckpointWeights(Weights):
+    """The weights in a local directory, whatever their file format and layout. Reads with mmap, one tensor at a time."""
+
+    def __init__(self, directory: Path):
+        self._open: dict[Path, object] = {}
+        names = {}
+        for file in weight_files(directory):
+            for key in self._file(file).keys():
+                names[_full_name(key)] = (file, key)
+        names.pop(TIED_HEAD, None)
+        super().__init__(names)
+
+    def _file(self, file: Path):
+        if file not in self._open:
+            try:
+                if file.suffix == ".safetensors":
+                    self._open[file] = safe_open(file, framework="pt")
+                else:
+                    self._open[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # every reader has exceptions of its own for a broken file
+                raise UserError(f"{file} cannot be read as weights ({error}): download or copy it again") from error
+        return self._open[file]
+
+    def _read(self, where):
+        path, key = where
+        file = self._file(path)
+        return file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        path, key = self._names[name]
+        file = self._file(path)
+        return tuple(file.get_slice(key).get_shape() if path.suffix == ".safetensors" else file[key].shape)
+
+
+class InitialWeights(Weights):
+    """Untrained weights as transformers' OPT initialises them: matrices normal(0, init_std), biases 0, norms 1.
+
+    Each tensor has a generator of its own, seeded by `seed` and its name, so that every plugin and every parallel size
+    starts from the same model, and no process needs more than the tensor at hand.
+    """
+
+    def __init__(self, model: nn.Module, seed: int):
+        config = model.config
+        self._seed, self._std = seed, config.init_std
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._pad = config.pad_token_id
+        super().__init__({name: name for name in self._shapes if name != TIED_HEAD})
+
+    def _read(self, name):
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        weight = torch.empty(shape).normal_(0.0, self._std, generator=generator)
+        if name == EMBEDDING and self._pad is not None:
+            weight[self._pad] = 0.0
+        return weight
+
+
+def _full_name(key: str) -> str:
+    """The name in OPTForCausalLM of a checkpoint's key: base-model keys lack the `model.` in front."""
+    return f"model.{key}" if key.startswith("decoder.") else key
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the directory's weights; empty where there are none. Raises UserError for a missing shard."""
+    for name in _FILES:
+        file = directory / name
+        if not file.is_file():
+            continue
+        if file.suffix != ".json":
+            return [file]
+        try:
+            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{file} is not an index of weight files ({error!r}): download or copy it again") from error
+        missing = [s for s in shards if not (directory / s).is_file()]
+        if missing:
+            raise UserError(f"{file} names {missing[0]}, which is not there: download or copy it again")
+        return [directory / s for s in shards]
+    return []
+
+
+def locate(model_name_or_path: str) -> Path:
+    """The local directory of a model: itself, or the Hub's snapshot of it, downloaded once a node (by a file lock).
+
+    Raises UserError.
+    """
+    if os.path.isdir(model_name_or_path):
+        return Path(model_name_or_path)
+    looks_local = model_name_or_path.startswith((".", "/", "~")) or model_name_or_path.count("/") != 1
+    if looks_local or os.path.exists(model_name_or_path):
+        raise UserError(f"--model_name_or_path {model_name_or_path}: no such directory; give one, or a Hub id such as facebook/opt-350m")
+
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        files = list_repo_files(model_name_or_path)
+        weights = next((pattern for pattern in ("*.safetensors", "pytorch_model*.bin") if any(Path(f).match(pattern) for f in files)), None)
+        return Path(snapshot_download(model_name_or_path, allow_patterns=["*.json", "*.txt", *([weights] if weights else [])]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first_try = error
+    try:  # the Hub cannot be reached, but an earlier run may have been here
+        return Path(snapshot_download(model_name_or_path, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"]))
+    except (HfHubHTTPError, OSError, ValueError):
+        reason = str(first_try).split("\n")[0]
+        raise UserError(f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory") from first_try
+
+
+def open_weights(directory: Path, model: nn.Module, seed: int) -> Weights:
+    """The checkpoint in `directory`, checked against `model`'s names and shapes; initial weights where there is none.
+
+    `model` may be on the meta device. Raises UserError.
+    """
+    if not weight_files(directory):
+        return InitialWeights(model, seed)
+    weights = CheckpointWeights(directory)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name != TIED_HEAD}
+    missing = sorted(expected.keys() - weights.keys())
+    if missing:
+        raise UserError(f"the weights in {directory} lack {len(missing)} of the model's tensors, {missing[0]} the first: they do not belong to its config.json")
+    extra = sorted(weights.keys() - expected.keys())
+    if extra:
+        raise UserError(f"the weights in {directory} have {len(extra)} tensors that the model lacks, {extra[0]} the first: they do not belong to its config.json")
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise UserError(f"the weights in {directory}: {name} is {weights.shape(name)}, its config.json says {shape}")
+    return weights
+
+
+def place(model: nn.Module, optimizer, weights: Weights) -> None:
+    """Fill the boosted `model` (and the optimizer's master copy) from `weights`, a tensor at a time.
+
+    ColossalAI's parallel layers and GeminiDDP know how to take their part of a whole tensor in `_load_from_state_dict`.
+    Raises RuntimeError if any parameter of this process was left without its weights.
+    """
+    from colossalai.zero import GeminiDDP
+
+    missing: list[str] = []
+    errors: list[str] = []
+    if isinstance(model, GeminiDDP):
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        missing += [name for name in model.name2param if name not in weights]
+    else:
+        _fill(model.unwrap(), weights, "", missing, errors)
+        if hasattr(optimizer, "update_master_params"):
+            optimizer.update_master_params(model)
+    if missing or errors:
+        raise RuntimeError(f"weights did not load: missing {missing[:3]}, {errors[:3]}")
+
+
+def _fill(module: nn.Module, weights: Weights, prefix: str, missing: list, errors: list) -> None:
+    # As nn.Module.load_state_dict does it, which however first copies the whole mapping into memory.
+    if module._parameters or module._buffers:
+        module._load_from_state_dict(weights, prefix, {}, True, missing, [], errors)
+    for name, child in module._modules.items():
+        if child is not None:
+            _fill(child, weights, f"{prefix}{name}.", missing, errors)
