@@ -74,6 +74,7 @@ def use_cpu() -> None:
     set_accelerator(CpuDevice())
     _zero_on_cpu()
     _pipeline_over_gloo()
+    _gemini_without_offload()
 
 
 def _zero_on_cpu() -> None:
@@ -93,3 +94,24 @@ def _pipeline_over_gloo() -> None:
     from colossalai.pipeline import p2p
 
     p2p._check_for_nccl_hccl_backend = lambda group: False
+
+
+def _gemini_without_offload() -> None:
+    """Gemini moves chunks between "cuda" and "cpu" and tells the two by the accelerator's name, here the same for both.
+
+    A host without a GPU has one kind of memory: every chunk stays where it is, on what Gemini takes for the device.
+    """
+    from colossalai.zero.gemini.chunk import Chunk, ChunkManager
+
+    class DeviceMemory:
+        type = "cuda"
+
+    create = Chunk.__init__
+
+    def on_device(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        self.shard_device = DeviceMemory()
+
+    Chunk.__init__ = on_device
+    Chunk.device_type = property(lambda self: DeviceMemory.type)
+    ChunkManager.move_chunk = lambda self, chunk, device, force_copy=False, async_move=False: None

@@ -42,6 +42,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
 
     def __init__(self, config: OPTConfig):
         super().__init__(config)
+        self.tie_weights()  # transformers' own __init__ leaves it out under no_init_weights
         self.stage = Stage(0, config.num_hidden_layers)
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_activations = False
@@ -191,5 +192,6 @@ def build_model(config: OPTConfig, plugin: str, dtype: torch.dtype, device: torc
         else:
             with torch.device(device):
                 model = OPTForCausalLM(config).to(dtype)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     model.recompute_activations = grad_checkpoint
     return model

@@ -59,6 +59,7 @@ def build_booster(args: Namespace, device: torch.device) -> Parallel:
             precision=args.precision,
             initial_scale=2**16,
             max_norm=max_norm,
+            overlap_communication=on_gpu,  # by a stream of its own
         )
         return Parallel(Booster(plugin=plugin), **world, can_defer_sync=args.zero_stage == 1, knows_grad_norm=knows_grad_norm)
 
@@ -83,6 +84,7 @@ def build_booster(args: Namespace, device: torch.device) -> Parallel:
         zero_stage=args.zero_stage,
         num_microbatches=args.num_microbatches,
         max_norm=max_norm,
+        overlap_communication=on_gpu,
         custom_policy=OPTPolicy(),
         # With the cache, a stage expects every batch to have the first one's shape; ours are as long as their longest row.
         enable_metadata_cache=False,
@@ -95,7 +97,7 @@ def build_booster(args: Namespace, device: torch.device) -> Parallel:
         dp_rank=dist.get_rank(plugin.dp_group),
         dp_size=dist.get_world_size(plugin.dp_group),
         tp_rank=dist.get_rank(plugin.tp_group),
-        pp_rank=stages.stage if stages else 0,
+        pp_rank=int(stages.stage) if stages else 0,
         pp_size=args.pp_size,
         is_last_stage=stages is None or stages.is_last_stage(),
         can_defer_sync=args.zero_stage < 2,
