@@ -45,7 +45,7 @@ def train(args, here, setup, dataset, steps) -> None:
     from opt import checkpoint, launch, metrics, modeling, optimizer, plugins, step, weights
     from opt.data import Batches
 
-    parallel = plugins.build_booster(args, here.device)
+    parallel = plugins.build_booster(args, here.device, setup.num_parameters)
     # The ranks of a tensor-parallel group hold parts of the same activations and must drop the same ones; all others differ.
     launch.seed_everything(args.seed + parallel.dp_rank * parallel.pp_size + parallel.pp_rank)
 

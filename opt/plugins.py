@@ -40,8 +40,8 @@ class Parallel:
         return nullcontext() if is_last_batch or not self.can_defer_sync else self.booster.no_sync(model, optimizer)
 
 
-def build_booster(args: Namespace, device: torch.device) -> Parallel:
-    """The Booster that `args` (resolved, see args.resolve) ask for. Needs the process group."""
+def build_booster(args: Namespace, device: torch.device, num_parameters: int) -> Parallel:
+    """The Booster that `args` (resolved, see args.resolve) ask for a model of `num_parameters`. Needs the process group."""
     max_norm = getattr(args, "max_norm", 0.0)
     on_gpu = device.type == "cuda"
     world = {"dp_rank": dist.get_rank(), "dp_size": dist.get_world_size()}
@@ -69,6 +69,9 @@ def build_booster(args: Namespace, device: torch.device) -> Parallel:
             placement_policy="static",
             offload_optim_frac=args.offload_optim_frac,
             enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
+            # Under 32 Mi parameters, the default, Gemini shards nothing, and then ColossalAI 0.5.0 adds up accumulated
+            # gradients world_size times (tests/test_training.py, gemini with accumulation).
+            min_chunk_size_m=min(32, num_parameters / 2**20 / 4),
             # Pinned memory and a reduction stream exist beside a GPU only.
             enable_async_reduce=on_gpu,
             pin_memory=on_gpu,
