@@ -42,20 +42,12 @@ def main() -> None:
 
 def train(args, here, setup, dataset, steps) -> None:
     """Everything between the checks and the saved model."""
-    from opt import checkpoint, launch, metrics, modeling, optimizer, plugins, step, weights
+    from opt import checkpoint, metrics, step
+    from opt.build import build
     from opt.data import Batches
 
-    parallel = plugins.build_booster(args, here.device, setup.num_parameters)
-    # The ranks of a tensor-parallel group hold parts of the same activations and must drop the same ones; all others differ.
-    launch.seed_everything(args.seed + parallel.dp_rank * parallel.pp_size + parallel.pp_rank)
-
-    dtype = modeling.DTYPES["fp32" if args.plugin.startswith("torch_ddp") else args.precision]
-    model = modeling.build_model(setup.config, args.plugin, dtype, here.device, args.grad_checkpoint)
-    adam = optimizer.build_optimizer(model, steps.learning_rate, args.weight_decay, args.adam_kernel)
-    schedule = optimizer.build_schedule(adam, steps.warmup_steps, steps.total_steps)
-    model, adam, *_ = parallel.booster.boost(model, adam)
-    weights.place(model, adam, setup.weights)
-    model.train()
+    built = build(args, here, setup.config, setup.weights, steps.learning_rate, steps.warmup_steps, steps.total_steps)
+    parallel, model = built.parallel, built.model
 
     spread = (args.batch_size, parallel.dp_rank, parallel.dp_size, setup.config.pad_token_id)
     train_batches = Batches(dataset.train, *spread, seed=args.seed)
@@ -67,8 +59,8 @@ def train(args, here, setup, dataset, steps) -> None:
     done = 0
     for epoch in range(args.num_epoch):
         for group in _in_groups(train_batches.epoch(epoch), args.gradient_accumulation_steps):
-            lr = schedule.get_last_lr()[0]
-            loss, grad_norm = step.train_step(parallel, model, adam, schedule, group, args.max_norm)
+            lr = built.schedule.get_last_lr()[0]
+            loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
             done += 1
             recorder.step(done, done / steps.steps_per_epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
             if len(dataset.held_out) and (done % steps.eval_steps == 0 or done == steps.total_steps):

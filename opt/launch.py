@@ -3,9 +3,11 @@
 import os
 import random
 import socket
+import time
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -68,6 +70,14 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def seconds_since_launch() -> float:
+    """Seconds since this run was started: since torchrun's start if that started this process, else since its own."""
+    process = psutil.Process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        process = process.parent()
+    return time.time() - process.create_time()
 
 
 def seed_everything(seed: int) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from .launch import seconds_since_launch
+
 
 class Recorder:
     """Writes one JSON line a step. Created on every process; the main one writes.
@@ -40,7 +42,7 @@ class Recorder:
         self._last = now
         self.total_tokens += tokens
         self._pending.append(line)
-        if now - self._shown > 1:
+        if now - self._shown > 1 or step == 1:
             self.flush()
 
     def flush(self) -> None:
@@ -50,6 +52,8 @@ class Recorder:
         for line in self._pending:
             line = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in line.items()}
             self._write(line)
+        if self._bar.n == 0:
+            tqdm.write(f"first step done {seconds_since_launch():.1f} s after launch")
         self._bar.update(len(self._pending))
         rate = sum(p["tokens"] for p in self._pending) / sum(p["seconds"] for p in self._pending)
         self._bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.2e}", **{"tokens/s": f"{rate:,.0f}"})

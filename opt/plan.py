@@ -30,7 +30,6 @@ class Setup:
     config: OPTConfig
     tokenizer: PreTrainedTokenizerFast
     weights: weights.Weights
-    num_parameters: int
 
 
 def check(args: Namespace, here: Place) -> Setup:
@@ -53,8 +52,8 @@ def check(args: Namespace, here: Place) -> Setup:
     tokenizer = data.load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together")
-    meta = modeling.meta_model(config)
-    return Setup(directory, config, tokenizer, weights.open_weights(directory, meta, args.seed), sum(p.numel() for p in meta.parameters()))
+    contents = weights.open_weights(directory, modeling.meta_model(config), args.seed, here.device)
+    return Setup(directory, config, tokenizer, contents)
 
 
 def check_shape(config: OPTConfig, args: Namespace) -> None:
@@ -118,13 +117,13 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
         "device": device,
         "plugin": plugin,
         "precision": args.precision,
-        "model": f"{args.model_name_or_path}, {setup.num_parameters / 1e6:,.1f} M parameters",
+        "model": f"{args.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M parameters",
         "weights": origin,
         "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, {counts.truncated:,} cut at {args.max_length} tokens",
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
         "batch": f"{args.batch_size} rows x {args.gradient_accumulation_steps} accumulated x {dp_size} data-parallel = {rows} rows a step{microbatches}",
         "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of warm-up, learning rate {plan.learning_rate:g}; evaluation every {plan.eval_steps:,}",
-        "memory": f"about {estimate_memory(setup.config, setup.num_parameters, args, dp_size) / 2**30:.1f} GiB a process (an estimate)",
+        "memory": f"about {estimate_memory(setup.config, setup.weights.num_parameters, args, dp_size) / 2**30:.1f} GiB a process (an estimate)",
         "output": args.output_path + (" (model not saved)" if args.no_save else ""),
     }
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())

@@ -8,6 +8,7 @@ a word. Here all of them become one mapping, name -> tensor, that reads a tensor
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,15 @@ class Weights(Mapping):
 
     def _read(self, where) -> torch.Tensor:
         raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        raise NotImplementedError
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, the tied head counted once."""
+        return sum(math.prod(self.shape(name)) for name in self)
 
     def __getitem__(self, name):
         return self._read(self._names[EMBEDDING if name == TIED_HEAD else name])
@@ -78,8 +88,7 @@ class CheckpointWeights(Weights):
         file = self._file(path)
         return file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
+    def shape(self, name):
         path, key = self._names[name]
         file = self._file(path)
         return tuple(file.get_slice(key).get_shape() if path.suffix == ".safetensors" else file[key].shape)
@@ -89,12 +98,12 @@ class InitialWeights(Weights):
     """Untrained weights as transformers' OPT initialises them: matrices normal(0, init_std), biases 0, norms 1.
 
     Each tensor has a generator of its own, seeded by `seed` and its name, so that every plugin and every parallel size
-    starts from the same model, and no process needs more than the tensor at hand.
+    starts from the same model, and no process needs more than the tensor at hand. Made on `device`: a GPU is fast at it.
     """
 
-    def __init__(self, model: nn.Module, seed: int):
+    def __init__(self, model: nn.Module, seed: int, device: torch.device = torch.device("cpu")):
         config = model.config
-        self._seed, self._std = seed, config.init_std
+        self._seed, self._std, self._device = seed, config.init_std, device
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._pad = config.pad_token_id
         super().__init__({name: name for name in self._shapes if name != TIED_HEAD})
@@ -102,13 +111,16 @@ class InitialWeights(Weights):
     def _read(self, name):
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)
+            return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, device=self._device)
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        weight = torch.empty(shape).normal_(0.0, self._std, generator=generator)
+        generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        weight = torch.empty(shape, device=self._device).normal_(0.0, self._std, generator=generator)
         if name == EMBEDDING and self._pad is not None:
             weight[self._pad] = 0.0
         return weight
+
+    def shape(self, name):
+        return self._shapes[name]
 
 
 def _full_name(key: str) -> str:
@@ -162,13 +174,13 @@ def locate(model_name_or_path: str) -> Path:
         raise UserError(f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory") from first_try
 
 
-def open_weights(directory: Path, model: nn.Module, seed: int) -> Weights:
+def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.device = torch.device("cpu")) -> Weights:
     """The checkpoint in `directory`, checked against `model`'s names and shapes; initial weights where there is none.
 
     `model` may be on the meta device. Raises UserError.
     """
     if not weight_files(directory):
-        return InitialWeights(model, seed)
+        return InitialWeights(model, seed, device)
     weights = CheckpointWeights(directory)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name != TIED_HEAD}
     missing = sorted(expected.keys() - weights.keys())

@@ -1,0 +1,45 @@
+"""From arguments to something that trains: the order in which ColossalAI wants its parts."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import OPTConfig
+
+from . import launch, modeling, optimizer, plugins, weights
+
+
+@dataclass
+class Built:
+    """A boosted model with its weights in place, the optimizer that updates it, and how the work is spread."""
+
+    parallel: plugins.Parallel
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+
+
+def build(
+    args: Namespace,
+    here: launch.Place,
+    config: OPTConfig,
+    contents: weights.Weights,
+    learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+) -> Built:
+    """Booster, model, optimizer, schedule, boost, weights; needs the process group. `args`: resolved by args.resolve."""
+    parallel = plugins.build_booster(args, here.device, contents.num_parameters)
+    # The ranks of a tensor-parallel group hold parts of the same activations and must drop the same ones; all others differ.
+    launch.seed_everything(args.seed + parallel.dp_rank * parallel.pp_size + parallel.pp_rank)
+    dtype = modeling.DTYPES["fp32" if args.plugin.startswith("torch_ddp") else args.precision]
+    model = modeling.build_model(config, args.plugin, dtype, here.device, args.grad_checkpoint)
+    adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
+    schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
+    model, adam, *_ = parallel.booster.boost(model, adam)
+    # After boost: only now does the plugin know this process's share of each tensor.
+    weights.place(model, adam, contents)
+    model.train()
+    return Built(parallel, model, adam, schedule)
