@@ -157,6 +157,29 @@ def train_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def benchmark_parser() -> argparse.ArgumentParser:
+    """The parser of opt_benchmark.py."""
+    parser = _Parser(
+        prog="opt_benchmark.py",
+        description="Measure throughput and peak memory of training OPT on synthetic tokens, with the training script's "
+        "model, plugin and optimizer. Started like opt_train_demo.py.",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        default="125m",
+        help="a published size (125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b; facebook/opt-125m means 125m), built from "
+        "constants, without network or trained weights; or a directory with config.json; default 125m",
+    )
+    _add_setup_arguments(parser, seed=42)
+    g = parser.add_argument_group("measurement")
+    g.add_argument("--seq_length", type=_number(int, 2), default=1024, help="tokens a row; default 1024")
+    g.add_argument("--max_train_steps", type=_number(int, 1), default=20, help="optimizer steps that are timed; default 20")
+    g.add_argument("--warmup_steps", type=_number(int, 1), default=5, help="optimizer steps before those, not timed; default 5")
+    g.add_argument("--profile", metavar="DIR", help="write a torch.profiler trace of three more steps into this folder")
+    g.add_argument("--json", metavar="PATH", help="write the result as JSON into this file")
+    return parser
+
+
 def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argparse.Namespace:
     """Fill in what depends on plugin and device; refuse combinations that the plugin cannot honour.
 

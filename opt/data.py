@@ -98,10 +98,10 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
         rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, seed)
     elif not eval_fraction:
         rows["held_out"] = []
-    if not rows["train"]:
+    if not counts.rows:
         raise UserError(f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty")
-    if eval_fraction and not rows["held_out"]:
-        raise UserError(f"--dataset {dataset} has {counts.rows} texts, too few to hold out {eval_fraction:g} of them: raise --eval_fraction or set it to 0")
+    if not rows["train"] or (eval_fraction and not rows["held_out"]):
+        raise UserError(f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out {eval_fraction:g} of them: change --eval_fraction, or set it to 0")
     counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
 
     root.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
 
     datasets.disable_progress_bars()
     if dataset == WIKITEXT:
-        loaded = _load("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
+        loaded = _load_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
         column, source = "text", "Hub, Salesforce/wikitext, wikitext-2-raw-v1"
         splits = {"train": loaded["train"], "held_out": loaded["validation"]}
         identity = [loaded["train"]._fingerprint, loaded["validation"]._fingerprint]
@@ -144,10 +144,10 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
             column = "text"
         splits = {"train": _load(_LOADERS[file.suffix], data_files=str(file), split="train", asked_for=dataset)}
         identity, source = hashlib.sha256(file.read_bytes()).hexdigest(), f"local file {dataset}"
-    elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1:
+    elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1 or os.path.isdir(dataset):
         raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
     else:
-        loaded = _load(dataset, asked_for=dataset)
+        loaded = _load_from_hub(dataset, asked_for=dataset)
         split = "train" if "train" in loaded else next(iter(loaded))
         splits, identity, source = {"train": loaded[split]}, loaded[split]._fingerprint, f"Hub, {dataset}, split {split}"
 
@@ -155,6 +155,27 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
     if column not in names:
         raise UserError(f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column")
     return {name: split[column][:] for name, split in splits.items()}, identity, source
+
+
+def _load_from_hub(*args, asked_for: str):
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(args[0], timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise UserError(f"--dataset {asked_for}: neither a file here nor a data set on the Hub, or a private one") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        # An earlier run may have been here. Left to itself, datasets would ask such a Hub again for half a minute or more,
+        # with a line for each try.
+        datasets.config.HF_HUB_OFFLINE = True
+        try:
+            return _load(*args, asked_for=asked_for)
+        except UserError:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--dataset {asked_for}: not a file here and not to be had from the Hub ({reason}); give a local file") from error
+    return _load(*args, asked_for=asked_for)
 
 
 def _load(*args, asked_for: str, **kwargs):
@@ -192,7 +213,8 @@ def _blocks(texts: list, tokenizer, max_length: int, counts: Counts) -> list[lis
     lines = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     stream = np.concatenate([np.asarray(ids, np.int32) for ids in (start, *lines)])
-    rows = [stream[i : i + max_length].tolist() for i in range(0, len(stream), max_length)]
+    # No last block of one token: it would have no target.
+    rows = [stream[i : i + max_length].tolist() for i in range(0, len(stream) - 1, max_length)]
     counts.rows += len(rows)
     return rows
 
@@ -247,3 +269,17 @@ def collate(rows: list[np.ndarray], batch_size: int, pad_id: int) -> dict[str, t
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
     return {"input_ids": input_ids, "labels": labels}
+
+
+class SyntheticBatches:
+    """Endless batches of random tokens for the benchmark: full rows, ids over the model's whole vocabulary."""
+
+    def __init__(self, batch_size: int, length: int, vocab_size: int, dp_rank: int, dp_size: int, seed: int):
+        self._shape, self._vocab_size, self._dp_size = (batch_size, length), vocab_size, dp_size
+        self._generator = torch.Generator().manual_seed(seed + dp_rank)
+
+    def __next__(self) -> Batch:
+        # 4: OPT's first ids are <s>, <pad>, </s> and <unk>.
+        ids = torch.randint(4, self._vocab_size, self._shape, generator=self._generator)
+        rows, length = self._shape
+        return Batch({"input_ids": ids, "labels": ids}, targets=rows * (length - 1) * self._dp_size, tokens=rows * length * self._dp_size)

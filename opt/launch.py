@@ -1,10 +1,14 @@
 """Processes and devices: who am I, what do I compute on, how do I talk to the others."""
 
 import os
+import platform
 import random
+import re
 import socket
 import time
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -93,12 +97,12 @@ def node_first(here: Place, work):
     The result travels between processes, so it should be small: a path, not the data.
     """
     outcome = None
-    if here.local_rank == 0:
+    if here.local_rank == 0 or not dist.is_initialized():
         try:
             outcome = (work(), None)
         except Exception as error:  # handed to the node's other processes, which would wait for ever otherwise
             outcome = (None, error)
-    if here.world_size > 1:
+    if dist.is_initialized():  # a dry run is one process, whatever the number that it plans for
         outcomes = [None] * here.world_size
         dist.all_gather_object(outcomes, outcome)
         # One node's failure ends every node's run.
@@ -107,3 +111,22 @@ def node_first(here: Place, work):
     if error is not None:
         raise error
     return result
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called by its maker."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
+    return f"CPU {models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that the device has; on a CPU host, its memory."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {name: metadata.version(name) for name in ("torch", "colossalai", "transformers")}
+    return found | {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}

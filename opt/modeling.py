@@ -88,30 +88,26 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         logits = self.lm_head(hidden_states[:, :-1].flatten(0, 1))
         if self.tp_group is None:
             return F.cross_entropy(logits.float()[:, : self.config.vocab_size], targets, ignore_index=IGNORE, reduction="sum")
-        return vocab_parallel_cross_entropy(logits, targets, self.config.vocab_size, self.tp_group)
+        # Each rank has as many rows of the head; the last one's logits come without the columns of padding.
+        first = dist.get_rank(self.tp_group) * self.lm_head.weight.shape[0]
+        return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
 
 
-def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
-) -> torch.Tensor:
+def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Summed cross-entropy of logits whose vocabulary is split over `group`, in fp32, the same on all its processes.
 
     Args:
-        logits: (tokens, columns), this process's columns; the vocabulary may be padded at its end.
+        logits: (tokens, columns), this process's columns, `first` the first of them in the whole vocabulary.
         targets: (tokens,), ids in the whole vocabulary or -100.
 
     As in Megatron-LM (arXiv:1909.08053, section 3): a maximum, a sum of exponentials and the target's logit cross the
     processes, never the logits.
     """
-    first = dist.get_rank(group) * logits.shape[1]
-    columns = max(0, min(logits.shape[1], vocab_size - first))
     logits = logits.float()
-    if columns < logits.shape[1]:
-        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= columns, float("-inf"))
     highest = logits.detach().max(dim=1).values
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     logits = logits - highest.unsqueeze(1)
-    here = (targets >= first) & (targets < first + columns)
+    here = (targets >= first) & (targets < first + logits.shape[1])
     own = logits.gather(1, torch.where(here, targets - first, 0).unsqueeze(1)).squeeze(1)
     # reduce_forward: the sum over the processes forward, and backward each process's own share of the gradient.
     total = reduce_forward(logits.exp().sum(1), group)
@@ -165,11 +161,16 @@ def load_config(directory: Path, dropout: float | None = None) -> OPTConfig:
         config = OPTConfig.from_dict(raw)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}): download or copy it again") from error
+    config._attn_implementation = "sdpa"
+    return set_dropout(config, dropout)
+
+
+def set_dropout(config: OPTConfig, dropout: float | None) -> OPTConfig:
+    """`config` with another dropout probability, unless that is None; with 0, attention's dropout is off as well."""
     if dropout is not None:
         config.dropout = dropout
         if dropout == 0:
-            config.attention_dropout = config.activation_dropout = 0.0
-    config._attn_implementation = "sdpa"
+            config.attention_dropout = 0.0
     return config
 
 

@@ -18,6 +18,7 @@ from args import UserError, resolve
 from . import data, modeling, weights
 from .checkpoint import is_one_file, output_directory
 from .launch import Place, has_bf16
+from .presets import PRESETS, preset_config
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -34,21 +35,15 @@ class Setup:
 
 def check(args: Namespace, here: Place) -> Setup:
     """Check arguments, paths, model and tokenizer; fill in what `args` left open. Raises UserError."""
-    resolve(args, here.device.type, has_bf16(here.device))
-    if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
-        raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
-    model_ranks = args.tp_size * args.pp_size
-    if here.world_size % model_ranks:
-        raise UserError(f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes")
+    _check_processes(args, here)
     _check_writable(args.output_path)
 
     directory = weights.locate(args.model_name_or_path)
     config = modeling.load_config(directory, args.dropout)
-    check_shape(config, args)
+    _check_shape(config, args)
     if args.max_length is None:
         args.max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
-    if args.max_length > config.max_position_embeddings:
-        raise UserError(f"--max_length {args.max_length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less")
+    _check_length("--max_length", args.max_length, config)
     tokenizer = data.load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together")
@@ -56,12 +51,42 @@ def check(args: Namespace, here: Place) -> Setup:
     return Setup(directory, config, tokenizer, contents)
 
 
-def check_shape(config: OPTConfig, args: Namespace) -> None:
-    """Whether the model can be cut as `args` ask. Raises UserError."""
+def check_benchmark(args: Namespace, here: Place) -> tuple[OPTConfig, weights.Weights]:
+    """The same for the benchmark, which needs no data and no trained weights. Raises UserError."""
+    _check_processes(args, here)
+    size = args.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
+    if size in PRESETS:
+        config = modeling.set_dropout(preset_config(size), args.dropout)
+    elif Path(args.model_name_or_path).is_dir():
+        config = modeling.load_config(Path(args.model_name_or_path), args.dropout)
+    else:
+        raise UserError(f"--model_name_or_path {args.model_name_or_path}: neither a directory nor one of {', '.join(PRESETS)}")
+    _check_shape(config, args)
+    _check_length("--seq_length", args.seq_length, config)
+    return config, weights.InitialWeights(modeling.meta_model(config), args.seed, here.device)
+
+
+def _check_processes(args: Namespace, here: Place) -> None:
+    resolve(args, here.device.type, has_bf16(here.device))
+    if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
+        raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
+    model_ranks = args.tp_size * args.pp_size
+    if here.world_size % model_ranks:
+        raise UserError(f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes")
+
+
+def _check_shape(config: OPTConfig, args: Namespace) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"the model's hidden_size {config.hidden_size} is not divisible by its {config.num_attention_heads} attention heads: correct its config.json")
     if config.num_attention_heads % args.tp_size:
         raise UserError(f"the model's {config.num_attention_heads} attention heads are not divisible by --tp_size {args.tp_size}")
     if config.num_hidden_layers < args.pp_size:
         raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {args.pp_size}")
+
+
+def _check_length(flag: str, length: int, config: OPTConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise UserError(f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less")
 
 
 def _check_writable(output_path: str) -> None:
@@ -69,11 +94,12 @@ def _check_writable(output_path: str) -> None:
     target = output_directory(output_path)
     if is_one_file(output_path) and os.path.isdir(output_path):
         raise UserError(f"--output_path {output_path} is a directory, its name one file's: choose another name")
-    nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
+    nearest = target
     try:
+        nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass
-    except OSError as error:
+    except OSError as error:  # of exists() too: a name too long, a folder that this user may not look into
         raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose another place") from error
 
 

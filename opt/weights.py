@@ -6,6 +6,7 @@ shards. ColossalAI 0.5.0's own loading takes some of these under some plugins, a
 a word. Here all of them become one mapping, name -> tensor, that reads a tensor from disk when it is asked for.
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -158,20 +159,28 @@ def locate(model_name_or_path: str) -> Path:
     if looks_local or os.path.exists(model_name_or_path):
         raise UserError(f"--model_name_or_path {model_name_or_path}: no such directory; give one, or a Hub id such as facebook/opt-350m")
 
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        files = list_repo_files(model_name_or_path)
-        weights = next((pattern for pattern in ("*.safetensors", "pytorch_model*.bin") if any(Path(f).match(pattern) for f in files)), None)
-        return Path(snapshot_download(model_name_or_path, allow_patterns=["*.json", "*.txt", *([weights] if weights else [])]))
+        # With a time limit: without one, as in snapshot_download, a Hub that takes the connection and is silent is waited for.
+        listing = HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
+        files = [file.rfilename for file in listing]
+        weights = next((pattern for pattern in ("model*.safetensors", "pytorch_model*.bin") if any(Path(f).match(pattern) for f in files)), None)
+        directory = Path(snapshot_download(model_name_or_path, allow_patterns=["*.json", "*.txt", *([weights] if weights else [])]))
+        if not weights or weight_files(directory):
+            return directory
+        first_try = OSError("its download broke off")  # snapshot_download gives what there is
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_try = error
     try:  # the Hub cannot be reached, but an earlier run may have been here
-        return Path(snapshot_download(model_name_or_path, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"]))
+        directory = Path(snapshot_download(model_name_or_path, local_files_only=True))
+        if weight_files(directory):  # a download that broke off would train from scratch
+            return directory
     except (HfHubHTTPError, OSError, ValueError):
-        reason = str(first_try).split("\n")[0]
-        raise UserError(f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory") from first_try
+        pass
+    reason = "no such model, or a private one" if isinstance(first_try, RepositoryNotFoundError) else str(first_try).split("\n")[0]
+    raise UserError(f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory") from first_try
 
 
 def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.device = torch.device("cpu")) -> Weights:
@@ -220,6 +229,9 @@ def _fill(module: nn.Module, weights: Weights, prefix: str, missing: list, error
     # As nn.Module.load_state_dict does it, which however first copies the whole mapping into memory.
     if module._parameters or module._buffers:
         module._load_from_state_dict(weights, prefix, {}, True, missing, [], errors)
+        # ColossalAI 0.5.0's shard of a tensor refers to itself (_hijack_detach_and_clone): it, and at times the whole tensor
+        # that it was cut from, would stay in memory until Python looks for such cycles.
+        gc.collect(1)
     for name, child in module._modules.items():
         if child is not None:
             _fill(child, weights, f"{prefix}{name}.", missing, errors)

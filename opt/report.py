@@ -1,0 +1,140 @@
+"""The benchmark's results as a table, results.csv, results.md and two plots.
+
+    python -m opt.report table benchmark_results       (run_benchmark.sh calls it at the end)
+    python -m opt.report failed FILE --log LOG ...     (write the row of a combination that did not run)
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+GIB = 2**30
+# heading, how to read it off a result
+COLUMNS = {
+    "model": lambda r: r["model"],
+    "plugin": lambda r: r["plugin"],
+    "precision": lambda r: r.get("precision", ""),
+    "gpus": lambda r: r["world_size"],
+    "batch": lambda r: r["batch_size"],
+    "status": lambda r: r.get("status", "ok"),
+    "ms/step": lambda r: f"{r['step_seconds']['median'] * 1000:.1f}",
+    "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+    "tokens/s/gpu": lambda r: f"{r['tokens_per_second_per_gpu']:.0f}",
+    "TFLOP/s/gpu": lambda r: f"{r['tflops_per_gpu']:.2f}",
+    "MFU": lambda r: f"{r['mfu']:.3f}",
+    "peak GiB": lambda r: f"{peak_bytes(r) / GIB:.2f}",
+    "loss": lambda r: f"{r['loss']:.4f}",
+}
+
+
+def peak_bytes(result: dict) -> int:
+    """Peak memory: on the device, or in host memory where there is no other."""
+    return result["peak_memory_allocated_bytes"] or result["peak_host_memory_bytes"]
+
+
+def load(directory: Path) -> list[dict]:
+    """The results in a folder, in the order of model, number of GPUs, plugin and batch size."""
+    results = [json.loads(file.read_text()) for file in directory.glob("*.json")]
+    return sorted(results, key=lambda r: (r["model"], r["world_size"], r["plugin"], r["batch_size"]))
+
+
+def rows(results: list[dict]) -> list[list[str]]:
+    """A row of text for each result; a failed one has its status and nothing measured."""
+    return [["" if "status" in r and heading not in _KNOWN else str(read(r)) for heading, read in COLUMNS.items()] for r in results]
+
+
+_KNOWN = ("model", "plugin", "precision", "gpus", "batch", "status")
+
+
+def write_failed(file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int) -> None:
+    """Record a combination that did not run, with the reason that its log gives."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    memory = any("out of memory" in line.lower() for line in lines)
+    if memory:
+        reason = "out of memory"
+    elif status in (124, 137):
+        reason = "took too long"
+    else:
+        # Errors of ours are one line; otherwise the last line that names an exception.
+        errors = [line for line in lines if ": error: " in line or "Error: " in line]
+        reason = "failed: " + (errors[0].split("error: ")[-1] if errors else f"exit status {status}")[:120]
+    result = {"model": model, "plugin": plugin, "batch_size": batch_size, "world_size": world_size, "status": reason}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_tables(results: list[dict], directory: Path) -> str:
+    """results.csv and results.md; returns the table for the terminal."""
+    table = rows(results)
+    with open(directory / "results.csv", "w", newline="") as f:
+        csv.writer(f).writerows([list(COLUMNS), *table])
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *table]
+    measured = next((r for r in results if "status" not in r), None)
+    head = f"{measured['device']}; {', '.join(f'{k} {v}' for k, v in measured['versions'].items())}; commit {measured['commit']}\n\n" if measured else ""
+    (directory / "results.md").write_text(head + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    widths = [max(len(line[i]) for line in [list(COLUMNS), *table]) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [list(COLUMNS), *table])
+
+
+def draw(results: list[dict], directory: Path) -> None:
+    """throughput.png and memory.png: by batch size, a line for each plugin, a panel for each model and number of GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [r for r in results if "status" not in r]
+    if not good:
+        return
+    panels = sorted({(r["model"], r["world_size"]) for r in good})
+    plugins = sorted({r["plugin"] for r in good})
+    quantities = {
+        "throughput": ("tokens/s", lambda r: r["tokens_per_second"]),
+        "memory": ("peak memory (GiB)", lambda r: peak_bytes(r) / GIB),
+    }
+    for name, (label, read) in quantities.items():
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(max(6, 4.5 * len(panels)), 4.2), squeeze=False)
+        for panel, (model, world_size) in zip(axes[0], panels):
+            here = [r for r in good if (r["model"], r["world_size"]) == (model, world_size)]
+            for i, plugin in enumerate(plugins):
+                line = sorted((r["batch_size"], read(r)) for r in here if r["plugin"] == plugin)
+                if line:
+                    panel.plot(*zip(*line), marker="os^Dvx*P"[i % 8], label=plugin, color=f"C{i}")
+            if name == "memory":
+                limit = here[0]["memory_limit_bytes"] / GIB
+                panel.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"the device's {limit:.0f} GiB")
+            sizes = sorted({r["batch_size"] for r in here})
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sizes, [str(s) for s in sizes])
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
+            panel.set(title=f"{model}, {world_size} process{'es' * (world_size > 1)}", xlabel="batch size (rows per data-parallel rank)", ylabel=label)
+            panel.grid(alpha=0.3)
+        axes[0][0].legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(directory / f"{name}.png", dpi=110)
+        pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("table", help="write the tables and plots of a folder of results")
+    table.add_argument("directory", type=Path)
+    failed = commands.add_parser("failed", help="write the row of a combination that did not run")
+    failed.add_argument("file", type=Path)
+    failed.add_argument("--log", type=Path, required=True)
+    for flag, kind in (("status", int), ("model", str), ("plugin", str), ("batch_size", int), ("world_size", int)):
+        failed.add_argument(f"--{flag}", type=kind, required=True)
+    args = parser.parse_args()
+    if args.command == "failed":
+        write_failed(args.file, args.log, args.status, args.model, args.plugin, args.batch_size, args.world_size)
+        return
+    results = load(args.directory)
+    print(write_tables(results, args.directory))
+    draw(results, args.directory)
+    print(f"{args.directory}: results.csv, results.md, throughput.png, memory.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Measure throughput and peak memory of training OPT: the training script's setup on synthetic tokens.
+
+    python opt_benchmark.py --model_name_or_path 125m --plugin low_level_zero --batch_size 32
+    torchrun --nproc_per_node 2 opt_benchmark.py --model_name_or_path 1.3b --plugin gemini --json result.json
+
+This is the training loop with everything but the measured step taken out. run_benchmark.sh sweeps it.
+"""
+
+import json
+import statistics
+import subprocess
+from pathlib import Path
+
+from args import UserError, benchmark_parser, report_user_error
+
+
+def main() -> None:
+    args = benchmark_parser().parse_args()
+
+    import torch
+    import torch.distributed as dist  # after the arguments: the libraries below take seconds to import
+
+    from opt import launch, plan
+
+    here = launch.place()
+    try:
+        config, contents = plan.check_benchmark(args, here)
+    except UserError as error:
+        report_user_error(error)
+    try:
+        launch.start(here, args.mem_cap)
+        result = measure(args, here, config, contents)
+    except torch.OutOfMemoryError as error:
+        # Exit code 3 tells the sweep apart from a failure. No good-bye to the other processes: their launcher ends them.
+        print(f"out of memory: {str(error).splitlines()[0]}", flush=True)
+        raise SystemExit(3) from None
+    if here.is_main:
+        print(describe(result), flush=True)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+def measure(args, here, config, contents) -> dict:
+    """Train on synthetic tokens, and return the result's JSON object."""
+    import torch
+    import torch.distributed as dist
+
+    from opt import launch, metrics, step
+    from opt.build import build
+    from opt.data import SyntheticBatches
+
+    matmul_rate = metrics.matmul_flops(here.device)
+    if here.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    built = build(args, here, config, contents, args.learning_rate, 0, 10**9)
+    parallel = built.parallel
+    batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, parallel.dp_rank, parallel.dp_size, args.seed)
+
+    def train_step():
+        group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+        loss, _ = step.train_step(parallel, built.model, built.optimizer, built.schedule, group)
+        return loss, sum(batch.tokens for batch in group)
+
+    timer, first_step = metrics.StepTimer(here.device), None
+    for i in range(args.warmup_steps + args.max_train_steps):
+        if i == args.warmup_steps:
+            dist.barrier()
+        timer.start()
+        loss, tokens = train_step()
+        timer.stop()
+        if first_step is None:
+            timer.seconds()
+            first_step = launch.seconds_since_launch()
+    seconds = timer.seconds()[args.warmup_steps :]
+    dist.all_reduce(loss)
+    memory = metrics.peak_memory(here.device)
+    if args.profile:
+        profile(train_step, args.profile, here)
+
+    median = statistics.median(seconds)
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
+    rate = tokens / median
+    flops = rate / here.world_size * metrics.flops_per_token(config, args.seq_length)
+    return {
+        "plugin": args.plugin,
+        "model": args.model_name_or_path,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "seq_length": args.seq_length,
+        "world_size": here.world_size,
+        "tp_size": args.tp_size,
+        "pp_size": args.pp_size,
+        "zero_stage": args.zero_stage,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "grad_checkpoint": args.grad_checkpoint,
+        "offload_optim_frac": args.offload_optim_frac,
+        "dropout": config.dropout,
+        "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},
+        "samples_per_second": rate / args.seq_length,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_gpu": rate / here.world_size,
+        "tflops_per_gpu": flops / 1e12,
+        "mfu": flops / matmul_rate,
+        "matmul_tflops": matmul_rate / 1e12,
+        **memory,
+        "memory_limit_bytes": launch.memory_limit(here.device),
+        "loss": loss.item(),
+        "seconds_to_first_step": first_step,
+        "device": launch.device_name(here.device),
+        "versions": launch.versions(),
+        "commit": commit(),
+    }
+
+
+def profile(train_step, directory, here) -> None:
+    """Trace three steps; open the file at https://ui.perfetto.dev, or read the table of the costliest operations beside it."""
+    import torch
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as trace:
+        for _ in range(3):
+            train_step()
+    trace.export_chrome_trace(f"{directory}/rank{here.rank}.json.gz")
+    by = "self_cuda_time_total" if here.device.type == "cuda" else "self_cpu_time_total"
+    Path(directory, f"rank{here.rank}.txt").write_text(trace.key_averages().table(sort_by=by, row_limit=40))
+
+
+def describe(result) -> str:
+    """The result in a few lines."""
+    step, gib = result["step_seconds"], 2**30
+    where = "allocated on the device" if result["peak_memory_allocated_bytes"] else "in host memory"
+    peak = result["peak_memory_allocated_bytes"] or result["peak_host_memory_bytes"]
+    return (
+        f"  {result['model']} {result['plugin']} {result['precision']}, {result['batch_size']} x {result['seq_length']} tokens, "
+        f"{result['world_size']} x {result['device']}\n"
+        f"  step      {step['median'] * 1000:,.1f} ms (p10 {step['p10'] * 1000:,.1f}, p90 {step['p90'] * 1000:,.1f})\n"
+        f"  rate      {result['tokens_per_second']:,.0f} tokens/s, {result['samples_per_second']:,.2f} samples/s, "
+        f"{result['tflops_per_gpu']:,.2f} TFLOP/s each, MFU {result['mfu']:.1%} of {result['matmul_tflops']:,.1f}\n"
+        f"  memory    {peak / gib:.2f} GiB {where} at the peak\n"
+        f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s after launch"
+    )
+
+
+def commit() -> str:
+    """The commit of this code, "+" behind it where files have changed since; empty outside a git checkout."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
