@@ -5,6 +5,7 @@ or the device is checked in opt/plan.py.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 
@@ -88,6 +89,18 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "--grad_checkpoint",
         action="store_true",
         help="recompute each layer's activations in backward: less memory, about a third more arithmetic; default off",
+    )
+    g.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile each decoder layer (torch.compile): faster steps after about half a minute at the start; not with gemini; "
+        "default off",
+    )
+    g.add_argument(
+        "--fused_loss",
+        action="store_true",
+        help="compute the loss without the whole logits, by Liger's fused linear cross-entropy (pip install liger-kernel): less "
+        "memory; on a GPU, not with --tp_size over 1; default off",
     )
     g.add_argument("--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off")
     g.add_argument("--learning_rate", type=_number(float, 0), default=5e-5, help="peak learning rate; default 5e-5")
@@ -209,6 +222,13 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
         raise UserError("this GPU has no bf16: use --precision fp16")
     if gemini and args.precision == "fp32":
         raise UserError("gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp")
+
+    if args.compile and gemini:
+        raise UserError("gemini's parameters cannot be traced by torch.compile: leave out --compile or use another plugin")
+    if args.fused_loss and (device_type != "cuda" or args.tp_size > 1):
+        raise UserError("--fused_loss needs a GPU and a vocabulary in one piece (--tp_size 1): leave it out")
+    if args.fused_loss and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("--fused_loss needs Liger: pip install liger-kernel, or leave it out")
 
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0

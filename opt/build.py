@@ -35,10 +35,12 @@ def build(
     # The ranks of a tensor-parallel group hold parts of the same activations and must drop the same ones; all others differ.
     launch.seed_everything(args.seed + parallel.dp_rank * parallel.pp_size + parallel.pp_rank)
     dtype = modeling.DTYPES["fp32" if args.plugin.startswith("torch_ddp") else args.precision]
-    model = modeling.build_model(config, args.plugin, dtype, here.device, args.grad_checkpoint)
+    model = modeling.build_model(config, args.plugin, dtype, here.device, args.grad_checkpoint, args.fused_loss)
     adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam, *_ = parallel.booster.boost(model, adam)
+    if args.compile:
+        modeling.compile_layers(model.unwrap())
     # After boost: only now does the plugin know this process's share of each tensor.
     weights.place(model, adam, contents)
     model.train()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from . import light_imports  # noqa: F401, I001  before colossalai
 from colossalai.lazy import LazyInitContext
 from colossalai.shardformer.layer._operation import reduce_forward
 from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
@@ -46,6 +47,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.stage = Stage(0, config.num_hidden_layers)
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_activations = False
+        self.fused_loss = False
 
     def forward(self, input_ids=None, labels=None, hidden_states=None) -> dict[str, torch.Tensor]:
         """One pass over rows padded on the right.
@@ -85,12 +87,28 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
     def sum_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The next-token cross-entropy in fp32, summed over the labels that are not -100."""
         targets = labels[:, 1:].flatten()
-        logits = self.lm_head(hidden_states[:, :-1].flatten(0, 1))
+        hidden_states = hidden_states[:, :-1].flatten(0, 1)
+        if self.fused_loss:
+            return fused_linear_cross_entropy(hidden_states, self.lm_head.weight, targets)
+        logits = self.lm_head(hidden_states)
         if self.tp_group is None:
             return F.cross_entropy(logits.float()[:, : self.config.vocab_size], targets, ignore_index=IGNORE, reduction="sum")
         # Each rank has as many rows of the head; the last one's logits come without the columns of padding.
         first = dist.get_rank(self.tp_group) * self.lm_head.weight.shape[0]
         return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
+
+
+def fused_linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of `hidden_states @ weight.T`, in chunks, so that the logits never exist as a whole (Liger).
+
+    hidden_states: (tokens, width); weight: (vocabulary, width); targets: (tokens,), -100 for none.
+    """
+    if torch.overrides.has_torch_function_unary(weight):
+        # Gemini's parameters have their values only inside a torch function, which announces them; Liger's is none.
+        return torch.overrides.handle_torch_function(fused_linear_cross_entropy, (weight,), hidden_states, weight, targets)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum")(weight.to(hidden_states.dtype), hidden_states, targets)
 
 
 def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup) -> torch.Tensor:
@@ -180,7 +198,14 @@ def meta_model(config: OPTConfig) -> OPTForCausalLM:
         return OPTForCausalLM(config)
 
 
-def build_model(config: OPTConfig, plugin: str, dtype: torch.dtype, device: torch.device, grad_checkpoint: bool) -> OPTForCausalLM:
+def build_model(
+    config: OPTConfig,
+    plugin: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad_checkpoint: bool = False,
+    fused_loss: bool = False,
+) -> OPTForCausalLM:
     """A model ready for Booster.boost, its weights still to be placed (weights.place).
 
     Under gemini and hybrid_parallel the parameters get memory only when the plugin has cut them to this process's share;
@@ -195,4 +220,11 @@ def build_model(config: OPTConfig, plugin: str, dtype: torch.dtype, device: torc
                 model = OPTForCausalLM(config).to(dtype)
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     model.recompute_activations = grad_checkpoint
+    model.fused_loss = fused_loss
     return model
+
+
+def compile_layers(model: OPTForCausalLM) -> None:
+    """Compile the decoder layers of this process, in place; they share one compilation."""
+    for layer in model.model.decoder.layers[model.stage.start : model.stage.end]:
+        layer.compile()

@@ -1,6 +1,7 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
 import torch
+from . import light_imports  # noqa: F401, I001  before colossalai
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer

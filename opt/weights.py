@@ -24,6 +24,7 @@ EMBEDDING = "model.decoder.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
 # In the order of preference of transformers' from_pretrained.
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 class Weights(Mapping):
@@ -145,6 +146,9 @@ def weight_files(directory: Path) -> list[Path]:
         if missing:
             raise UserError(f"{file} names {missing[0]}, which is not there: download or copy it again")
         return [directory / s for s in shards]
+    stray = sorted(file.name for pattern in _PATTERNS for file in directory.glob(pattern))
+    if stray:  # not a reason to train from scratch
+        raise UserError(f"{directory} has {stray[0]}, but no {' or '.join(_FILES)}: download or copy the rest, or rename it")
     return []
 
 
@@ -166,7 +170,7 @@ def locate(model_name_or_path: str) -> Path:
         # With a time limit: without one, as in snapshot_download, a Hub that takes the connection and is silent is waited for.
         listing = HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
         files = [file.rfilename for file in listing]
-        weights = next((pattern for pattern in ("model*.safetensors", "pytorch_model*.bin") if any(Path(f).match(pattern) for f in files)), None)
+        weights = next((pattern for pattern in _PATTERNS if any(Path(f).match(pattern) for f in files)), None)
         directory = Path(snapshot_download(model_name_or_path, allow_patterns=["*.json", "*.txt", *([weights] if weights else [])]))
         if not weights or weight_files(directory):
             return directory
