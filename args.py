@@ -17,7 +17,7 @@ class UserError(Exception):
     """Something that the user can put right. Printed as one line, by one process, with exit code 2."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line, from one process of the node."""
 
     def error(self, message):
@@ -47,6 +47,33 @@ def _number(kind, low, high=float("inf"), low_open=False):
     return parse
 
 
+def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
+    """What every way of training takes, the peers in benchmarks/ too."""
+    g.add_argument("--batch_size", type=_number(int, 1), default=32, help="rows per data-parallel rank and step; default 32")
+    g.add_argument(
+        "--gradient_accumulation_steps",
+        type=_number(int, 1),
+        default=1,
+        help="batches per optimizer step; default 1",
+    )
+    g.add_argument("--mem_cap", type=_number(float, 0), default=0, help="GPU memory that a process may use, GiB; default 0, no cap")
+    g.add_argument(
+        "--grad_checkpoint",
+        action="store_true",
+        help="recompute each layer's activations in backward: less memory, about a third more arithmetic; default off",
+    )
+    g.add_argument(
+        "--fused_loss",
+        action="store_true",
+        help="compute the loss without the whole logits, by Liger's fused linear cross-entropy (pip install liger-kernel): less "
+        "memory; on a GPU, not with --tp_size over 1; default off",
+    )
+    g.add_argument("--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off")
+    g.add_argument("--learning_rate", type=_number(float, 0), default=5e-5, help="peak learning rate; default 5e-5")
+    g.add_argument("--weight_decay", type=_number(float, 0), default=0.01, help="AdamW's decay of matrices; biases and norms have none; default 0.01")
+    g.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}")
+
+
 def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """What decides how the model is built, spread over the devices and updated: the same for training and benchmark."""
     g = parser.add_argument_group("model and plugin")
@@ -57,13 +84,7 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         help="arithmetic of forward and backward; default bf16 on a GPU that has it, fp16 on an older GPU, fp32 on a CPU "
         "(bf16 there with gemini, which has no fp32); torch_ddp_fp16 is always fp16",
     )
-    g.add_argument("--batch_size", type=_number(int, 1), default=32, help="rows per data-parallel rank and step; default 32")
-    g.add_argument(
-        "--gradient_accumulation_steps",
-        type=_number(int, 1),
-        default=1,
-        help="batches per optimizer step; default 1",
-    )
+    add_run_arguments(g, seed)
     g.add_argument("--tp_size", type=_number(int, 1), help="tensor parallel size, hybrid_parallel only; default 1")
     g.add_argument("--pp_size", type=_number(int, 1), help="pipeline stages, hybrid_parallel only; default 1")
     g.add_argument(
@@ -84,12 +105,6 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         type=_number(float, 0, 1),
         help="share of the optimizer state kept in host memory, 0 to 1, gemini only; default 0",
     )
-    g.add_argument("--mem_cap", type=_number(float, 0), default=0, help="GPU memory that a process may use, GiB; default 0, no cap")
-    g.add_argument(
-        "--grad_checkpoint",
-        action="store_true",
-        help="recompute each layer's activations in backward: less memory, about a third more arithmetic; default off",
-    )
     g.add_argument(
         "--compile",
         action="store_true",
@@ -97,27 +112,17 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "default off",
     )
     g.add_argument(
-        "--fused_loss",
-        action="store_true",
-        help="compute the loss without the whole logits, by Liger's fused linear cross-entropy (pip install liger-kernel): less "
-        "memory; on a GPU, not with --tp_size over 1; default off",
-    )
-    g.add_argument("--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off")
-    g.add_argument("--learning_rate", type=_number(float, 0), default=5e-5, help="peak learning rate; default 5e-5")
-    g.add_argument("--weight_decay", type=_number(float, 0), default=0.01, help="AdamW's decay of matrices; biases and norms have none; default 0.01")
-    g.add_argument(
         "--adam_kernel",
         choices=("torch", "colossalai"),
         default="torch",
         help="HybridAdam's arithmetic: PyTorch's fused AdamW, ready at once, or ColossalAI's own, compiled at first use with "
         "the CUDA toolkit (minutes); default torch",
     )
-    g.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}")
 
 
 def train_parser() -> argparse.ArgumentParser:
     """The parser of opt_train_demo.py."""
-    parser = _Parser(
+    parser = Parser(
         prog="opt_train_demo.py",
         description="Fine-tune an OPT model with ColossalAI. Start it with `colossalai run --nproc_per_node N "
         "opt_train_demo.py ...`, with torchrun, or with python for one process.",
@@ -172,25 +177,31 @@ def train_parser() -> argparse.ArgumentParser:
 
 def benchmark_parser() -> argparse.ArgumentParser:
     """The parser of opt_benchmark.py."""
-    parser = _Parser(
+    parser = Parser(
         prog="opt_benchmark.py",
         description="Measure throughput and peak memory of training OPT on synthetic tokens, with the training script's "
         "model, plugin and optimizer. Started like opt_train_demo.py.",
     )
+    add_measurement_arguments(parser)
+    _add_setup_arguments(parser, seed=42)
+    parser.add_argument("--profile", metavar="DIR", help="write a torch.profiler trace of three more steps into this folder")
+    return parser
+
+
+def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how often; for the peers in benchmarks/ too."""
     parser.add_argument(
         "--model_name_or_path",
         default="125m",
         help="a published size (125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b; facebook/opt-125m means 125m), built from "
         "constants, without network or trained weights; or a directory with config.json; default 125m",
     )
-    _add_setup_arguments(parser, seed=42)
     g = parser.add_argument_group("measurement")
     g.add_argument("--seq_length", type=_number(int, 2), default=1024, help="tokens a row; default 1024")
     g.add_argument("--max_train_steps", type=_number(int, 1), default=20, help="optimizer steps that are timed; default 20")
     g.add_argument("--warmup_steps", type=_number(int, 1), default=5, help="optimizer steps before those, not timed; default 5")
-    g.add_argument("--profile", metavar="DIR", help="write a torch.profiler trace of three more steps into this folder")
+    g.add_argument("--repeats", type=_number(int, 1), default=1, help="blocks of --max_train_steps that are timed; default 1")
     g.add_argument("--json", metavar="PATH", help="write the result as JSON into this file")
-    return parser
 
 
 def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argparse.Namespace:

@@ -9,18 +9,22 @@ This is the training loop with everything but the measured step taken out. run_b
 import json
 import statistics
 import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from args import UserError, benchmark_parser, report_user_error
 
 
 def main() -> None:
-    args = benchmark_parser().parse_args()
+    run(benchmark_parser().parse_args(), measure)
 
+
+def run(args, measure) -> None:
+    """Check, start the processes, `measure`, print and write the result: the course of benchmarks/peers.py as well."""
     import torch
     import torch.distributed as dist  # after the arguments: the libraries below take seconds to import
 
-    from opt import launch, plan
+    from opt import launch, metrics, plan
 
     here = launch.place()
     try:
@@ -29,7 +33,11 @@ def main() -> None:
         report_user_error(error)
     try:
         launch.start(here, args.mem_cap)
-        result = measure(args, here, config, contents)
+        matmul_rate = metrics.matmul_flops(here.device)
+        if here.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        result = summarize(args, here, config, measure(args, here, config, contents), matmul_rate)
     except torch.OutOfMemoryError as error:
         # Exit code 3 tells the sweep apart from a failure. No good-bye to the other processes: their launcher ends them.
         print(f"out of memory: {str(error).splitlines()[0]}", flush=True)
@@ -41,19 +49,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(args, here, config, contents) -> dict:
-    """Train on synthetic tokens, and return the result's JSON object."""
-    import torch
-    import torch.distributed as dist
-
-    from opt import launch, metrics, step
+def measure(args, here, config, contents) -> "Measured":
+    """Train on synthetic tokens."""
+    from opt import step
     from opt.build import build
     from opt.data import SyntheticBatches
 
-    matmul_rate = metrics.matmul_flops(here.device)
-    if here.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     built = build(args, here, config, contents, args.learning_rate, 0, 10**9)
     parallel = built.parallel
     batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, parallel.dp_rank, parallel.dp_size, args.seed)
@@ -61,27 +62,56 @@ def measure(args, here, config, contents) -> dict:
     def train_step():
         group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
         loss, _ = step.train_step(parallel, built.model, built.optimizer, built.schedule, group)
-        return loss, sum(batch.tokens for batch in group)
+        return loss
+
+    measured = time_steps(args, here, train_step)
+    if args.profile:
+        profile(train_step, args.profile, here)
+    return measured
+
+
+@dataclass
+class Measured:
+    """What came out of the timed steps."""
+
+    seconds: list[float]  # of each
+    loss: float  # of the last
+    first_step: float  # seconds from launch to the end of the very first step
+    memory: dict[str, int]  # see metrics.peak_memory
+    more: dict = field(default_factory=dict)  # what else the result is to say
+
+
+def time_steps(args, here, train_step) -> Measured:
+    """Time `train_step()`, which returns this process's share of the step's loss: --repeats blocks, after the warm-up."""
+    import torch.distributed as dist
+
+    from opt import launch, metrics
 
     timer, first_step = metrics.StepTimer(here.device), None
-    for i in range(args.warmup_steps + args.max_train_steps):
-        if i == args.warmup_steps:
+    for i in range(args.warmup_steps + args.repeats * args.max_train_steps):
+        if (i - args.warmup_steps) % args.max_train_steps == 0:
             dist.barrier()
         timer.start()
-        loss, tokens = train_step()
+        loss = train_step()
         timer.stop()
         if first_step is None:
             timer.seconds()
             first_step = launch.seconds_since_launch()
     seconds = timer.seconds()[args.warmup_steps :]
     dist.all_reduce(loss)
-    memory = metrics.peak_memory(here.device)
-    if args.profile:
-        profile(train_step, args.profile, here)
+    return Measured(seconds, loss.item(), first_step, metrics.peak_memory(here.device))
 
-    median = statistics.median(seconds)
+
+def summarize(args, here, config, measured, matmul_rate) -> dict:
+    """The result's JSON object."""
+    from opt import launch, metrics
+
+    seconds, size = measured.seconds, args.max_train_steps
+    blocks = [statistics.median(seconds[i : i + size]) for i in range(0, len(seconds), size)]
+    median = statistics.median(blocks)
     deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-    rate = tokens / median
+    rows = args.batch_size * args.gradient_accumulation_steps * here.world_size // (args.tp_size * args.pp_size)
+    rate = rows * args.seq_length / median
     flops = rate / here.world_size * metrics.flops_per_token(config, args.seq_length)
     return {
         "plugin": args.plugin,
@@ -95,22 +125,26 @@ def measure(args, here, config, contents) -> dict:
         "zero_stage": args.zero_stage,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "grad_checkpoint": args.grad_checkpoint,
+        "compile": args.compile,
+        "fused_loss": args.fused_loss,
         "offload_optim_frac": args.offload_optim_frac,
         "dropout": config.dropout,
         "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},
+        "repeats": blocks,
         "samples_per_second": rate / args.seq_length,
         "tokens_per_second": rate,
         "tokens_per_second_per_gpu": rate / here.world_size,
         "tflops_per_gpu": flops / 1e12,
         "mfu": flops / matmul_rate,
         "matmul_tflops": matmul_rate / 1e12,
-        **memory,
+        **measured.memory,
         "memory_limit_bytes": launch.memory_limit(here.device),
-        "loss": loss.item(),
-        "seconds_to_first_step": first_step,
+        "loss": measured.loss,
+        "seconds_to_first_step": measured.first_step,
         "device": launch.device_name(here.device),
         "versions": launch.versions(),
         "commit": commit(),
+        **measured.more,
     }
 
 

@@ -42,10 +42,12 @@ def main() -> None:
 
 def train(args, here, setup, dataset, steps) -> None:
     """Everything between the checks and the saved model."""
-    from opt import checkpoint, metrics, step
+    from opt import checkpoint, metrics, modeling, step
     from opt.build import build
     from opt.data import Batches
 
+    if dataset.train.lengths.min() < dataset.train.lengths.max():
+        modeling.expect_varying_lengths()
     built = build(args, here, setup.config, setup.weights, steps.learning_rate, steps.warmup_steps, steps.total_steps)
     parallel, model = built.parallel, built.model
 

@@ -34,6 +34,9 @@ for n in $processes; do
     combinations+=("$n $model $plugin $bs")
   done; done; done
 done
+# Told to stop, end the measurement under way too: it would go on by itself, beside those of the next start.
+job=
+trap '[ -z "$job" ] || { kill "$job"; wait "$job"; } || true; exit 130' INT TERM
 total=${#combinations[@]} done_before=0 measured=0 begun=$SECONDS
 echo "run_benchmark: $total combinations, $gpus GPU(s), results in $out/"
 
@@ -52,12 +55,14 @@ for i in "${!combinations[@]}"; do
   elif [ "$plugin" = hybrid_parallel ] && [ $((n % 2)) = 0 ]; then flags+=(--tp_size 2); fi
   status=0
   timeout --kill-after=10 "$timeout" "$python" -m torch.distributed.run --standalone --nproc_per_node "$n" \
-    opt_benchmark.py "${flags[@]}" "$@" --json "$file.part" >"$out/$name.log" 2>&1 || status=$?
+    opt_benchmark.py "${flags[@]}" "$@" --json "$file.part" >"$out/$name.log" 2>&1 &
+  job=$!
+  wait "$job" || status=$? # bash heeds a signal in wait, not while a command runs
+  job=
   if [ $status = 0 ]; then
     mv "$file.part" "$file"
   else
     rm -f "$file.part"
-    [ $status -ge 128 ] && [ $status != 137 ] && exit $status # the sweep itself was told to stop
     "$python" -m opt.report failed "$file" --log "$out/$name.log" --status $status \
       --model "$model" --plugin "$plugin" --batch_size "$bs" --world_size "$n"
   fi

@@ -73,6 +73,9 @@ nodes=1
 WORLD_SIZE=$((processes * nodes)) "$python" opt_train_demo.py "${flags[@]}" --dry_run
 
 # ---- run
+if [ "$processes" = 1 ] && [ $nodes = 1 ]; then
+  exec "$python" opt_train_demo.py "${flags[@]}" # a launcher would only make it wait
+fi
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 launch=("$python" -c 'from colossalai.cli import cli; cli()' run --nproc_per_node "$processes" --master_port "$port")
 [ -n "${HOSTFILE:-}" ] && launch+=(--hostfile "$HOSTFILE")

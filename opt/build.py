@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from . import launch, modeling, optimizer, plugins, weights
+from . import launch, modeling, optimizer, plugins, weights, zero
 
 
 @dataclass
@@ -39,6 +39,7 @@ def build(
     adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam, *_ = parallel.booster.boost(model, adam)
+    zero.speed_up(adam)
     if args.compile:
         modeling.compile_layers(model.unwrap())
     # After boost: only now does the plugin know this process's share of each tensor.

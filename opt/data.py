@@ -85,7 +85,7 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
     whole text. Raises UserError.
     """
     splits, identity, source = _texts(dataset, text_column)
-    key = [_CACHE_VERSION, identity, text_column, max_length, eval_fraction, seed, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    key = [_CACHE_VERSION, identity, source, text_column, max_length, eval_fraction, seed, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opt-colossalai"
     directory = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if (directory / "counts.json").is_file():
@@ -104,17 +104,27 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
         raise UserError(f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out {eval_fraction:g} of them: change --eval_fraction, or set it to 0")
     counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
 
-    root.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=root))  # complete or absent: written aside, then renamed
-    for split, split_rows in rows.items():
-        np.save(new / f"{split}.tokens.npy", np.concatenate([np.asarray(r, np.int32) for r in split_rows] or [np.empty(0, np.int32)]))
-        np.save(new / f"{split}.offsets.npy", np.cumsum([0, *map(len, split_rows)]))
-    (new / "counts.json").write_text(json.dumps(asdict(counts) | {"source": source}))
     try:
-        new.rename(directory)
-    except OSError:  # another run was here first
-        shutil.rmtree(new)
+        _store(rows, asdict(counts) | {"source": source}, directory)
+    except OSError as error:
+        raise UserError(f"the tokens cannot be cached ({error}): choose another folder with XDG_CACHE_HOME") from error
     return directory
+
+
+def _store(rows: dict[str, list], counts: dict, directory: Path) -> None:
+    """Write the tokens, complete or absent: aside, then renamed."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=directory.parent))
+    try:
+        for split, split_rows in rows.items():
+            np.save(new / f"{split}.tokens.npy", np.concatenate([np.asarray(r, np.int32) for r in split_rows] or [np.empty(0, np.int32)]))
+            np.save(new / f"{split}.offsets.npy", np.cumsum([0, *map(len, split_rows)]))
+        (new / "counts.json").write_text(json.dumps(counts))
+        new.rename(directory)
+    except OSError:
+        shutil.rmtree(new)
+        if not directory.is_dir():  # otherwise another run was here first
+            raise
 
 
 def open_dataset(directory: Path) -> Dataset:
@@ -129,9 +139,10 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a file that it cannot read, it raises too
     if dataset == WIKITEXT:
-        loaded = _load_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
-        column, source = "text", "Hub, Salesforce/wikitext, wikitext-2-raw-v1"
+        loaded, hub = _load_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
+        column, source = "text", f"{hub}, Salesforce/wikitext, wikitext-2-raw-v1"
         splits = {"train": loaded["train"], "held_out": loaded["validation"]}
         identity = [loaded["train"]._fingerprint, loaded["validation"]._fingerprint]
     elif os.path.isfile(dataset):
@@ -147,9 +158,9 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
     elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1 or os.path.isdir(dataset):
         raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
     else:
-        loaded = _load_from_hub(dataset, asked_for=dataset)
+        loaded, hub = _load_from_hub(dataset, asked_for=dataset)
         split = "train" if "train" in loaded else next(iter(loaded))
-        splits, identity, source = {"train": loaded[split]}, loaded[split]._fingerprint, f"Hub, {dataset}, split {split}"
+        splits, identity, source = {"train": loaded[split]}, loaded[split]._fingerprint, f"{hub}, {dataset}, split {split}"
 
     names = splits["train"].column_names
     if column not in names:
@@ -157,7 +168,8 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
     return {name: split[column][:] for name, split in splits.items()}, identity, source
 
 
-def _load_from_hub(*args, asked_for: str):
+def _load_from_hub(*args, asked_for: str) -> tuple[dict, str]:
+    """A data set's splits, and in words where from: the Hub, or the cache of an earlier run while the Hub does not answer."""
     import datasets
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
@@ -167,15 +179,14 @@ def _load_from_hub(*args, asked_for: str):
     except RepositoryNotFoundError as error:
         raise UserError(f"--dataset {asked_for}: neither a file here nor a data set on the Hub, or a private one") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        # An earlier run may have been here. Left to itself, datasets would ask such a Hub again for half a minute or more,
-        # with a line for each try.
+        # Left to itself, datasets asks such a Hub for half a minute or more, with a line for each try, before its cache.
         datasets.config.HF_HUB_OFFLINE = True
         try:
-            return _load(*args, asked_for=asked_for)
+            return _load(*args, asked_for=asked_for), "cached from the Hub, which does not answer"
         except UserError:
             reason = str(error).split("\n")[0]
             raise UserError(f"--dataset {asked_for}: not a file here and not to be had from the Hub ({reason}); give a local file") from error
-    return _load(*args, asked_for=asked_for)
+    return _load(*args, asked_for=asked_for), "Hub"
 
 
 def _load(*args, asked_for: str, **kwargs):
@@ -185,8 +196,10 @@ def _load(*args, asked_for: str, **kwargs):
         return load_dataset(*args, **kwargs)
     except Exception as error:  # whatever its reader, builder or the Hub raises, the user's part in it is this data set
         cause = error.__cause__ or error
-        reason = str(cause).split("\n")[0][:200]
-        raise UserError(f"--dataset {asked_for} cannot be read ({type(cause).__name__}: {reason})") from error
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0][:200] if str(cause) else 'no more is known'}"
+        if "corresponds to no data" in str(error):
+            reason = "it has no rows"
+        raise UserError(f"--dataset {asked_for} cannot be read ({reason})") from error
 
 
 def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
 import torch
-from . import light_imports  # noqa: F401, I001  before colossalai
+from . import light_imports  # noqa: F401  before colossalai
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
@@ -93,20 +93,23 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
 gemini_optimizer._AVAIL_OPTIM_LIST.add(HybridAdam)  # Gemini asks for one of these very classes, not for a subclass
 
 
-def use_torch_adam_kernel() -> None:
-    """Give HybridAdam PyTorch's fused AdamW, through ColossalAI's extension point.
+_COLOSSALAI_KERNELS = {loader: loader.REGISTRY for loader in (FusedOptimizerLoader, CPUAdamLoader)}
+
+
+def use_adam_kernel(name: str) -> None:
+    """Whose arithmetic the next HybridAdam has: "torch", PyTorch's fused AdamW, or "colossalai".
 
     ColossalAI 0.5.0 compiles its own kernels at first use: minutes, and an error without nvcc of torch's CUDA version.
+    PyTorch's go in at its extension point, the loaders' registries.
     """
     for loader, kernel in ((FusedOptimizerLoader, _MultiTensorAdam), (CPUAdamLoader, _CpuAdam)):
         # Alone, not beside ColossalAI's kernels: the loader warns about every choice that it has to make.
-        loader.REGISTRY = [kernel]
+        loader.REGISTRY = [kernel] if name == "torch" else _COLOSSALAI_KERNELS[loader]
 
 
 def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_kernel: str = "torch") -> HybridAdam:
     """HybridAdam over `model`'s parameters; decay on matrices alone, not on biases and layer norms."""
-    if adam_kernel == "torch":
-        use_torch_adam_kernel()
+    use_adam_kernel(adam_kernel)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from . import light_imports  # noqa: F401, I001  before colossalai
+from . import light_imports  # noqa: F401  before colossalai
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision.mixed_precision_base import MixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin

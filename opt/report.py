@@ -7,6 +7,7 @@
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 
 GIB = 2**30
@@ -39,12 +40,12 @@ def load(directory: Path) -> list[dict]:
     return sorted(results, key=lambda r: (r["model"], r["world_size"], r["plugin"], r["batch_size"]))
 
 
-def rows(results: list[dict]) -> list[list[str]]:
+def rows(results: list[dict], columns: dict) -> list[list[str]]:
     """A row of text for each result; a failed one has its status and nothing measured."""
-    return [["" if "status" in r and heading not in _KNOWN else str(read(r)) for heading, read in COLUMNS.items()] for r in results]
+    return [["" if "status" in r and heading not in _KNOWN else str(read(r)) for heading, read in columns.items()] for r in results]
 
 
-_KNOWN = ("model", "plugin", "precision", "gpus", "batch", "status")
+_KNOWN = ("model", "plugin", "engine", "precision", "gpus", "batch", "status")
 
 
 def write_failed(file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int) -> None:
@@ -56,24 +57,33 @@ def write_failed(file: Path, log: Path, status: int, model: str, plugin: str, ba
     elif status in (124, 137):
         reason = "took too long"
     else:
-        # Errors of ours are one line; otherwise the last line that names an exception.
-        errors = [line for line in lines if ": error: " in line or "Error: " in line]
+        # Errors of ours are one line; otherwise the first line that names an exception, without torch's "[rank0]: ".
+        errors = [re.sub(r"^\[rank\d+\]: *", "", line) for line in lines if ": error: " in line or "Error: " in line]
         reason = "failed: " + (errors[0].split("error: ")[-1] if errors else f"exit status {status}")[:120]
     result = {"model": model, "plugin": plugin, "batch_size": batch_size, "world_size": world_size, "status": reason}
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def write_tables(results: list[dict], directory: Path) -> str:
-    """results.csv and results.md; returns the table for the terminal."""
-    table = rows(results)
-    with open(directory / "results.csv", "w", newline="") as f:
-        csv.writer(f).writerows([list(COLUMNS), *table])
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *table]
-    measured = next((r for r in results if "status" not in r), None)
-    head = f"{measured['device']}; {', '.join(f'{k} {v}' for k, v in measured['versions'].items())}; commit {measured['commit']}\n\n" if measured else ""
-    (directory / "results.md").write_text(head + "".join(f"| {' | '.join(line)} |\n" for line in lines))
-    widths = [max(len(line[i]) for line in [list(COLUMNS), *table]) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [list(COLUMNS), *table])
+def write_tables(results: list[dict], directory: Path, name: str = "results", columns: dict = COLUMNS) -> str:
+    """`name`.csv and `name`.md; returns the table for the terminal."""
+    table = [list(columns), *rows(results, columns)]
+    with open(directory / f"{name}.csv", "w", newline="") as f:
+        csv.writer(f).writerows(table)
+    lines = [table[0], ["---"] * len(columns), *table[1:]]
+    (directory / f"{name}.md").write_text(conditions(results) + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)
+
+
+def conditions(results: list[dict]) -> str:
+    """What the results were measured on and with, a line; empty if nothing was measured."""
+    measured = [r for r in results if "status" not in r]
+    if not measured:
+        return ""
+    devices = " and ".join(sorted({r["device"] for r in measured}))
+    versions = {name: version for r in measured for name, version in r["versions"].items()}
+    commits = ", ".join(sorted({r["commit"] for r in measured}))
+    return f"{devices}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {commits}\n\n"
 
 
 def draw(results: list[dict], directory: Path) -> None:
@@ -94,12 +104,12 @@ def draw(results: list[dict], directory: Path) -> None:
     }
     for name, (label, read) in quantities.items():
         figure, axes = pyplot.subplots(1, len(panels), figsize=(max(6, 4.5 * len(panels)), 4.2), squeeze=False)
-        for panel, (model, world_size) in zip(axes[0], panels):
+        for panel, (model, world_size) in zip(axes[0], panels, strict=True):
             here = [r for r in good if (r["model"], r["world_size"]) == (model, world_size)]
             for i, plugin in enumerate(plugins):
                 line = sorted((r["batch_size"], read(r)) for r in here if r["plugin"] == plugin)
                 if line:
-                    panel.plot(*zip(*line), marker="os^Dvx*P"[i % 8], label=plugin, color=f"C{i}")
+                    panel.plot(*zip(*line, strict=True), marker="os^Dvx*P"[i % 8], label=plugin, color=f"C{i}")
             if name == "memory":
                 limit = here[0]["memory_limit_bytes"] / GIB
                 panel.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"the device's {limit:.0f} GiB")
@@ -108,7 +118,8 @@ def draw(results: list[dict], directory: Path) -> None:
             panel.set_xticks(sizes, [str(s) for s in sizes])
             panel.minorticks_off()
             panel.set_ylim(bottom=0)
-            panel.set(title=f"{model}, {world_size} process{'es' * (world_size > 1)}", xlabel="batch size (rows per data-parallel rank)", ylabel=label)
+            panel.set_title(f"{model}, {world_size} process{'es' * (world_size > 1)}")
+            panel.set(xlabel="batch size (rows per data-parallel rank)", ylabel=label)
             panel.grid(alpha=0.3)
         axes[0][0].legend(fontsize=8)
         figure.tight_layout()

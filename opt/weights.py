@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -80,7 +81,11 @@ class CheckpointWeights(Weights):
                 if file.suffix == ".safetensors":
                     self._open[file] = safe_open(file, framework="pt")
                 else:
-                    self._open[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                    # Files of torch before 1.6 are no zip archives, and are read whole.
+                    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                        raise ValueError("it holds something else than tensors by name")
+                    self._open[file] = tensors
             except Exception as error:  # every reader has exceptions of its own for a broken file
                 raise UserError(f"{file} cannot be read as weights ({error}): download or copy it again") from error
         return self._open[file]

@@ -1,0 +1,356 @@
+"""Measure what a user would pick instead of ColossalAI, on the work that opt_benchmark.py does.
+
+    python benchmarks/peers.py --engine hf_trainer --model_name_or_path 350m --batch_size 16
+    torchrun --nproc_per_node 2 benchmarks/peers.py --engine fsdp2 --model_name_or_path 1.3b --fused_loss --json result.json
+
+Plain transformers' OPTForCausalLM, with its own forward and loss, from the same initial weights, on the same tokens, with the
+same AdamW. benchmarks/compare.py runs these beside the plugins.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from args import Parser, add_measurement_arguments, add_run_arguments  # noqa: E402
+from opt_benchmark import Measured, run, time_steps  # noqa: E402
+
+# engine -> the packages that it needs beside PyTorch and transformers
+ENGINES = {
+    "hf_trainer": ["accelerate"],
+    "torch_amp": [],
+    "fsdp2": [],
+    "deepspeed_zero2": ["deepspeed"],
+    "deepspeed_zero3": ["deepspeed"],
+    "deepspeed_offload": ["deepspeed"],
+}
+
+
+def main() -> None:
+    parser = Parser(prog="peers.py", description="Measure a training engine other than ColossalAI on the work of opt_benchmark.py.")
+    parser.add_argument("--engine", choices=ENGINES, required=True, help="what trains; benchmarks/README.md describes each")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="arithmetic of forward and backward, the master weights are fp32; default bf16 on a GPU, fp32 on a CPU",
+    )
+    parser.add_argument("--no_compile", dest="compile", action="store_false", help="without torch.compile, which peers use where they can")
+    add_measurement_arguments(parser)
+    add_run_arguments(parser.add_argument_group("training"), seed=42)
+    # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
+    parser.set_defaults(plugin="torch_ddp", tp_size=None, pp_size=None, num_microbatches=None, zero_stage=None, offload_optim_frac=None)
+    args = parser.parse_args()
+    if args.fused_loss and args.engine == "hf_trainer":
+        parser.error("--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out")
+
+    missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
+    if missing:
+        not_installed(args, missing)
+        return
+
+    import torch
+
+    if args.precision is None:
+        args.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    run(args, measure)
+
+
+def packages(args) -> list[str]:
+    """What has to be installed beside the project's own requirements."""
+    return ENGINES[args.engine] + ["liger_kernel"] * args.fused_loss
+
+
+def not_installed(args, missing) -> None:
+    """Say so, in the terminal and as a result."""
+    from opt import launch
+
+    here = launch.place()
+    if not here.is_main:
+        return
+    print(f"  {args.engine}: not installed ({', '.join(missing)})", flush=True)
+    result = {"plugin": args.engine, "model": args.model_name_or_path, "batch_size": args.batch_size, "world_size": here.world_size}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result | {"status": "not installed"}, indent=1) + "\n")
+
+
+def measure(args, here, config, contents) -> Measured:
+    """Train on synthetic tokens with --engine."""
+    from opt import launch
+    from opt.data import SyntheticBatches
+
+    launch.seed_everything(args.seed + here.rank)
+    model = build_model(args, here, config, contents)
+    batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, here.rank, here.world_size, args.seed)
+    if args.engine == "hf_trainer":
+        measured = hf_trainer(args, here, model, batches)
+    else:
+        engine = {"torch_amp": torch_amp, "fsdp2": fsdp2}.get(args.engine, deepspeed_zero)
+        step, about = engine(args, here, model)
+
+        def train_step():
+            group = [next(batches).inputs for _ in range(args.gradient_accumulation_steps)]
+            loss = step([{name: t.to(here.device, non_blocking=True) for name, t in inputs.items()} for inputs in group])
+            return loss / (len(group) * here.world_size)
+
+        measured = time_steps(args, here, train_step)
+        measured.more |= about
+    versions = {name: importlib.metadata.version(name) for name in packages(args)}
+    measured.more |= {"plugin": args.engine, "versions": launch.versions() | versions}
+    return measured
+
+
+def build_model(args, here, config, contents):
+    """transformers' own model on the device, in fp32, with the weights that the plugins start from."""
+    import torch
+    import transformers
+    from transformers.modeling_utils import no_init_weights
+
+    config.use_cache = False  # keys and values kept for generation would only cost memory
+    with torch.device(here.device), no_init_weights():
+        model = transformers.OPTForCausalLM(config)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(contents[name])
+    model.train()
+    if args.engine == "hf_trainer":
+        return model  # which brings its own checkpointing and compiles the whole model
+    if args.grad_checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # ZeRO-3 fetches each submodule's weights in hooks, between which nothing is left to compile.
+    args.compile = args.compile and args.engine != "deepspeed_zero3"
+    if args.compile:
+        for layer in model.model.decoder.layers:
+            layer.compile()
+    if args.fused_loss:
+        use_fused_loss(model, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    return model
+
+
+def use_fused_loss(model, dtype) -> None:
+    """Let `model` compute its loss by Liger's fused linear cross-entropy, in `dtype`, without the whole logits."""
+    from opt.modeling import fused_linear_cross_entropy
+
+    def forward(input_ids, labels):
+        hidden = model.model(input_ids=input_ids).last_hidden_state[:, :-1].flatten(0, 1).to(dtype)
+        targets = labels[:, 1:].flatten()
+        return {"loss": fused_linear_cross_entropy(hidden, model.lm_head.weight, targets) / targets.numel()}
+
+    model.forward = forward
+
+
+def decay_groups(model, weight_decay: float) -> list[dict]:
+    """As opt.optimizer has it: decay on matrices alone."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def torch_amp(args, here, model):
+    """PyTorch alone: fp32 weights, forward under autocast, DistributedDataParallel where there are several processes."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    if here.world_size > 1:
+        device_ids = [here.local_rank] if here.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def step(group):
+        total = 0.0
+        for i, inputs in enumerate(group):
+            reduces = here.world_size == 1 or i == len(group) - 1
+            with nullcontext() if reduces else model.no_sync():
+                with torch.autocast(here.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    loss = model(**inputs)["loss"]
+                (loss / len(group)).backward()
+            total += loss.detach()
+        adam.step()
+        adam.zero_grad()
+        return total
+
+    return step, {}
+
+
+def fsdp2(args, here, model):
+    """PyTorch's fully_shard on each layer and on the whole: parameters gathered in bf16, gradients reduced in fp32."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+
+    try:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    except ImportError:  # PyTorch 2.5, which has it for CUDA devices alone
+        from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.precision == "bf16" else MixedPrecisionPolicy()
+    mesh = init_device_mesh(here.device.type, (here.world_size,))
+    for layer in model.model.decoder.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+
+    def step(group):
+        total = 0.0
+        for i, inputs in enumerate(group):
+            model.set_requires_gradient_sync(i == len(group) - 1)
+            loss = model(**inputs)["loss"]
+            (loss / len(group)).backward()
+            total += loss.detach()
+        adam.step()
+        adam.zero_grad()
+        return total
+
+    return step, {"zero_stage": 3}
+
+
+def deepspeed_zero(args, here, model):
+    """DeepSpeed's ZeRO stage 2 or 3; deepspeed_offload is stage 2 with Adam's state and step in host memory."""
+    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # which DeepSpeed reads, though no launcher has set it
+    import deepspeed
+
+    offload = args.engine == "deepspeed_offload"
+    stage = 3 if args.engine == "deepspeed_zero3" else 2
+    config = {
+        "train_micro_batch_size_per_gpu": args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        # No other engine looks for overflows, which bf16 hardly has.
+        "bf16": {"enabled": args.precision == "bf16", "check_grad_overflow": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
+        "gradient_clipping": 0.0,  # it would be 1.0; none of the others clips
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": here.device.type == "cuda"}
+    if args.fused_loss and stage == 3:
+        # The loss reads the head's weight outside the head's forward, where ZeRO-3 would not have gathered it.
+        deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
+    adam = deepspeed_adam(decay_groups(model, args.weight_decay), args.learning_rate, offload)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
+
+    def step(group):
+        total = 0.0
+        for inputs in group:
+            loss = engine(**inputs)["loss"]
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        return total
+
+    return step, {"zero_stage": stage, "offload_optim_frac": float(offload), "optimizer": type(adam).__name__}
+
+
+def deepspeed_adam(groups, learning_rate: float, offload: bool):
+    """PyTorch's fused AdamW; for parameters in host memory DeepSpeed's own, if it can be compiled here."""
+    import torch
+
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(groups, lr=learning_rate)
+        except Exception as error:  # a compiler, the CUDA toolkit or its version may be what is missing
+            reason = str(error.__cause__ or error).splitlines()[0]
+            print(f"  DeepSpeedCPUAdam cannot be compiled ({reason}): PyTorch's AdamW instead", flush=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def hf_trainer(args, here, model, batches) -> Measured:
+    """transformers' Trainer: autocast, the whole model compiled, fused AdamW; nothing saved, evaluated or logged.
+
+    A step lasts from the end of the one before to its own end, so that the Trainer's loop and data loader count.
+    """
+    import tempfile
+
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from opt import launch, metrics
+
+    timer = metrics.StepTimer(here.device)
+    steps = args.warmup_steps + args.repeats * args.max_train_steps
+
+    class Clock(TrainerCallback):
+        first_step = None
+
+        def on_train_begin(self, *_, **__):
+            timer.start()
+
+        def on_step_end(self, _, state, *__, **___):
+            timer.stop()
+            if self.first_step is None:
+                timer.seconds()
+                self.first_step = launch.seconds_since_launch()
+            if state.global_step < steps:
+                timer.start()
+
+    class BenchmarkTrainer(Trainer):
+        """Takes the rows in their order, and keeps the losses of the last step."""
+
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+        def training_step(self, *given, **options):
+            loss = super().training_step(*given, **options)
+            losses.append(loss)
+            del losses[: -args.gradient_accumulation_steps]
+            return loss
+
+    losses = []
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        settings = TrainingArguments(
+            output_dir=directory,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_steps=steps,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            optim="adamw_torch_fused",
+            bf16=args.precision == "bf16",
+            torch_compile=args.compile,
+            gradient_checkpointing=args.grad_checkpoint,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if args.grad_checkpoint else None,
+            use_cpu=here.device.type == "cpu",
+            seed=args.seed,
+            remove_unused_columns=False,
+            dataloader_pin_memory=here.device.type == "cuda",
+            accelerator_config={"non_blocking": True},
+            ddp_find_unused_parameters=False,
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,  # it would wait for the GPU in each step
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = BenchmarkTrainer(model, settings, train_dataset=rows_of_all_steps(args, here, batches, steps), callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    loss = torch.stack(losses).sum() / here.world_size
+    torch.distributed.all_reduce(loss)
+    return Measured(timer.seconds()[args.warmup_steps :], loss.item(), clock.first_step, metrics.peak_memory(here.device))
+
+
+def rows_of_all_steps(args, here, batches, steps) -> list[dict]:
+    """The tokens of `batches` as a data set of rows, in the order in which the Trainer deals its batches out to the processes."""
+    rows = []
+    for _ in range(steps * args.gradient_accumulation_steps):
+        ids = next(batches).inputs["input_ids"]
+        # The Trainer divides by the number of labels, and counts the first of each row, which is no target, unless it is -100.
+        labels = ids.clone()
+        labels[:, 0] = -100
+        # Each process takes every world_size'th batch: wherever it looks, its own is there.
+        rows += [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)] * here.world_size
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What tests/test_parity.py runs under torchrun: the first losses of many models, in one process start.
+
+    torchrun --nproc_per_node N tests/parity_worker.py CASES.json RESULTS.json
+
+CASES.json: {case: {"wanted": "first_losses" or "memory", the functions below, "directory": a model's, "rows": a directory of
+token rows, "flags": [of opt_train_demo.py]}}. RESULTS.json: {case: what the function returns}, written anew after each case.
+"""
+
+import gc
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from args import resolve, train_parser
+from opt import launch, modeling, step, weights
+from opt.build import Built, build
+from opt.data import Batches, Rows
+
+
+def built(directory, args, here) -> Built:
+    """The model in `directory` as opt_train_demo.py has it before the first step."""
+    config = modeling.load_config(directory, args.dropout)
+    contents = weights.open_weights(directory, modeling.meta_model(config), args.seed)
+    return build(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
+
+
+def first_losses(directory, rows, args, here) -> list[float]:
+    """The loss of all rows, over all data-parallel ranks: evaluated, then at each of --max_train_steps steps (default none)."""
+    trained = built(directory, args, here)
+    parallel, model = trained.parallel, trained.model
+    rows = Rows(rows, "train")
+    batches = Batches(rows, len(rows) // parallel.dp_size, parallel.dp_rank, parallel.dp_size, pad_id=1, seed=None)
+    losses = [step.evaluate(parallel, model, batches)]
+    for _ in range(args.max_train_steps or 0):
+        share, _ = step.train_step(parallel, model, trained.optimizer, trained.schedule, list(batches.epoch()), args.max_norm)
+        dist.all_reduce(share)
+        losses.append(share.item())
+    return losses
+
+
+def memory(directory, rows, args, here) -> dict[str, list[int]]:
+    """By rank, bytes of its own memory: the most that a process came to hold while the model was built and filled, and what
+    it holds then."""
+    gc.collect()
+    with _PeakMemory() as watch:
+        held = built(directory, args, here)
+    gc.collect()
+    by_rank = torch.zeros(2, here.world_size, dtype=torch.int64)
+    by_rank[:, here.rank] = torch.tensor([watch.peak, watch.kept])
+    dist.all_reduce(by_rank)
+    del held
+    return dict(zip(("peak", "kept"), by_rank.tolist(), strict=True))
+
+
+class _PeakMemory(threading.Thread):
+    """Watches the process's anonymous memory: not the pages of mapped files, which the kernel can drop at any time."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self._done = threading.Event()
+        self._before = self._most = self.now()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        self.join()
+
+    def run(self):
+        while not self._done.wait(0.001):
+            self._most = max(self._most, self.now())
+
+    @property
+    def peak(self) -> int:
+        return self._most - self._before
+
+    @property
+    def kept(self) -> int:
+        return self.now() - self._before
+
+    @staticmethod
+    def now() -> int:
+        line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+
+def main(cases, results) -> None:
+    here = launch.place()
+    launch.start(here)
+    torch.set_num_threads(1)  # the models are tiny
+    found = {}
+    for name, case in json.loads(Path(cases).read_text()).items():
+        args = resolve(train_parser().parse_args(case["flags"]), here.device.type, launch.has_bf16(here.device))
+        wanted = {"first_losses": first_losses, "memory": memory}[case["wanted"]]
+        found[name] = wanted(Path(case["directory"]), Path(case["rows"]), args, here)
+        if here.is_main:
+            Path(results).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,280 @@
+"""What the user gets wrong: one line that says so, exit code 2, and nothing else happens."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, run
+
+SCRIPT = REPO / "opt_train_demo.py"
+
+
+def assert_refused(done, *says) -> None:
+    """That a process ended with one line for its user, which has all of `says` in it."""
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("opt_train_demo.py: error: ")
+    for part in says:
+        assert part in lines[0]
+
+
+# ---- arguments that are wrong whatever the model, the data and the device: refused before anything heavy is imported
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--plugin zero3", ["zero3", "gemini"]),
+        ("--precision fp8", ["fp8", "bf16"]),
+        ("--batch_size 0", ["--batch_size", "at least 1"]),
+        ("--batch_size 2.5", ["--batch_size", "2.5"]),
+        ("--batch_size many", ["--batch_size", "many"]),
+        ("--learning_rate nan", ["--learning_rate", "nan"]),
+        ("--learning_rate -1", ["--learning_rate", "-1"]),
+        ("--learning_rate inf", ["--learning_rate", "inf"]),
+        ("--num_epoch -1", ["--num_epoch"]),
+        ("--max_length 1", ["--max_length", "at least 2"]),
+        ("--eval_fraction 1", ["--eval_fraction", "0.9"]),
+        ("--dropout 1.5", ["--dropout", "at most 1"]),
+        ("--zero_stage 3", ["--zero_stage", "3"]),
+        ("--seed x", ["--seed", "x"]),
+        ("--epochs 3", ["--epochs"]),
+        ("--dataset", ["--dataset"]),
+    ],
+)
+def test_a_mistyped_argument(flags, says):
+    started = time.perf_counter()
+    assert_refused(run(SCRIPT, *flags.split()), *says)
+    assert time.perf_counter() - started < 1.5
+
+
+# ---- what takes a look at the model, the data or the machine
+
+
+@dataclass
+class Case:
+    """A command line with one mistake, on top of one without; {} is the folder of broken(). And what the line must say."""
+
+    name: str
+    flags: str
+    says: list[str]
+    env: dict = field(default_factory=dict)
+
+
+HYBRID = "--plugin hybrid_parallel "
+CASES = [
+    # plugins and processes
+    Case("world size", HYBRID + "--tp_size 2", ["3 processes", "tp_size 2"], {"WORLD_SIZE": "3"}),
+    Case("world size of one", HYBRID + "--pp_size 2 --batch_size 4", ["1 processes", "pp_size 2"]),
+    Case("heads", HYBRID + "--tp_size 3", ["4 attention heads", "--tp_size 3"], {"WORLD_SIZE": "3"}),
+    Case("layers", HYBRID + "--pp_size 8 --batch_size 8", ["4 layers", "--pp_size 8"], {"WORLD_SIZE": "8"}),
+    Case("micro-batches", HYBRID + "--pp_size 2 --batch_size 6 --num_microbatches 4", ["--batch_size 6", "4 micro"], {"WORLD_SIZE": "2"}),
+    Case("odd batch", HYBRID + "--pp_size 2 --batch_size 5", ["--batch_size 5", "2 micro"], {"WORLD_SIZE": "2"}),
+    Case("few micro-batches", HYBRID + "--pp_size 4 --num_microbatches 2", ["--num_microbatches 2", "--pp_size 4"], {"WORLD_SIZE": "4"}),
+    Case("micro-batches alone", HYBRID + "--num_microbatches 2", ["--num_microbatches", "--pp_size"]),
+    Case("gemini in fp32", "--plugin gemini --precision fp32", ["gemini", "fp32"]),
+    Case("fp16 in bf16", "--plugin torch_ddp_fp16 --precision bf16", ["torch_ddp_fp16", "bf16"]),
+    Case("tp without hybrid", "--plugin gemini --tp_size 2", ["--tp_size", "gemini", "hybrid_parallel"]),
+    Case("ZeRO stage of DDP", "--zero_stage 1", ["--zero_stage", "torch_ddp", "low_level_zero"]),
+    Case("offload without gemini", "--plugin low_level_zero --offload_optim_frac 0.5", ["--offload_optim_frac", "gemini"]),
+    Case("ZeRO stage 0", "--plugin low_level_zero --zero_stage 0", ["low_level_zero", "stage"]),
+    Case("ZeRO 2 in stages", HYBRID + "--pp_size 2 --zero_stage 2 --precision bf16", ["stage 2", "pipeline"], {"WORLD_SIZE": "2"}),
+    # model
+    Case("no model", "--model_name_or_path {}/nowhere", ["--model_name_or_path", "/nowhere", "no such directory"]),
+    Case("no config", "--model_name_or_path {}/empty", ["/empty", "config.json"]),
+    Case("not JSON", "--model_name_or_path {}/not_json", ["config.json"]),
+    Case("not OPT", "--model_name_or_path {}/gpt2", ["gpt2", "OPT"]),
+    Case("odd heads", "--model_name_or_path {}/odd_heads", ["hidden_size 128", "3 attention heads", "config.json"]),
+    Case("no tokenizer", "--model_name_or_path {}/no_tokenizer", ["/no_tokenizer", "tokenizer.json"]),
+    Case("other tokenizer", "--model_name_or_path {}/other_tokenizer", ["2048 tokens", "vocabulary 1000"]),
+    Case("max_length", "--max_length 257", ["--max_length 257", "256 positions"]),
+    # weights
+    Case("other shape", "--model_name_or_path {}/other_shape", ["/other_shape", "fc1.weight", "(512, 128)", "(256, 128)"]),
+    Case("tensors missing", "--model_name_or_path {}/lacking", ["/lacking", "lack 1", "fc2.bias"]),
+    Case("tensors too many", "--model_name_or_path {}/extra", ["/extra", "layers.4"]),
+    Case("shard missing", "--model_name_or_path {}/shard_missing", ["model.safetensors.index.json", "00002-of-"]),
+    Case("index missing", "--model_name_or_path {}/index_missing", ["/index_missing", "model-00001-of-", "index.json"]),
+    Case("index broken", "--model_name_or_path {}/index_broken", ["model.safetensors.index.json", "index"]),
+    Case("safetensors cut", "--model_name_or_path {}/cut_safetensors", ["model.safetensors", "again"]),
+    Case("safetensors garbage", "--model_name_or_path {}/garbage_safetensors", ["model.safetensors", "again"]),
+    Case("bin cut", "--model_name_or_path {}/cut_bin", ["pytorch_model.bin", "again"]),
+    Case("bin garbage", "--model_name_or_path {}/garbage_bin", ["pytorch_model.bin", "again"]),
+    Case("bin of something else", "--model_name_or_path {}/list_bin", ["pytorch_model.bin", "again"]),
+    # data
+    Case("no file", "--dataset {}/nowhere.csv", ["--dataset", "/nowhere.csv", "no such file"]),
+    Case("folder", "--dataset {}", ["--dataset", "no such file"]),
+    Case("other format", "--dataset {}/data.xlsx", ["data.xlsx", "csv", "parquet"]),
+    Case("empty file", "--dataset {}/empty.csv", ["empty.csv", "empty"]),
+    Case("no rows", "--dataset {}/no_rows.csv", ["no_rows.csv", "no rows"]),
+    Case("no text", "--dataset {}/blank.csv", ["blank.csv", "no text", "3 of its texts are empty"]),
+    Case("no column", "--dataset {}/numbers.csv --text_column plot", ["'plot'", "description", "--text_column"]),
+    Case("numbers", "--dataset {}/numbers.csv", ["int", "not text", "--text_column"]),
+    Case("not parquet", "--dataset {}/not.parquet", ["not.parquet", "cannot be read"]),
+    Case("not jsonl", "--dataset {}/not.jsonl", ["not.jsonl", "cannot be read"]),
+    Case("nothing to hold out", "--dataset {}/two.csv", ["2 texts", "--eval_fraction"]),
+    # output
+    Case("output under a file", "--output_path {}/empty.csv/out", ["--output_path", "cannot be written", "Not a directory"]),
+    Case("output is a file", "--output_path {}/empty.csv", ["--output_path", "cannot be written", "Not a directory"]),
+    Case("output in /proc", "--output_path /proc/out", ["--output_path /proc/out", "cannot be written"]),
+    Case("output too long", "--output_path {}/" + "x" * 300, ["--output_path", "cannot be written", "too long"]),
+    Case("output's folder is a file", "--output_path {}/empty.csv/model.bin", ["--output_path", "cannot be written"]),
+    Case("output.bin is a folder", "--output_path {}/folder.bin", ["--output_path", "folder.bin", "directory"]),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """A folder of models and data sets, each with a fault of its own."""
+    root = tmp_path_factory.mktemp("broken")
+    config = json.loads((SAMPLE_MODEL / "config.json").read_text())
+    weights = {k: v for k, v in transformers.OPTForCausalLM(transformers.OPTConfig(**config)).state_dict().items() if k != "lm_head.weight"}
+    names = sorted(weights)
+
+    def model(name, change_config=None, tokenizer=True) -> Path:
+        folder = root / name
+        shutil.copytree(SAMPLE_MODEL, folder, ignore=None if tokenizer else shutil.ignore_patterns("*token*"))
+        (folder / "config.json").write_text(json.dumps(config | (change_config or {})))
+        return folder
+
+    (root / "empty").mkdir()
+    (model("not_json") / "config.json").write_text("{ model_type: opt")
+    model("gpt2", {"model_type": "gpt2"})
+    model("odd_heads", {"num_attention_heads": 3})
+    model("no_tokenizer", tokenizer=False)
+    model("other_tokenizer", {"vocab_size": 1000})
+
+    file = "model.safetensors"
+    save_file(weights, model("other_shape", {"ffn_dim": 256}) / file)
+    save_file({k: v for k, v in weights.items() if not k.endswith("layers.3.fc2.bias")}, model("lacking") / file)
+    save_file(weights | {k.replace("layers.3", "layers.4"): v.clone() for k, v in weights.items()}, model("extra") / file)
+
+    shards = {f"model-{i:05d}-of-00003.safetensors": names[i - 1 :: 3] for i in (1, 2, 3)}
+    index = {"metadata": {}, "weight_map": {name: shard for shard, own in shards.items() for name in own}}
+    for folder in (model("shard_missing"), model("index_missing"), model("index_broken")):
+        for shard, own in shards.items():
+            save_file({name: weights[name] for name in own}, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "shard_missing" / "model-00002-of-00003.safetensors").unlink()
+    (root / "index_missing" / "model.safetensors.index.json").unlink()
+    (root / "index_broken" / "model.safetensors.index.json").write_text('{"metadata": {}}')
+
+    save_file(weights, model("cut_safetensors") / file)
+    os.truncate(root / "cut_safetensors" / file, 1_000_000)
+    (model("garbage_safetensors") / file).write_bytes(b"<!DOCTYPE html>" * 99)
+    torch.save(weights, model("cut_bin") / "pytorch_model.bin")
+    os.truncate(root / "cut_bin" / "pytorch_model.bin", 1_000_000)
+    (model("garbage_bin") / "pytorch_model.bin").write_bytes(b"<!DOCTYPE html>" * 99)
+    torch.save(list(weights.values()), model("list_bin") / "pytorch_model.bin")
+
+    (root / "data.xlsx").touch()
+    (root / "empty.csv").touch()
+    (root / "no_rows.csv").write_text("show_id,description\n")
+    (root / "blank.csv").write_text('show_id,description\ns1,\ns2," "\ns3,""\n')
+    (root / "numbers.csv").write_text("show_id,description\ns1,1984\ns2,2001\n")
+    (root / "two.csv").write_text("show_id,description\ns1,One.\ns2,Two.\n")
+    (root / "not.parquet").write_text("show_id,description\ns1,One.\n")
+    (root / "not.jsonl").write_text('{"description": "One."}\n{"description": \n')
+    (root / "folder.bin").mkdir()
+    return root
+
+
+# A process that has imported what the script imports, and forks itself for each command line that it reads. Importing takes
+# a process 5 seconds, and taking all of it down again half a second: a fork does neither.
+FORKS = """
+import gc, json, os, runpy, sys, traceback
+import datasets, transformers, opt.data, opt.plan
+
+gc.freeze()
+for line in sys.stdin:
+    script, flags, env, streams = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number, file in enumerate(streams, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= env
+    sys.argv = [script, *flags]
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=REPO, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as forks:
+        yield forks
+        forks.stdin.close()
+
+
+def dry_run(flags: str, output: Path) -> list[str]:
+    """The arguments of a dry run on the sample, as far as `flags` leave it."""
+    flags = flags.split()
+    given = {"--model_name_or_path": SAMPLE_MODEL, "--dataset": SAMPLE_DATA, "--output_path": output}
+    return [*flags, *(str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)), "--dry_run"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_mistake(case, forks, broken, tmp_path):
+    flags = dry_run(case.flags.format(broken), tmp_path / "out")
+    streams = [tmp_path / "stdout", tmp_path / "stderr"]
+    print(json.dumps([str(SCRIPT), flags, case.env, list(map(str, streams))]), file=forks.stdin, flush=True)
+    code = int(forks.stdout.readline())
+    assert_refused(subprocess.CompletedProcess(flags, code, *(file.read_text() for file in streams)), *case.says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_mistake(tmp_path):
+    """The plan, for as many processes as WORLD_SIZE says, and nothing on disk."""
+    flags = "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 8 --gradient_accumulation_steps 3 --precision fp32"
+    done = run(SCRIPT, *dry_run(flags, tmp_path / "out"), env={"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "8"})
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "tp 2 x pp 2 x dp 2",
+        "8 rows x 3 accumulated x 2 data-parallel = 48 rows",
+        "4 micro-batches",
+        "fp32",
+        "trains from scratch",
+    ):
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_by_torchrun(tmp_path):
+    """Checks and prints once, though nothing connects the processes."""
+    done = run(SCRIPT, *dry_run("", tmp_path / "out"), nproc=2, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rows a step") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_process_ends(broken, tmp_path):
+    """The first process of a node finds the mistake in the data; the others wait for it, and end with it."""
+    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", broken / "blank.csv", "--output_path", tmp_path / "out")
+    done = run(SCRIPT, *flags, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=120)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("no text to train on") == 1
+    assert "exitcode  : 2" in done.stderr.replace("exitcode :", "exitcode  :")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,256 @@
+"""The benchmark: what it counts, the sweep, its tables and plots, and the peers beside the plugins."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import OPTConfig
+
+from benchmarks import compare
+from opt import report
+from opt.metrics import flops_per_token
+
+from .conftest import REPO, SAMPLE_MODEL, run
+
+# Large steps, no dropout: whoever updates other weights, or with another decay, has another loss after the third.
+WORK = ("--precision", "fp32", "--dropout", 0, "--learning_rate", 0.01, "--seq_length", 64, "--warmup_steps", 1, "--max_train_steps", 2)
+KEYS = """plugin model precision batch_size seq_length world_size tp_size pp_size step_seconds samples_per_second tokens_per_second
+tokens_per_second_per_gpu tflops_per_gpu mfu peak_memory_allocated_bytes peak_memory_reserved_bytes peak_host_memory_bytes loss
+seconds_to_first_step device versions commit""".split()
+
+
+# ---- the FLOP formula
+
+
+@pytest.mark.parametrize("sizes", [{"word_embed_proj_dim": 64}, {"word_embed_proj_dim": 32, "do_layer_norm_before": False}])
+def test_flops_are_what_pytorch_counts(sizes):
+    config = OPTConfig(
+        vocab_size=512, hidden_size=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **sizes
+    )
+    # Eager attention: its two products are counted (as bmm) on every device, which a fused kernel's are not on a CPU.
+    config._attn_implementation = "eager"
+    model = transformers.OPTForCausalLM(config)
+    length = 128
+    ids = torch.randint(4, 512, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    counts = {operation: flops / ids.numel() for operation, flops in counter.get_flop_counts()["Global"].items()}
+    # Eager attention computes the whole square; a causal kernel, and so the formula, the (length + 1) / 2 of length positions seen.
+    attention = counts.pop(torch.ops.aten.bmm) * (length + 1) / (2 * length)
+
+    ours = flops_per_token(config, length)
+    ours_attention = flops_per_token(config, 2 * length + 1) - ours  # the part that grows with length + 1, once more
+    assert ours_attention > 0.05 * ours  # not lost in the 2 % of the whole
+    assert ours_attention == pytest.approx(attention, rel=0.02)
+    assert ours - ours_attention == pytest.approx(sum(counts.values()), rel=0.02)
+    assert ours == pytest.approx(sum(counts.values()) + attention, rel=0.02)
+
+
+# ---- the sweep, with a combination that fails, killed and started again
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """run_benchmark.sh over gemini, which refuses fp32, and torch_ddp: killed while it measures the second, started again.
+
+    Returns the results' folder, the files that were there when it was killed with their times, and the second run's output.
+    """
+    out = tmp_path_factory.mktemp("sweep")
+    settings = {"OUT": out, "MODEL": SAMPLE_MODEL, "PLUGIN": "gemini torch_ddp", "BS": 2, "GPUNUM": 1, "PYTHON": sys.executable}
+    env = os.environ | {name: str(value) for name, value in settings.items()} | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(REPO / "run_benchmark.sh"), *map(str, WORK)]
+    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(out.glob("*torch_ddp*.log")))
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*.json")}
+    first.send_signal(signal.SIGTERM)
+    first.wait(60)
+    assert not any(str(out) in command_line for command_line in command_lines()), "the measurement goes on without the sweep"
+
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
+    return out, before, second.stdout
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def command_lines() -> list[str]:
+    lines = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            lines.append(open(f"/proc/{process}/cmdline").read().replace("\0", " "))
+        except OSError:  # over by now
+            pass
+    return lines
+
+
+def test_a_killed_sweep_measures_only_what_is_missing(sweep):
+    out, before, printed = sweep
+    assert [("gemini" in file.name) for file in before] == [True]
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert "gemini, batch" not in printed and "torch_ddp, batch" in printed
+    assert "1 combinations were there already" in printed
+
+
+def test_a_combination_that_fails_is_a_row_that_says_so(sweep):
+    out, _, printed = sweep
+    with open(out / "results.csv", newline="") as f:
+        rows = {row["plugin"]: row for row in csv.DictReader(f)}
+    assert rows["gemini"]["status"].startswith("failed: gemini computes in bf16 or fp16 only")
+    assert rows["gemini"]["tokens/s"] == ""
+    assert rows["torch_ddp"]["status"] == "ok" and float(rows["torch_ddp"]["tokens/s"]) > 0
+    assert "failed: gemini computes" in printed  # in the terminal's table
+    assert_picture(out / "throughput.png")
+    assert_picture(out / "memory.png")
+
+
+def test_result_is_complete_and_consistent(sweep):
+    result = result_of(sweep[0], "torch_ddp")
+    assert [key for key in KEYS if key not in result] == []
+    step = result["step_seconds"]
+    assert 0 < step["p10"] <= step["median"] <= step["p90"]
+    assert result["tokens_per_second"] == pytest.approx(2 * 64 / step["median"])
+    assert result["samples_per_second"] == pytest.approx(2 / step["median"])
+    assert result["tflops_per_gpu"] == pytest.approx(result["mfu"] * result["matmul_tflops"])
+    assert result["repeats"] == [step["median"]]
+    assert result["loss"] == pytest.approx(math.log(2048), abs=0.5)  # random tokens
+    assert {"torch", "colossalai", "transformers"} <= result["versions"].keys()
+
+
+def result_of(directory, name) -> dict:
+    (file,) = directory.glob(f"*{name}*.json")
+    return json.loads(file.read_text())
+
+
+# ---- the peers beside the plugins
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """What benchmarks/compare.py finds: {engine: result}. Nothing is compiled, which takes long on two cores."""
+    out = tmp_path_factory.mktemp("comparison")
+    engines = ("torch_ddp", "torch_amp --no_compile", "fsdp2 --no_compile", "deepspeed_zero2 --no_compile")
+    arguments = ("--models", SAMPLE_MODEL, "--batch_sizes", 32, "--engines", *engines, "--reference", "torch_ddp", "--repeats", 2)
+    done = run(REPO / "benchmarks" / "compare.py", *arguments, "--out", out, *WORK, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "x torch_ddp" in done.stdout
+    assert_picture(out / "comparison.png")
+    return {compare.engine_of(result).split()[0]: result for result in report.load(out)}
+
+
+@pytest.mark.parametrize("engine", ["torch_amp", "fsdp2", "deepspeed_zero2"])
+def test_peers_do_the_same_work(comparison, engine):
+    ours, peer = comparison["torch_ddp"], comparison[engine]
+    if engine.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        assert peer["status"] == "not installed"
+        return
+    if "requires CUDA" in peer.get("status", ""):
+        pytest.skip("FSDP2 of PyTorch 2.5 is for CUDA devices alone")
+    assert peer["loss"] == pytest.approx(ours["loss"], abs=1e-4)
+    assert [key for key in ours if key not in peer] == []
+    assert len(peer["repeats"]) == 2 and min(peer["repeats"]) <= peer["step_seconds"]["median"] <= max(peer["repeats"])
+
+
+def test_peak_memory_grows_with_batch_size(sweep, comparison):
+    small, large = result_of(sweep[0], "torch_ddp"), comparison["torch_ddp"]
+    assert (small["batch_size"], large["batch_size"]) == (2, 32)
+    logits = (32 - 2) * 64 * 2048 * 4  # bytes, of the rows that are more
+    assert large["peak_host_memory_bytes"] > small["peak_host_memory_bytes"] + logits
+
+
+# ---- tables and plots from recorded results
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A folder of results as the scripts write them, one of them a failure."""
+    for model, speed in (("125m", 4.0), ("350m", 1.0)):
+        for plugin, faster in (("torch_ddp", 1.0), ("deepspeed_zero2", 0.5), ("fsdp2 --fused_loss", 2.0)):
+            for batch_size in (8, 16):
+                result = recorded_result(model, plugin, batch_size, 50_000 * speed * faster)
+                (tmp_path / f"{model}-{plugin}-{batch_size}.json").write_text(json.dumps(result))
+    log = tmp_path / "x.log"
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    report.write_failed(tmp_path / "failed.json", log, 1, "350m", "gemini", 16, 1)
+    return tmp_path
+
+
+def recorded_result(model, engine, batch_size, rate):
+    median = batch_size * 1024 / rate
+    return {
+        "plugin": engine.split()[0],
+        "engine": engine,
+        "model": model,
+        "precision": "bf16",
+        "batch_size": batch_size,
+        "seq_length": 1024,
+        "world_size": 1,
+        "step_seconds": {"median": median, "p10": 0.9 * median, "p90": 1.1 * median},
+        "repeats": [0.99 * median, median, 1.01 * median],
+        "tokens_per_second": rate,
+        "tokens_per_second_per_gpu": rate,
+        "tflops_per_gpu": 123.4,
+        "mfu": 0.25,
+        "peak_memory_allocated_bytes": batch_size * 2**30,
+        "peak_host_memory_bytes": 2**30,
+        "memory_limit_bytes": 80 * 2**30,
+        "loss": 10.8765,
+        "seconds_to_first_step": 12.3,
+        "device": "NVIDIA H100",
+        "versions": {"torch": "2.11.0"},
+        "commit": "abc",
+    }
+
+
+def test_tables_and_plots_from_recorded_results(recorded):
+    done = run(REPO / "opt" / "report.py", "table", recorded, env={"PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr
+    with open(recorded / "results.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 13
+    found = {(row["model"], row["plugin"], row["batch"]): row for row in rows}
+    assert (
+        found["125m", "torch_ddp", "8"] | {"tokens/s": "200000", "peak GiB": "8.00", "loss": "10.8765", "MFU": "0.250"}
+        == found["125m", "torch_ddp", "8"]
+    )
+    assert found["350m", "gemini", "16"]["status"] == "out of memory"
+    assert found["350m", "gemini", "16"]["tokens/s"] == ""
+    markdown = (recorded / "results.md").read_text().splitlines()
+    assert markdown[0] == "NVIDIA H100; torch 2.11.0; commit abc"
+    assert len([line for line in markdown if line.startswith("|")]) == 15
+    assert "out of memory" in done.stdout
+    assert_picture(recorded / "throughput.png")
+    assert_picture(recorded / "memory.png")
+
+
+def test_comparison_from_recorded_results(recorded):
+    # No minute to measure in: the table and the plot of what is there.
+    done = run(REPO / "benchmarks" / "compare.py", "--out", recorded, "--minutes", 0)
+    assert done.returncode == 0, done.stderr
+    with open(recorded / "comparison.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 13
+    assert [row["engine"] for row in rows[:3]] == ["fsdp2 --fused_loss", "torch_ddp", "deepspeed_zero2"]  # the fastest first
+    assert [row["x deepspeed_zero2"] for row in rows[:3]] == ["4.00", "2.00", "1.00"]
+    assert {row["spread"] for row in rows} == {"2.0%", ""}
+    assert_picture(recorded / "comparison.png")
+
+
+def assert_picture(file):
+    content = file.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(content) > 10_000

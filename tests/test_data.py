@@ -1,0 +1,312 @@
+"""Texts to rows to batches: what every token of a data set becomes, and where it goes."""
+
+import csv
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import OPTConfig
+
+from args import UserError
+from opt import data, modeling
+
+from .conftest import REPO, SAMPLE_MODEL, run, train
+from .hub import save_opt_tokenizer
+
+TEXTS = [
+    "A lighthouse keeper, her brother and a stolen map.",
+    'He said "no", twice; the other one didn\'t.',
+    "Café Zürich, 1931: жизнь on the run — in ten parts.",
+    "One.",
+    "the then there other on in an",
+    *(f"Episode {i} of a series on the river that the old ferry crosses." for i in range(35)),
+]
+
+
+@pytest.fixture(scope="module", params=["adds BOS itself", "adds none"])
+def tokenizer(request, tmp_path_factory):
+    """The two kinds of tokenizer that OPT models ship."""
+    directory = SAMPLE_MODEL
+    if request.param == "adds BOS itself":
+        directory = tmp_path_factory.mktemp("tokenizer")
+        save_opt_tokenizer(directory)
+    loaded = data.load_tokenizer(directory)
+    assert (loaded("One.")["input_ids"][0] == loaded.bos_token_id) == (request.param == "adds BOS itself")
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A tokenizer for the tests in which it makes no difference."""
+    return data.load_tokenizer(SAMPLE_MODEL)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "opt-colossalai"
+
+
+def write(file: Path, texts: list, column="description") -> Path:
+    """A data set of `texts` in the format that the file's name says; beside them a column of something else."""
+    rows = [{"show_id": f"s{i}", column: text} for i, text in enumerate(texts)]
+    if file.suffix == ".csv":
+        with open(file, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix == ".txt":
+        file.write_text("".join(f"{text}\n" for text in texts))
+    else:
+        import pandas
+
+        pandas.DataFrame(rows).to_parquet(file)
+    return file
+
+
+def read(file, tokenizer, max_length=256, eval_fraction=0.0, seed=1, column="description") -> data.Dataset:
+    return data.open_dataset(data.tokenize(str(file), column, max_length, eval_fraction, seed, tokenizer))
+
+
+def as_lists(rows: data.Rows) -> list[list[int]]:
+    return [rows[i].tolist() for i in range(len(rows))]
+
+
+def test_a_row_is_bos_text_eos_once(tokenizer, cache, tmp_path):
+    rows = as_lists(read(write(tmp_path / "d.csv", TEXTS), tokenizer).train)
+    assert len(rows) == len(TEXTS)
+    for text, row in zip(TEXTS, rows, strict=True):
+        assert (row[0], row[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert not set(row[1:-1]) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(row[1:-1], clean_up_tokenization_spaces=False) == text
+
+
+def test_every_file_format_gives_the_same_rows(plain, cache, tmp_path):
+    found = {kind: as_lists(read(write(tmp_path / f"d.{kind}", TEXTS), plain).train) for kind in ("csv", "json", "jsonl", "txt", "parquet")}
+    assert len(found["csv"]) == len(TEXTS)
+    assert all(rows == found["csv"] for rows in found.values())
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_empty_and_missing_texts_are_skipped_and_counted(plain, cache, tmp_path, kind):
+    missing = float("nan") if kind == "parquet" else None
+    texts = ["One.", "", missing, "Two.", "  \t ", missing, "Three."]
+    dataset = read(write(tmp_path / f"d.{kind}", texts), plain)
+    assert [plain.decode(row[1:-1]) for row in as_lists(dataset.train)] == ["One.", "Two.", "Three."]
+    assert (dataset.counts.rows, dataset.counts.empty) == (3, 4)
+
+
+@pytest.mark.parametrize("texts", [["", None], [float("nan")] * 3, []], ids=["blank", "NaN", "no rows"])
+def test_a_data_set_without_text_is_refused(plain, cache, tmp_path, texts):
+    file = tmp_path / "d.csv"
+    write(file, texts or ["x"])
+    if not texts:
+        file.write_text(file.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="has no (text|rows)"):
+        read(file, plain)
+
+
+def test_a_data_set_too_small_to_split_is_refused(plain, cache, tmp_path):
+    file = write(tmp_path / "d.csv", TEXTS[:2])
+    for fraction in (0.05, 0.9):  # nothing to hold out; nothing left to train on
+        with pytest.raises(UserError, match="2 texts, too few.*--eval_fraction"):
+            read(file, plain, eval_fraction=fraction)
+
+
+def test_long_texts_are_cut_and_counted(plain, cache, tmp_path):
+    file = write(tmp_path / "d.csv", TEXTS)
+    whole, cut = read(file, plain), read(file, plain, max_length=12)
+    assert as_lists(cut.train) == [row[:12] for row in as_lists(whole.train)]
+    assert whole.counts.truncated == 0
+    assert cut.counts.truncated == sum(whole.train.lengths > 12) > 0
+    assert cut.counts.tokens == sum(cut.train.lengths)
+
+
+def test_wikitext_is_one_text_in_blocks(plain):
+    texts = ["", " = The Ferry = \n", "", " It crosses the river .\n", *(f" {text}\n" for text in TEXTS)]
+    whole = [plain.bos_token_id, *plain("".join(texts), add_special_tokens=False)["input_ids"]]
+    for length in (2, 7, 50, len(whole) - 1, len(whole), len(whole) + 1):
+        counts = data.Counts()
+        blocks = data._blocks(texts, plain, length, counts)
+        assert all(len(block) == length for block in blocks[:-1])
+        # A last block of one token would have no target, and so a step no loss.
+        left_out = len(whole) % length == 1
+        assert sum(blocks, []) == whole[: len(whole) - left_out]
+        assert len(blocks[-1]) >= 2
+        assert (counts.rows, counts.empty) == (len(blocks), 2)
+
+
+def test_held_out_rows_are_not_trained_on(plain, cache, tmp_path):
+    file = write(tmp_path / "d.csv", TEXTS)
+    everything = as_lists(read(file, plain).train)
+    splits = {}
+    for seed in (1, 2):
+        dataset = read(file, plain, eval_fraction=0.2, seed=seed)
+        train_rows, held_out = as_lists(dataset.train), as_lists(dataset.held_out)
+        assert len(held_out) == round(0.2 * len(TEXTS))
+        assert sorted(train_rows + held_out) == sorted(everything)  # the texts are all different
+        splits[seed] = held_out
+    assert splits[1] != splits[2]
+    assert as_lists(read(file, plain, eval_fraction=0.2, seed=1).held_out) == splits[1]
+
+
+# ---- batches
+
+
+def stored(lengths: list[int], directory: str) -> data.Rows:
+    """Rows of these lengths, each of its own tokens: row i holds 10 + i."""
+    np.save(Path(directory) / "train.tokens.npy", np.repeat(np.arange(len(lengths), dtype=np.int32) + 10, lengths))
+    np.save(Path(directory) / "train.offsets.npy", np.cumsum([0, *lengths]))
+    return data.Rows(Path(directory), "train")
+
+
+PAD = 1
+LENGTHS = st.lists(st.integers(2, 9), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 4), st.sampled_from([None, 0, 7]))
+def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
+    with tempfile.TemporaryDirectory() as directory:
+        rows = stored(lengths, directory)
+        ranks = [data.Batches(rows, batch_size, rank, dp_size, PAD, seed) for rank in range(dp_size)]
+        steps = list(zip(*(rank.epoch(3) for rank in ranks), strict=True))  # strict: as many on every rank
+        assert {len(rank) for rank in ranks} == {len(steps)}
+
+        seen = []
+        for batches in steps:
+            ids, labels = ([b.inputs[name] for b in batches] for name in ("input_ids", "labels"))
+            real = [(x != PAD) for x in ids]
+            # All the ranks' tensors together hold what each batch says that they do.
+            for batch in batches:
+                assert batch.tokens == sum(int(r.sum()) for r in real)
+                assert batch.targets == sum(int((y[:, 1:] != -100).sum()) for y in labels) > 0
+            for x, y, r in zip(ids, labels, real, strict=True):
+                assert len(x) == batch_size
+                assert torch.equal(y, torch.where(r, x, -100))
+                own = [int(row[0]) - 10 for row in x if row[0] != PAD]
+                seen += own
+                # Padded on the right, to no more than the longest row.
+                assert [int(n) for n in r.sum(1)] == [lengths[i] for i in own] + [0] * (batch_size - len(own))
+                assert bool((r[:, :-1] >= r[:, 1:]).all())
+                if own:
+                    assert x.shape[1] == max(lengths[i] for i in own)
+        assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(LENGTHS, st.integers(1, 4))
+def test_no_rank_is_idle_while_another_has_two_rows_more(lengths, dp_size):
+    with tempfile.TemporaryDirectory() as directory:
+        rows = stored(lengths, directory)
+        for batches in zip(*(data.Batches(rows, 4, rank, dp_size, PAD, 0).epoch() for rank in range(dp_size)), strict=True):
+            held = [int((b.inputs["input_ids"][:, 0] != PAD).sum()) for b in batches]
+            assert max(held) - min(held) <= 1
+
+
+def test_each_epoch_has_its_own_order_which_stays(tmp_path):
+    batches = data.Batches(stored([3] * 50, str(tmp_path)), 4, 0, 1, PAD, seed=5)
+    orders = [[b.inputs["input_ids"][:, 0].tolist() for b in batches.epoch(number)] for number in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    unseeded = data.Batches(batches.rows, 50, 0, 1, PAD, seed=None)
+    assert next(unseeded.epoch(1)).inputs["input_ids"][:, 0].tolist() == list(range(10, 60))
+
+
+def test_pads_are_in_no_loss(tmp_path):
+    """The loss of a padded batch is the sum of its rows' losses one by one, whatever the pads are."""
+    torch.manual_seed(0)
+    lengths = [2, 9, 5]
+    model = modeling.OPTForCausalLM(
+        OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16)
+    ).eval()
+    rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)]
+    with torch.no_grad():
+        alone = sum(model(**data.collate([row], 1, PAD))["loss"] for row in rows)
+        for pad in (PAD, 33):
+            together = model(**data.collate(rows, 4, pad))["loss"]  # and a fourth row of pads alone
+            assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+# ---- once
+
+
+def test_tokenized_once(tmp_path):
+    """By two processes, and not again by the next run."""
+    env = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "CUDA_VISIBLE_DEVICES": ""}
+    root = tmp_path / "xdg" / "opt-colossalai"
+    flags = ("--max_train_steps", 1, "--no_save", "--batch_size", 4, "--eval_fraction", 0.01)
+    train(tmp_path / "out", *flags, nproc=2, env=env)
+    (entry,) = root.iterdir()  # one, complete, and nothing half written beside it
+    assert {f.name for f in entry.iterdir()} == {
+        "counts.json",
+        *(f"{split}.{part}.npy" for split in ("train", "held_out") for part in ("tokens", "offsets")),
+    }
+    # A folder's time changes with every file made or removed in it: new tokens are written aside, in `root`.
+    before = [(f, f.stat().st_mtime_ns) for f in (root, entry, *sorted(entry.iterdir()))]
+    train(tmp_path / "out", *flags, "--dry_run", env=env)
+    assert [(f, f.stat().st_mtime_ns) for f, _ in before] == before
+
+
+def test_other_settings_are_other_tokens(plain, cache, tmp_path):
+    file = write(tmp_path / "d.csv", TEXTS)
+    variants = [{}, {"max_length": 9}, {"eval_fraction": 0.2}, {"eval_fraction": 0.2, "seed": 2}, {"column": "show_id"}]
+    for i, settings_ in enumerate(variants, 1):
+        read(file, plain, **settings_)
+        assert len(list(cache.iterdir())) == i
+    write(file, TEXTS[1:])  # another content under the same name
+    assert len(read(file, plain).train) == len(TEXTS) - 1
+    assert len(list(cache.iterdir())) == len(variants) + 1
+    other = file.rename(tmp_path / "other.csv")  # the same content: its tokens are not said to come from elsewhere
+    assert read(other, plain).source == f"local file {other}"
+
+
+def test_one_process_a_node_works_and_all_get_its_result(tmp_path):
+    """Its exception too."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import torch.distributed as dist
+from opt import launch
+
+def say(what):
+    sys.stdout.write(what + "\\n")
+
+dist.init_process_group("gloo")
+here = launch.place()
+
+def work(fails):
+    say(f"worked {{here.rank}}")
+    if fails:
+        raise KeyError("broken")
+    return here.rank + 10
+
+say(f"result {{launch.node_first(here, lambda: work(False))}}")
+try:
+    launch.node_first(here, lambda: work(True))
+except KeyError as error:
+    say(f"error {{error}}")
+launch.stop()
+""")
+    done = run(script, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["error 'broken'"] * 2 + ["result 10"] * 2 + ["worked 0"] * 2
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(plain, cache, tmp_path, monkeypatch):
+    file = write(tmp_path / "d.csv", TEXTS)
+    (tmp_path / "a file").touch()
+    monkeypatch.setitem(os.environ, "XDG_CACHE_HOME", str(tmp_path / "a file"))
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        read(file, plain)

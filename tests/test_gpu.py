@@ -1,0 +1,51 @@
+"""What only a GPU can show; skipped without one."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from .conftest import losses, train
+
+pytestmark = pytest.mark.gpu
+
+
+def test_fused_loss_is_the_plain_loss():
+    pytest.importorskip("liger_kernel", reason="--fused_loss is Liger's, an optional package")
+    from opt.modeling import fused_linear_cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1003, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 1003, (300,), device="cuda")
+    targets[::7] = -100
+    plain = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
+    expected = torch.autograd.grad(plain, (hidden, weight))
+    fused = fused_linear_cross_entropy(hidden, weight, targets)
+    found = torch.autograd.grad(fused, (hidden, weight))
+    assert math.isclose(fused.item(), plain.item(), rel_tol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < 5e-3  # Triton's dot is tf32
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--plugin", "low_level_zero"],
+        ["--plugin", "gemini"],
+        ["--plugin", "gemini", "--offload_optim_frac", "1"],
+        ["--plugin", "hybrid_parallel"],
+        ["--plugin", "torch_ddp", "--compile"],
+        ["--plugin", "torch_ddp_fp16"],
+    ],
+    ids=" ".join,
+)
+def test_loss_curve_on_a_gpu(tmp_path, flags):
+    """The same as torch_ddp's in fp32, within the noise of 16 bits."""
+    common = ["--dropout", "0", "--max_train_steps", "10", "--learning_rate", "1e-3", "--eval_fraction", "0"]
+    train(tmp_path / "reference", *common, "--precision", "fp32")
+    train(tmp_path / "found", *common, *flags)
+    reference, found = losses(tmp_path / "reference"), losses(tmp_path / "found")
+    assert len(found) == 10 and reference[-1] < reference[0] - 0.3
+    assert found == pytest.approx(reference, abs=0.03)

@@ -1,0 +1,106 @@
+"""HybridAdam without a compiler is torch.optim.AdamW; the groups and the schedule are what they say."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from opt import modeling, optimizer
+
+from .conftest import SAMPLE_MODEL
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SCALE = 2.0**10
+
+
+def small_network(device) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(19, 33), nn.LayerNorm(33), nn.Linear(33, 7)).to(device)
+
+
+def gradients(network, dtype, steps):
+    """Of each step one for each parameter, in magnitudes from 1e-4 to 10: Adam is far from linear in them."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        size = 10.0 ** (step % 6 - 4)
+        yield [(torch.randn(p.shape, generator=generator) * size).to(p.device, dtype) for p in network.parameters()]
+
+
+def set_grad(parameter, grad) -> None:
+    """Give it a gradient of whatever dtype, as Gemini does: PyTorch checks the dtype only when the gradient is set."""
+    data = parameter.data
+    parameter.data = data.to(grad.dtype)
+    parameter.grad = grad
+    parameter.data = data
+
+
+@pytest.mark.parametrize("div_scale", [-1, SCALE], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
+    """Over 20 steps, with decay in one group and none in the other, under a changing learning rate."""
+    ours, theirs = small_network(device), small_network(device)
+    hybrid = optimizer.build_optimizer(ours, learning_rate=1e-2, weight_decay=0.1)
+    parameters = list(theirs.parameters())
+    groups = [
+        {"params": [parameters[i] for i in (0, 4)], "weight_decay": 0.1},
+        {"params": [parameters[i] for i in (1, 2, 3, 5)], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-2)
+    schedules = [optimizer.build_schedule(o, 5, 25) for o in (hybrid, adamw)]
+    for grads in gradients(ours, grad_dtype, 20):
+        for mine, reference, grad in zip(ours.parameters(), theirs.parameters(), grads, strict=True):
+            set_grad(mine, grad)
+            reference.grad = grad.float() / div_scale if div_scale > 0 else grad.float()
+        hybrid.step(div_scale=div_scale)
+        adamw.step()
+        for schedule in schedules:
+            schedule.step()
+        for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6)
+    start = small_network(device)
+    assert all((p - q).abs().max() > 0.01 for p, q in zip(ours.parameters(), start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_starts_at_once(device):
+    """ColossalAI's own HybridAdam compiles for two minutes, or raises without the CUDA toolkit."""
+    network = small_network(device)
+    start = time.perf_counter()
+    hybrid = optimizer.build_optimizer(network, learning_rate=1e-3, weight_decay=0.0)
+    set_grad(next(network.parameters()), torch.ones(33, 19, device=device))
+    hybrid.step()
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would compile, for minutes")
+def test_the_flag_gives_colossalais_own_kernel():
+    """Also after an optimizer with PyTorch's: here it says itself that it cannot do without a GPU."""
+    optimizer.build_optimizer(small_network("cpu"), 1e-3, 0.0, "torch")
+    with pytest.raises(AssertionError, match="No usable kernel found for CPUAdamLoader"):
+        optimizer.build_optimizer(small_network("cpu"), 1e-3, 0.0, "colossalai")
+    optimizer.build_optimizer(small_network("cpu"), 1e-3, 0.0, "torch")
+
+
+def test_no_decay_on_biases_and_norms():
+    model = modeling.meta_model(modeling.load_config(SAMPLE_MODEL))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay = {names[id(p)]: g["weight_decay"] for g in optimizer.build_optimizer(model, 1e-3, 0.1).param_groups for p in g["params"]}
+    assert decay.keys() == set(names.values())
+    for name, value in decay.items():
+        assert value == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (4, 4), (10, 10), (0, 1)])
+def test_schedule(warmup, total):
+    """Step n of 1..total has peak x n / warmup, then peak x (total - n + 1) / (total - warmup): up to the peak, down to 0."""
+    adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = optimizer.build_schedule(adamw, warmup, total)
+    for n in range(1, total + 1):
+        wanted = 0.5 * (n / warmup if n <= warmup else (total - n + 1) / (total - warmup))
+        assert math.isclose(adamw.param_groups[0]["lr"], wanted), n
+        adamw.step()
+        schedule.step()
+    assert adamw.param_groups[0]["lr"] == 0

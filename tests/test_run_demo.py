@@ -1,0 +1,56 @@
+"""run_demo.sh as a newcomer runs it, on a machine without a GPU and without the Hub."""
+
+import os
+import subprocess
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .conftest import REPO, metrics
+
+# Nothing listens there: the Hub is out of reach at once. Without CUDA devices the script takes the CPU's way anywhere.
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": "", "INSTALL": "0", "PYTHON": sys.executable}
+
+
+def run_demo(*arguments, **env):
+    command = ["bash", str(REPO / "run_demo.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | NO_HUB | env, capture_output=True, text=True, timeout=400)
+
+
+def test_without_gpu_and_hub_the_sample_is_learned(tmp_path):
+    begun = time.monotonic()
+    done = run_demo(OUTPUT=str(tmp_path))
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "model sample/opt-tiny (no GPU)" in done.stdout
+    assert "plugin hybrid_parallel, tp 2 x pp 1 on 2 process(es) a node (2 processes)" in done.stdout
+    assert "CPU, 2 processes" in done.stdout
+    assert seconds < 180
+
+    evaluations = [line["eval_perplexity"] for line in metrics(tmp_path) if "eval_perplexity" in line]
+    assert evaluations[-1] < evaluations[0] / 2
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("A detective returns to the town", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < 6.5  # an untrained model has ln(2048) = 7.6
+    assert done.stdout.count("\n  - ") == 3  # descriptions that it writes
+
+
+def test_a_named_model_is_never_replaced(tmp_path):
+    done = run_demo(OUTPUT=str(tmp_path / "out"), MODEL="facebook/opt-125m", HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line]
+    assert len(errors) == 1 and "facebook/opt-125m" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_choices_are_the_users(tmp_path):
+    env = {"PLUGIN": "low_level_zero", "GPUNUM": "1", "BS": "8", "LR": "1e-3", "EPOCH": "1", "OUTPUT": str(tmp_path)}
+    done = run_demo("--max_train_steps", "2", "--eval_fraction", "0", **env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "plugin low_level_zero on 1 process(es) a node (you chose it)" in done.stdout
+    assert "8 rows x 1 accumulated x 1 data-parallel = 8 rows a step" in done.stdout
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
