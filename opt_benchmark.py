@@ -21,8 +21,7 @@ def main() -> None:
 
 def run(args, measure) -> None:
     """Check, start the processes, `measure`, print and write the result: the course of benchmarks/peers.py as well."""
-    import torch
-    import torch.distributed as dist  # after the arguments: the libraries below take seconds to import
+    import torch  # after the arguments: the libraries below take seconds to import
 
     from opt import launch, metrics, plan
 
@@ -46,7 +45,7 @@ def run(args, measure) -> None:
         print(describe(result), flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    dist.destroy_process_group()
+    launch.stop()
 
 
 def measure(args, here, config, contents) -> "Measured":

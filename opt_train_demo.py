@@ -14,9 +14,7 @@ from args import UserError, report_user_error, train_parser
 def main() -> None:
     args = train_parser().parse_args()
 
-    import torch.distributed as dist  # after the arguments: the libraries below take seconds to import
-
-    from opt import data, launch, plan
+    from opt import data, launch, plan  # after the arguments: the libraries below take seconds to import
 
     here = launch.place()
     try:
@@ -35,7 +33,7 @@ def main() -> None:
         print(plan.describe(args, here, setup, dataset, steps, dp_size), flush=True)
     if not args.dry_run:
         train(args, here, setup, dataset, steps)
-        dist.destroy_process_group()
+        launch.stop()
         if here.is_main and not args.no_save:
             show_samples(args.output_path, here.device, setup.tokenizer)
 

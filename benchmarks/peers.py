@@ -331,6 +331,7 @@ def hf_trainer(args, here, model, batches) -> Measured:
             report_to="none",
             disable_tqdm=True,
         )
+        settings._n_gpu = min(settings.n_gpu, 1)  # a process that finds more GPUs would spread its batch over them
         trainer = BenchmarkTrainer(model, settings, train_dataset=rows_of_all_steps(args, here, batches, steps), callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()

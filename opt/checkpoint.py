@@ -94,9 +94,20 @@ def _whole_parameters(model: nn.Module, parallel: Parallel) -> Iterator[tuple[st
 
 def _write_shard(directory: Path, stage: int, number: int, tensors: dict) -> tuple[str, dict[str, int]]:
     file = f"stage{stage:03d}-{number:05d}.safetensors"
-    save_file(tensors, directory / file, metadata={"format": "pt"})
-    _flush_to_disk(directory / file)
+    _save(tensors, directory / file)
     return file, {name: t.numel() * t.element_size() for name, t in tensors.items()}
+
+
+def _save(tensors: dict, file: Path) -> None:
+    """Write tensors to disk, for good, in the format that the file's name says."""
+    file.touch()
+    if file.suffix == ".bin":
+        torch.save(tensors, file)
+    else:
+        mode = file.stat().st_mode
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask
+    _flush_to_disk(file)
 
 
 def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> None:
@@ -107,11 +118,7 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
         tensors = {}
         for file, _ in shards:
             tensors |= load_file(directory / file)
-        if suffix == ".bin":
-            torch.save(tensors, directory / "one_file.bin")
-        else:
-            save_file(tensors, directory / "one_file.safetensors", metadata={"format": "pt"})
-        _flush_to_disk(directory / f"one_file{suffix}")
+        _save(tensors, directory / f"one_file{suffix}")
         return
     if len(shards) == 1:
         (directory / shards[0][0]).rename(directory / "model.safetensors")
@@ -131,8 +138,9 @@ def _publish(aside: Path, target: Path) -> None:
     heads = ("model.safetensors", "model.safetensors.index.json")
     for old in (*heads, "pytorch_model.bin", "pytorch_model.bin.index.json"):
         (target / old).unlink(missing_ok=True)
-    for old in target.glob("model-*-of-*.safetensors"):
-        old.unlink()
+    for shards in ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"):
+        for old in target.glob(shards):
+            old.unlink()
     for file in sorted(aside.iterdir(), key=lambda f: f.name in heads):
         file.rename(target / file.name)
     _flush_to_disk(target)

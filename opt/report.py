@@ -2,6 +2,8 @@
 
     python -m opt.report table benchmark_results       (run_benchmark.sh calls it at the end)
     python -m opt.report failed FILE --log LOG ...     (write the row of a combination that did not run)
+
+benchmarks/compare.py makes its table with the same functions.
 """
 
 import argparse

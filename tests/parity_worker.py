@@ -1,9 +1,9 @@
-"""What tests/test_parity.py runs under torchrun: the first losses of many models, in one process start.
+"""What tests/test_parity.py and tests/test_export.py run under torchrun: many small cases in one start of the processes.
 
     torchrun --nproc_per_node N tests/parity_worker.py CASES.json RESULTS.json
 
-CASES.json: {case: {"wanted": "first_losses" or "memory", the functions below, "directory": a model's, "rows": a directory of
-token rows, "flags": [of opt_train_demo.py]}}. RESULTS.json: {case: what the function returns}, written anew after each case.
+CASES.json: {case: {"wanted": a function below, "flags": [of opt_train_demo.py], and what else the function takes}}.
+RESULTS.json: {case: what the function returns}, written anew after each case.
 """
 
 import gc
@@ -16,24 +16,24 @@ import torch
 import torch.distributed as dist
 
 from args import resolve, train_parser
-from opt import launch, modeling, step, weights
+from opt import checkpoint, data, launch, modeling, step, weights
 from opt.build import Built, build
-from opt.data import Batches, Rows
 
 
-def built(directory, args, here) -> Built:
-    """The model in `directory` as opt_train_demo.py has it before the first step."""
+def built(args, here) -> Built:
+    """The model as opt_train_demo.py has it before the first step."""
+    directory = Path(args.model_name_or_path)
     config = modeling.load_config(directory, args.dropout)
     contents = weights.open_weights(directory, modeling.meta_model(config), args.seed)
     return build(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
 
 
-def first_losses(directory, rows, args, here) -> list[float]:
+def first_losses(args, here, rows: str) -> list[float]:
     """The loss of all rows, over all data-parallel ranks: evaluated, then at each of --max_train_steps steps (default none)."""
-    trained = built(directory, args, here)
+    trained = built(args, here)
     parallel, model = trained.parallel, trained.model
-    rows = Rows(rows, "train")
-    batches = Batches(rows, len(rows) // parallel.dp_size, parallel.dp_rank, parallel.dp_size, pad_id=1, seed=None)
+    rows = data.Rows(Path(rows), "train")
+    batches = data.Batches(rows, len(rows) // parallel.dp_size, parallel.dp_rank, parallel.dp_size, pad_id=1, seed=None)
     losses = [step.evaluate(parallel, model, batches)]
     for _ in range(args.max_train_steps or 0):
         share, _ = step.train_step(parallel, model, trained.optimizer, trained.schedule, list(batches.epoch()), args.max_norm)
@@ -42,18 +42,27 @@ def first_losses(directory, rows, args, here) -> list[float]:
     return losses
 
 
-def memory(directory, rows, args, here) -> dict[str, list[int]]:
+def memory(args, here) -> dict[str, list[int]]:
     """By rank, bytes of its own memory: the most that a process came to hold while the model was built and filled, and what
     it holds then."""
-    gc.collect()
+    for _ in range(2):  # the last case's model: autograd lets go of its tensors when Python has, and then they are garbage
+        gc.collect()
     with _PeakMemory() as watch:
-        held = built(directory, args, here)
+        held = built(args, here)
     gc.collect()
     by_rank = torch.zeros(2, here.world_size, dtype=torch.int64)
     by_rank[:, here.rank] = torch.tensor([watch.peak, watch.kept])
     dist.all_reduce(by_rank)
     del held
     return dict(zip(("peak", "kept"), by_rank.tolist(), strict=True))
+
+
+def export(args, here, shard_bytes: int) -> None:
+    """Write the model to --output_path without having trained it."""
+    trained = built(args, here)
+    directory = Path(args.model_name_or_path)
+    config, tokenizer = modeling.load_config(directory), data.load_tokenizer(directory)
+    checkpoint.export_model(trained.model, trained.parallel, config, tokenizer, args.output_path, shard_bytes)
 
 
 class _PeakMemory(threading.Thread):
@@ -96,12 +105,12 @@ def main(cases, results) -> None:
     torch.set_num_threads(1)  # the models are tiny
     found = {}
     for name, case in json.loads(Path(cases).read_text()).items():
-        args = resolve(train_parser().parse_args(case["flags"]), here.device.type, launch.has_bf16(here.device))
-        wanted = {"first_losses": first_losses, "memory": memory}[case["wanted"]]
-        found[name] = wanted(Path(case["directory"]), Path(case["rows"]), args, here)
+        args = resolve(train_parser().parse_args(case.pop("flags")), here.device.type, launch.has_bf16(here.device))
+        wanted = {"first_losses": first_losses, "memory": memory, "export": export}[case.pop("wanted")]
+        found[name] = wanted(args, here, **case)
         if here.is_main:
             Path(results).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    launch.stop()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def comparison(tmp_path_factory):
     """What benchmarks/compare.py finds: {engine: result}. Nothing is compiled, which takes long on two cores."""
     out = tmp_path_factory.mktemp("comparison")
     engines = ("torch_ddp", "torch_amp --no_compile", "fsdp2 --no_compile", "deepspeed_zero2 --no_compile")
-    arguments = ("--models", SAMPLE_MODEL, "--batch_sizes", 32, "--engines", *engines, "--reference", "torch_ddp", "--repeats", 2)
+    arguments = ("--models", SAMPLE_MODEL, "--batch_sizes", 16, "--engines", *engines, "--reference", "torch_ddp", "--repeats", 2)
     done = run(REPO / "benchmarks" / "compare.py", *arguments, "--out", out, *WORK, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "x torch_ddp" in done.stdout
@@ -167,8 +167,8 @@ def test_peers_do_the_same_work(comparison, engine):
 
 def test_peak_memory_grows_with_batch_size(sweep, comparison):
     small, large = result_of(sweep[0], "torch_ddp"), comparison["torch_ddp"]
-    assert (small["batch_size"], large["batch_size"]) == (2, 32)
-    logits = (32 - 2) * 64 * 2048 * 4  # bytes, of the rows that are more
+    assert (small["batch_size"], large["batch_size"]) == (2, 16)
+    logits = (16 - 2) * 64 * 2048 * 4  # bytes, of the rows that are more
     assert large["peak_host_memory_bytes"] > small["peak_host_memory_bytes"] + logits
 
 
@@ -223,10 +223,8 @@ def test_tables_and_plots_from_recorded_results(recorded):
         rows = list(csv.DictReader(f))
     assert len(rows) == 13
     found = {(row["model"], row["plugin"], row["batch"]): row for row in rows}
-    assert (
-        found["125m", "torch_ddp", "8"] | {"tokens/s": "200000", "peak GiB": "8.00", "loss": "10.8765", "MFU": "0.250"}
-        == found["125m", "torch_ddp", "8"]
-    )
+    row = found["125m", "torch_ddp", "8"]
+    assert (row["tokens/s"], row["peak GiB"], row["loss"], row["MFU"]) == ("200000", "8.00", "10.8765", "0.250")
     assert found["350m", "gemini", "16"]["status"] == "out of memory"
     assert found["350m", "gemini", "16"]["tokens/s"] == ""
     markdown = (recorded / "results.md").read_text().splitlines()

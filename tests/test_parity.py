@@ -156,6 +156,17 @@ def big_model(tmp_path_factory) -> dict:
     return found
 
 
+def run_worker(directory, nproc, cases: dict, env: dict) -> dict:
+    """{case: result} of tests/parity_worker.py, which says what a case is. Its files go into `directory`."""
+    spec = {str(key): case | {"flags": [*map(str, case["flags"])]} for key, case in cases.items()}
+    files = (directory / "cases.json", directory / "results.json")
+    files[0].write_text(json.dumps(spec, default=str))
+    done = run(REPO / "tests" / "parity_worker.py", *files, nproc=nproc, env={"PYTHONPATH": str(REPO)} | env, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads(files[1].read_text())
+    return {key: results[str(key)] for key in cases}
+
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory, checkpoints, rows, big_model):
     """{case: result} of tests/parity_worker.py on a number of processes, which are started once."""
@@ -167,31 +178,22 @@ def worker(tmp_path_factory, checkpoints, rows, big_model):
         cases = {}
         for setting, layouts in MEMORY_SETTINGS.get(nproc, {}).items():
             for layout in layouts:
-                cases["memory", setting, layout] = ("memory", big_model[layout], SETTINGS[nproc][setting])
+                flags = ("--model_name_or_path", big_model[layout], *SETTINGS[nproc][setting])
+                cases["memory", setting, layout] = {"wanted": "memory", "flags": flags}
         for setting, flags in SETTINGS[nproc].items():
             for precision in precisions(setting):
+                more = ("--precision", precision, "--dropout", 0, "--learning_rate", 0, "--batch_size", len(LENGTHS), "--seed", SEED)
                 for (model, layout), directory in checkpoints.items():
-                    more = ["--precision", precision, "--dropout", 0, "--learning_rate", 0, "--batch_size", len(LENGTHS), "--seed", SEED]
-                    if layout == TRAINED_LAYOUT:
-                        more += ["--max_train_steps", 2]
-                    elif (nproc, setting) not in ALL_LAYOUTS:
+                    if layout != TRAINED_LAYOUT and (nproc, setting) not in ALL_LAYOUTS:
                         continue
-                    cases[setting, precision, model, layout] = ("first_losses", directory, (*flags, *more))
-
-        directory = tmp_path_factory.mktemp("worker")
-        spec = {}
-        for key, (wanted, checkpoint, flags) in cases.items():
-            spec[str(key)] = {"wanted": wanted, "directory": str(checkpoint), "rows": str(rows.directory), "flags": [*map(str, flags)]}
-        (directory / "cases.json").write_text(json.dumps(spec))
+                    steps = ("--max_train_steps", 2) if layout == TRAINED_LAYOUT else ()
+                    case = {"wanted": "first_losses", "rows": rows.directory}
+                    cases[setting, precision, model, layout] = case | {"flags": ("--model_name_or_path", directory, *flags, *more, *steps)}
         # glibc keeps freed memory for later; here it is to give it back, so that the next case starts from nothing.
-        env = {"PYTHONPATH": str(REPO), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         if device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""  # several processes would need a GPU each
-        files = (directory / "cases.json", directory / "results.json")
-        ended = run(REPO / "tests" / "parity_worker.py", *files, nproc=nproc, env=env, timeout=300)
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        results = json.loads(files[1].read_text())
-        done[nproc, device] = {key: results[str(key)] for key in cases}
+        done[nproc, device] = run_worker(tmp_path_factory.mktemp("worker"), nproc, cases, env)
         return done[nproc, device]
 
     return on

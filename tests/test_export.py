@@ -1,0 +1,257 @@
+"""The written model is one that any program loads, whole or not at all, and it is the model that was trained."""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from colossalai.accelerator import get_accelerator, set_accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from args import resolve, train_parser
+from opt import checkpoint, data, launch, modeling
+from opt.build import build
+from opt.weights import open_weights
+
+from .conftest import SAMPLE_MODEL, metrics
+from .test_parity import HYBRID, run_worker
+from .test_training import Runs, runs_in
+
+EXPORTED = ("torch_ddp", "low_level_zero", "gemini", "tp=2", "pp=2", "tp=2 x pp=2")
+SMALL = 300_000  # bytes: the sample model's embedding is 1 MB, each of its layers 0.8 MB
+
+# What any user's program does; of this project it knows the output directories alone.
+ANY_PROGRAM = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+rows, found = json.load(open(sys.argv[1])), {}
+for directory in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(directory, torch_dtype="auto", output_loading_info=True)
+    with torch.no_grad():
+        losses = [(model(torch.tensor([row]), labels=torch.tensor([row])).loss.item(), len(row) - 1) for row in rows]
+    generator = pipeline("text-generation", model=directory)
+    found[directory] = {
+        "loss": sum(loss * targets for loss, targets in losses) / sum(targets for _, targets in losses),
+        "dtype": str(model.dtype),
+        "not loaded": info["missing_keys"] + info["unexpected_keys"],
+        "text": generator("A young", max_new_tokens=5, do_sample=False)[0]["generated_text"],
+        "tokens": AutoTokenizer.from_pretrained(directory)("A young", add_special_tokens=False)["input_ids"],
+    }
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return runs_in(tmp_path_factory.getbasetemp() / "runs")
+
+
+@pytest.fixture(scope="module")
+def loaded(runs, tmp_path_factory) -> dict:
+    """{run: what a program that only has transformers finds in its output directory}"""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    rows = [row.tolist() for row in (runs.dataset.held_out[i] for i in range(len(runs.dataset.held_out)))]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    outputs = {name: str(runs.output(name)) for name in EXPORTED}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", ANY_PROGRAM, "rows.json", *outputs.values()]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: found[output] for name, output in outputs.items()}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_any_program_loads_it(name, loaded, runs):
+    found = loaded[name]
+    last = [line["eval_loss"] for line in metrics(runs.output(name)) if "eval_loss" in line][-1]
+    assert found["loss"] == pytest.approx(last, abs=0.02 if name == "gemini" else 1e-3)
+    assert found["dtype"] == ("torch.bfloat16" if name == "gemini" else "torch.float32")
+    assert found["not loaded"] == []
+    assert found["text"].startswith("A young") and len(found["text"]) > len("A young")
+    assert found["tokens"] == data.load_tokenizer(SAMPLE_MODEL)("A young", add_special_tokens=False)["input_ids"]
+
+
+def test_the_run_wrote_three_texts(runs):
+    lines = (runs.output("tp=2 x pp=2") / "stdout").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("  - ") and len(line) > 10]) == 3
+
+
+def test_config_is_the_given_one(runs):
+    written, given = (json.loads((directory / "config.json").read_text()) for directory in (runs.output("tp=2 x pp=2"), runs.model))
+    assert {key for key in written | given if written.get(key) != given.get(key)} == {"dropout"}, "--dropout 0 was asked for"
+
+
+def tensors_of(directory) -> dict:
+    return dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def written_by_four(runs, tmp_path_factory) -> Path:
+    """What tp=2 x pp=2 writes of the runs' first model: directories `shards` and `again`, and one file of each kind."""
+    folder = tmp_path_factory.mktemp("four")
+    # An earlier, larger model lies where the second one goes.
+    torch.manual_seed(1)
+    earlier = OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL, num_hidden_layers=6))
+    earlier.save_pretrained(folder / "again", max_shard_size=SMALL)
+    earlier.save_pretrained(folder / "again", max_shard_size=SMALL, safe_serialization=False)
+    flags = (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--model_name_or_path", runs.model)
+    cases = {}
+    for name in ("shards", "again", "one.safetensors", "one.bin"):
+        case = {"wanted": "export", "shard_bytes": SMALL if name == "shards" else 10**9}
+        cases[name] = case | {"flags": (*flags, "--output_path", folder / name)}
+    run_worker(tmp_path_factory.mktemp("worker"), 4, cases, {"CUDA_VISIBLE_DEVICES": ""})
+    return folder
+
+
+def test_shards_load(written_by_four, runs):
+    assert same(tensors_of(written_by_four / "shards"), tensors_of(runs.model))
+    shards = sorted((written_by_four / "shards").glob("*.safetensors"))
+    assert len(shards) > 10
+    index = json.loads((written_by_four / "shards" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for file in shards for t in load_file(file).values())
+    for file in shards:
+        tensors = load_file(file)
+        assert sum(t.numel() * 4 for t in tensors.values()) <= SMALL or len(tensors) == 1
+        assert {name for name, where in index["weight_map"].items() if where == file.name} == tensors.keys()
+
+
+def test_an_earlier_model_is_replaced(written_by_four, runs):
+    """Two pipeline stages, so two shards: of the earlier model's, in both formats, none is left."""
+    directory = written_by_four / "again"
+    assert same(tensors_of(directory), tensors_of(runs.model))
+    weights = sorted(file.name for file in directory.iterdir() if "model" in file.name)
+    assert weights == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", ["one.safetensors", "one.bin"])
+def test_one_file(name, written_by_four, runs):
+    file = written_by_four / name
+    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    model = OPTForCausalLM(OPTConfig.from_pretrained(runs.model))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], []), "the head is the embedding"
+    assert same(dict(model.named_parameters()), tensors_of(runs.model))
+    assert sorted(f.name for f in written_by_four.iterdir()) == ["again", "one.bin", "one.safetensors", "shards"]
+
+
+@pytest.fixture(scope="module")
+def trained(runs):
+    """(built, config, tokenizer) in this process, the only one of its group, on the CPU."""
+    here = launch.Place(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    args = resolve(train_parser().parse_args([]), "cpu", False)
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in given.items():
+            environment.setenv(name, value)
+        accelerator = get_accelerator()
+        launch.start(here)
+        config = modeling.load_config(runs.model)
+        contents = open_weights(runs.model, modeling.meta_model(config), seed=0)
+        yield build(args, here, config, contents, 1e-3, 0, 1), config, data.load_tokenizer(runs.model)
+        launch.stop()
+        set_accelerator(accelerator)
+
+
+def write(trained, output_path, shard_bytes=10**9):
+    built, config, tokenizer = trained
+    checkpoint.export_model(built.model, built.parallel, config, tokenizer, str(output_path), shard_bytes)
+
+
+@pytest.mark.parametrize("output", ["directory", "shards", "one.safetensors", "one.bin"])
+def test_others_may_read_it_as_the_umask_says(output, trained, tmp_path):
+    """safetensors makes its files readable to their owner alone."""
+    before = os.umask(0o027)
+    try:
+        write(trained, tmp_path / output, SMALL if output == "shards" else 10**9)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert files and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+
+
+class _Disk:
+    """Fails at the n-th change under a folder. By Python's audit events, which come before the change that they tell of."""
+
+    def __init__(self):
+        self.folder, self.left = None, 0
+        sys.addaudithook(self._hook)  # for good: there is no way to remove it
+
+    def _hook(self, event, arguments):
+        if self.folder is None or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if str(arguments[0]).startswith(self.folder):
+            self.left -= 1
+            if self.left <= 0:  # and whatever is tried after that
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def failing(self, folder, at):
+        self.folder, self.left = str(folder), at
+        try:
+            yield
+        finally:
+            self.folder = None
+
+
+disk = _Disk()
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, SMALL], ids=["one file", "shards"])
+def test_no_half_model_when_writing_fails(shard_bytes, trained, runs, tmp_path):
+    """Wherever it fails, what is there then is the earlier model, the new one, or clearly none."""
+    torch.manual_seed(1)
+    earlier = OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL))
+    old, new = dict(earlier.named_parameters()), tensors_of(runs.model)
+    target, seen = tmp_path / "model", []
+    for n in itertools.count(1):
+        shutil.rmtree(target, ignore_errors=True)
+        earlier.save_pretrained(target, max_shard_size=shard_bytes)
+        try:
+            with disk.failing(tmp_path, at=n):
+                write(trained, target, shard_bytes)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            break
+        try:
+            there = tensors_of(target)
+        except OSError as error:
+            assert "no file named" in str(error)
+            seen.append("none")
+        else:
+            seen.append("old" if same(there, old) else "new" if same(there, new) else "half")
+    assert list(dict.fromkeys(seen)) == ["old", "none", "new"], seen
+    assert same(tensors_of(target), new) and not list(target.glob(".*")), "at last nothing failed, after what the failures left"
+
+
+def test_a_file_is_replaced_at_once_or_not_at_all(trained, tmp_path):
+    target, seen = tmp_path / "one.safetensors", []
+    for n in itertools.count(1):
+        target.write_bytes(b"earlier")
+        try:
+            with disk.failing(tmp_path, at=n):
+                write(trained, target)
+        except OSError:
+            seen.append("old" if target.read_bytes() == b"earlier" else "new" if load_file(target) else "half")
+        else:
+            break
+    assert list(dict.fromkeys(seen)) == ["old", "new"], seen
+    assert len(load_file(target)) == len(list(trained[0].model.named_parameters()))
