@@ -68,10 +68,16 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
         help="compute the loss without the whole logits, by Liger's fused linear cross-entropy (pip install liger-kernel): less "
         "memory; on a GPU, not with --tp_size over 1; default off",
     )
-    g.add_argument("--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off")
+    g.add_argument(
+        "--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off"
+    )
     g.add_argument("--learning_rate", type=_number(float, 0), default=5e-5, help="peak learning rate; default 5e-5")
-    g.add_argument("--weight_decay", type=_number(float, 0), default=0.01, help="AdamW's decay of matrices; biases and norms have none; default 0.01")
-    g.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}")
+    g.add_argument(
+        "--weight_decay", type=_number(float, 0), default=0.01, help="AdamW's decay of matrices; biases and norms have none; default 0.01"
+    )
+    g.add_argument(
+        "--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}"
+    )
 
 
 def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
@@ -147,24 +153,43 @@ def train_parser() -> argparse.ArgumentParser:
         default="hugginglearners/netflix-shows",
         help="Hub id, wikitext-2-raw, or a local csv, json, jsonl, txt or parquet file; default hugginglearners/netflix-shows",
     )
-    g.add_argument("--text_column", default="description", help="column that holds the text; default description (a txt file is one text a line)")
+    g.add_argument(
+        "--text_column", default="description", help="column that holds the text; default description (a txt file is one text a line)"
+    )
     g.add_argument(
         "--max_length",
         type=_number(int, 2),
         help="longest row in tokens, start and end tokens included; default 512 or the model's positions if fewer",
     )
-    g.add_argument("--eval_fraction", type=_number(float, 0, 0.9), default=0.05, help="held-out share of the texts, 0 to 0.9; default 0.05; 0 for no evaluation")
+    g.add_argument(
+        "--eval_fraction",
+        type=_number(float, 0, 0.9),
+        default=0.05,
+        help="held-out share of the texts, 0 to 0.9; default 0.05; 0 for no evaluation",
+    )
 
     g = parser.add_argument_group("schedule")
     g.add_argument("--num_epoch", type=_number(int, 1), default=10, help="passes over the training texts; default 10")
     g.add_argument("--max_train_steps", type=_number(int, 1), help="optimizer steps at most; default as many as the epochs give")
-    g.add_argument("--warmup_ratio", type=_number(float, 0, 1), default=0.1, help="share of the steps that the learning rate rises for; default 0.1, then it falls linearly to 0")
-    g.add_argument("--max_norm", type=_number(float, 0), default=1.0, help="gradients are scaled down to this global L2 norm; default 1.0; 0 for no clipping")
+    g.add_argument(
+        "--warmup_ratio",
+        type=_number(float, 0, 1),
+        default=0.1,
+        help="share of the steps that the learning rate rises for; default 0.1, then it falls linearly to 0",
+    )
+    g.add_argument(
+        "--max_norm",
+        type=_number(float, 0),
+        default=1.0,
+        help="gradients are scaled down to this global L2 norm; default 1.0; 0 for no clipping",
+    )
     g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the data-parallel size; default off")
     g.add_argument("--eval_steps", type=_number(int, 1), help="optimizer steps between evaluations; default once an epoch")
 
     g = parser.add_argument_group("results")
-    g.add_argument("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where metrics go beside metrics.jsonl; default none")
+    g.add_argument(
+        "--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where metrics go beside metrics.jsonl; default none"
+    )
     g.add_argument("--no_save", action="store_true", help="do not write the trained model; default off")
     g.add_argument(
         "--dry_run",
@@ -225,7 +250,9 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
 
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):
-            raise UserError(f"--plugin torch_ddp_fp16 computes in fp16, not {args.precision}: use --plugin torch_ddp --precision {args.precision}")
+            raise UserError(
+                f"--plugin torch_ddp_fp16 computes in fp16, not {args.precision}: use --plugin torch_ddp --precision {args.precision}"
+            )
         args.precision = "fp16"
     if args.precision is None:
         args.precision = ("bf16" if has_bf16 else "fp16") if device_type == "cuda" else ("bf16" if gemini else "fp32")
@@ -256,7 +283,11 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
         if args.num_microbatches is None:
             args.num_microbatches = args.pp_size * (2 if args.batch_size % (2 * args.pp_size) == 0 else 1)
         if args.num_microbatches < args.pp_size:
-            raise UserError(f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a stage would always be idle; use {args.pp_size} or more")
+            raise UserError(
+                f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a stage would always be idle; use {args.pp_size} or more"
+            )
         if args.batch_size % args.num_microbatches:
-            raise UserError(f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} micro-batches: change --batch_size or --num_microbatches")
+            raise UserError(
+                f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} micro-batches: change --batch_size or --num_microbatches"
+            )
     return args

@@ -101,7 +101,15 @@ def show_samples(output_path, device, tokenizer, number=3) -> None:
     model = AutoModelForCausalLM.from_pretrained(output_path, torch_dtype="auto").to(device).eval()
     torch.manual_seed(0)
     start = torch.tensor([[tokenizer.bos_token_id]] * number, device=device)
-    written = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=50, top_p=0.9, max_new_tokens=60, pad_token_id=tokenizer.pad_token_id)
+    written = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=50,
+        top_p=0.9,
+        max_new_tokens=60,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     print("three descriptions that it writes:")
     for text in tokenizer.batch_decode(written, skip_special_tokens=True):
         print(f"  - {' '.join(text.split())}")

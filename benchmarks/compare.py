@@ -187,8 +187,8 @@ def draw(results: list[dict], reference: str, picture: Path) -> None:
     engines = sorted({engine_of(r) for r in results}, key=lambda engine: (_is_peer(engine), engine))
     if not results:
         return
-    inches = 2 + 3 * len(sizes), len(models) * (0.9 + 0.22 * len(engines))
-    figure, axes = pyplot.subplots(len(models), len(sizes), figsize=inches, squeeze=False, sharey=True)
+    inches = 2 + 3 * len(sizes), len(models) * (1.2 + 0.22 * len(engines))
+    figure, axes = pyplot.subplots(len(models), len(sizes), figsize=inches, squeeze=False, sharey=True, layout="constrained")
     for (model, world_size), line in zip(models, axes, strict=True):
         for size, panel in zip(sizes, line, strict=True):
             panel.set_title(f"{model}, batch {size}" + f", {world_size} GPUs" * (world_size > 1), fontsize=9)
@@ -203,7 +203,9 @@ def draw(results: list[dict], reference: str, picture: Path) -> None:
                 panel.barh(y, rate / 1000, color=color, alpha=0.8)
                 ends = [rate / 1000 * r["step_seconds"]["median"] / block for block in r["repeats"]]
                 panel.plot([min(ends), max(ends)], [y, y], color="red", linewidth=1.5)
-                panel.text(0, y, f" {rate / 1000:,.1f}", va="center", fontsize=6, color="white")
+                panel.text(max(ends), y, f" {rate / 1000:,.1f}", va="center", fontsize=6)
+            panel.margins(x=0.15)  # room for the figures
+            panel.set_xlim(left=0)
             panel.set_yticks(range(len(engines)), engines, fontsize=7)
             panel.tick_params(axis="x", labelsize=7)
             panel.grid(axis="x", alpha=0.3)
@@ -211,7 +213,6 @@ def draw(results: list[dict], reference: str, picture: Path) -> None:
     for panel in axes[-1]:
         panel.set_xlabel("thousand tokens/s", fontsize=8)
     figure.suptitle(f"ColossalAI's plugins (blue), peers (orange), {reference} (black); red: the repeats", fontsize=9)
-    figure.tight_layout()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 

@@ -28,7 +28,9 @@ def output_directory(output_path: str) -> Path:
     return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
 
 
-def export_model(model: nn.Module, parallel: Parallel, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES) -> None:
+def export_model(
+    model: nn.Module, parallel: Parallel, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write the model in Hugging Face layout; to be called by all processes.
 
     With pipeline stages each stage writes its own shards, so on several nodes output_path must be a folder that they share.
@@ -64,7 +66,10 @@ def export_model(model: nn.Module, parallel: Parallel, config: OPTConfig, tokeni
     dist.all_gather_object(everyones, shards)
     if is_main:
         _assemble([shard for own in everyones for shard in own], aside, one_file, Path(output_path).suffix)
-        config = OPTConfig.from_dict(config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch."), "architectures": ["OPTForCausalLM"]})
+        fields = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch."), "architectures": ["OPTForCausalLM"]}
+        # transformers 4.51 writes down that an attention was chosen, but not which: who loads that gets the slow eager one.
+        fields.pop("_attn_implementation_autoset", None)
+        config = OPTConfig.from_dict(fields)
         if one_file:
             os.replace(next(aside.glob("one_file*")), output_path)
         else:

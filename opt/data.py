@@ -72,7 +72,9 @@ def load_tokenizer(directory: Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
     except Exception as error:  # a missing or broken file surfaces as almost any exception, by tokenizer class
-        raise UserError(f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs tokenizer.json, or vocab.json and merges.txt") from error
+        raise UserError(
+            f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs tokenizer.json, or vocab.json and merges.txt"
+        ) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: a fast tokenizer with an end token is needed")
     return tokenizer
@@ -85,7 +87,18 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
     whole text. Raises UserError.
     """
     splits, identity, source = _texts(dataset, text_column)
-    key = [_CACHE_VERSION, identity, source, text_column, max_length, eval_fraction, seed, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    key = [
+        _CACHE_VERSION,
+        identity,
+        source,
+        text_column,
+        max_length,
+        eval_fraction,
+        seed,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    ]
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opt-colossalai"
     directory = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if (directory / "counts.json").is_file():
@@ -101,7 +114,9 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
     if not counts.rows:
         raise UserError(f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty")
     if not rows["train"] or (eval_fraction and not rows["held_out"]):
-        raise UserError(f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out {eval_fraction:g} of them: change --eval_fraction, or set it to 0")
+        raise UserError(
+            f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out {eval_fraction:g} of them: change --eval_fraction, or set it to 0"
+        )
     counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
 
     try:
@@ -185,7 +200,9 @@ def _load_from_hub(*args, asked_for: str) -> tuple[dict, str]:
             return _load(*args, asked_for=asked_for), "cached from the Hub, which does not answer"
         except UserError:
             reason = str(error).split("\n")[0]
-            raise UserError(f"--dataset {asked_for}: not a file here and not to be had from the Hub ({reason}); give a local file") from error
+            raise UserError(
+                f"--dataset {asked_for}: not a file here and not to be had from the Hub ({reason}); give a local file"
+            ) from error
     return _load(*args, asked_for=asked_for), "Hub"
 
 

@@ -185,7 +185,9 @@ def load_config(directory: Path, dropout: float | None = None) -> OPTConfig:
     try:
         raw, _ = OPTConfig.get_config_dict(directory)
         if raw.get("model_type") != "opt":
-            raise UserError(f"{file} describes a model of type '{raw.get('model_type')}', not OPT: give an OPT model such as facebook/opt-350m")
+            raise UserError(
+                f"{file} describes a model of type '{raw.get('model_type')}', not OPT: give an OPT model such as facebook/opt-350m"
+            )
         config = OPTConfig.from_dict(raw)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}): download or copy it again") from error

@@ -28,9 +28,7 @@ class _MultiTensorAdam(_TorchExtension):
     """FusedOptimizerLoader's kernel: one step of Adam(W) on lists of CUDA tensors."""
 
     @staticmethod
-    def multi_tensor_adam(
-        chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1
-    ):
+    def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
         """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
         params (Gemini) and are divided by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
         _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale)
@@ -56,7 +54,7 @@ def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correctio
     update = torch._fused_adamw_ if adamw else torch._fused_adam_
     update(
         params,
-        [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)],
+        [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params, strict=True)],
         exp_avgs,
         exp_avg_sqs,
         [],

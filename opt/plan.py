@@ -46,7 +46,9 @@ def check(args: Namespace, here: Place) -> Setup:
     _check_length("--max_length", args.max_length, config)
     tokenizer = data.load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
-        raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together")
+        raise UserError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together"
+        )
     contents = weights.open_weights(directory, modeling.meta_model(config), args.seed, here.device)
     return Setup(directory, config, tokenizer, contents)
 
@@ -72,12 +74,16 @@ def _check_processes(args: Namespace, here: Place) -> None:
         raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
     model_ranks = args.tp_size * args.pp_size
     if here.world_size % model_ranks:
-        raise UserError(f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes")
+        raise UserError(
+            f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes"
+        )
 
 
 def _check_shape(config: OPTConfig, args: Namespace) -> None:
     if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"the model's hidden_size {config.hidden_size} is not divisible by its {config.num_attention_heads} attention heads: correct its config.json")
+        raise UserError(
+            f"the model's hidden_size {config.hidden_size} is not divisible by its {config.num_attention_heads} attention heads: correct its config.json"
+        )
     if config.num_attention_heads % args.tp_size:
         raise UserError(f"the model's {config.num_attention_heads} attention heads are not divisible by --tp_size {args.tp_size}")
     if config.num_hidden_layers < args.pp_size:
@@ -86,7 +92,9 @@ def _check_shape(config: OPTConfig, args: Namespace) -> None:
 
 def _check_length(flag: str, length: int, config: OPTConfig) -> None:
     if length > config.max_position_embeddings:
-        raise UserError(f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less")
+        raise UserError(
+            f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less"
+        )
 
 
 def _check_writable(output_path: str) -> None:
@@ -138,7 +146,11 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
     rows = args.batch_size * args.gradient_accumulation_steps * dp_size
     counts = dataset.counts
     files = weights.weight_files(setup.directory)
-    origin = f"{setup.directory}: {', '.join(f.name for f in files[:3])}{' ...' * (len(files) > 3)}" if files else f"none in {setup.directory}: it trains from scratch"
+    origin = (
+        f"{setup.directory}: {', '.join(f.name for f in files[:3])}{' ...' * (len(files) > 3)}"
+        if files
+        else f"none in {setup.directory}: it trains from scratch"
+    )
     lines = {
         "device": device,
         "plugin": plugin,

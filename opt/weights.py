@@ -108,7 +108,7 @@ class InitialWeights(Weights):
     starts from the same model, and no process needs more than the tensor at hand. Made on `device`: a GPU is fast at it.
     """
 
-    def __init__(self, model: nn.Module, seed: int, device: torch.device = torch.device("cpu")):
+    def __init__(self, model: nn.Module, seed: int, device: torch.device | str = "cpu"):
         config = model.config
         self._seed, self._std, self._device = seed, config.init_std, device
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -189,10 +189,12 @@ def locate(model_name_or_path: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError):
         pass
     reason = "no such model, or a private one" if isinstance(first_try, RepositoryNotFoundError) else str(first_try).split("\n")[0]
-    raise UserError(f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory") from first_try
+    raise UserError(
+        f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory"
+    ) from first_try
 
 
-def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.device = torch.device("cpu")) -> Weights:
+def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.device | str = "cpu") -> Weights:
     """The checkpoint in `directory`, checked against `model`'s names and shapes; initial weights where there is none.
 
     `model` may be on the meta device. Raises UserError.
@@ -203,10 +205,14 @@ def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.dev
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name != TIED_HEAD}
     missing = sorted(expected.keys() - weights.keys())
     if missing:
-        raise UserError(f"the weights in {directory} lack {len(missing)} of the model's tensors, {missing[0]} the first: they do not belong to its config.json")
+        raise UserError(
+            f"the weights in {directory} lack {len(missing)} of the model's tensors, {missing[0]} the first: they do not belong to its config.json"
+        )
     extra = sorted(weights.keys() - expected.keys())
     if extra:
-        raise UserError(f"the weights in {directory} have {len(extra)} tensors that the model lacks, {extra[0]} the first: they do not belong to its config.json")
+        raise UserError(
+            f"the weights in {directory} have {len(extra)} tensors that the model lacks, {extra[0]} the first: they do not belong to its config.json"
+        )
     for name, shape in expected.items():
         if weights.shape(name) != shape:
             raise UserError(f"the weights in {directory}: {name} is {weights.shape(name)}, its config.json says {shape}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS = {".bin", ".safetensors", ".parquet"}
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._bytes((self.hub.root / path.removeprefix("/cdn/")).read_bytes())
         self._answer(404, {"error": "Not Found"})
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def log_message(self, *_):
         pass
@@ -108,11 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._bytes(b"" if body is None else json.dumps(body).encode(), status, **headers)
 
     def _bytes(self, content: bytes, status: int = 200, **headers):
-        start, whole = 0, len(content)
-        if status == 200 and (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
-            start, end = int(asked[1]), int(asked[2] or whole - 1)
-            content, status = content[start : end + 1], 206
-            headers["Content_Range"] = f"bytes {start}-{start + len(content) - 1}/{whole}"
         self.send_response(status)
         for name, value in ({"Content_Length": len(content)} | headers).items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -123,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _missing(self, kind: str, name: str, revision: str | None) -> bool:
         """Refuse what is not there, as the Hub does: a repository that does not exist looks like a private one."""
         if not self.hub.repository(kind, name).is_dir():
-            self._answer(401, {"error": "Invalid username or password."}, X_Error_Message="Invalid username or password.")
+            # huggingface_hub knows a bare 401 for what it means under https alone; the code is for http.
+            self._answer(401, {"error": "Invalid username or password."}, X_Error_Code="RepoNotFound")
         elif revision not in (None, "main", self.hub.commit(kind, name)):
             self._answer(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
         else:
@@ -131,7 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _api(self, kind, name, what, revision, under, query):
-        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()) if self.command == "POST" else {}
         if self._missing(kind, name, revision):
             return
         folder = self.hub.repository(kind, name)
@@ -141,9 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
             recursive = query.get("recursive", [""])[0].lower() in ("true", "1")
             return self._answer(200, [self._info(folder, p) for p in sorted(inside.rglob("*") if recursive else inside.iterdir())])
-        if what == "paths-info":
-            asked = [folder / path for path in form.get("paths", [])]
-            return self._answer(200, [self._info(folder, p) for p in asked if p.exists()])
         names = [{"rfilename": str(f.relative_to(folder))} for f in files(folder)]
         answer = {"id": name, "sha": self.hub.commit(kind, name), "private": False, "tags": [], "downloads": 0, "likes": 0}
         self._answer(200, answer | {"siblings": names})

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,9 +56,10 @@ def assert_refused(done, *says) -> None:
     ],
 )
 def test_a_mistyped_argument(flags, says):
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert_refused(run(SCRIPT, *flags.split()), *says)
-    assert time.perf_counter() - started < 1.5
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1  # importing torch alone takes more
 
 
 # ---- what takes a look at the model, the data or the machine
@@ -276,5 +278,5 @@ def test_every_process_ends(broken, tmp_path):
     done = run(SCRIPT, *flags, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=120)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("no text to train on") == 1
-    assert "exitcode  : 2" in done.stderr.replace("exitcode :", "exitcode  :")
+    assert re.search(r"exitcode *: 2 ", done.stderr)  # torchrun's report of the first process to end
     assert not list(tmp_path.iterdir())

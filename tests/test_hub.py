@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +19,7 @@ from .test_data import as_lists
 SCRIPT = REPO / "opt_train_demo.py"
 MODEL, NETFLIX, WIKITEXT = "facebook/opt-350m", "hugginglearners/netflix-shows", "Salesforce/wikitext"
 SPLITS = ("test", "train", "validation")
+DEAD = [("error", "model"), ("silent", "model"), ("hang up", "data set"), ("silent", "wikitext")]
 
 
 def save_model(directory, **torch_save) -> None:
@@ -140,30 +140,26 @@ def test_what_the_hub_does_not_have(hub, home):
 
 @pytest.fixture(scope="module")
 def dead_hub(root, tmp_path_factory):
-    """What became of a run by what it asked a Hub in trouble for, with nothing cached: (process, seconds, requests)."""
+    """What became of a run by what it asked a Hub in trouble for, with nothing cached: (process, requests)."""
 
     def one(mode, model, dataset):
         with serving(root) as hub:
             hub.mode = mode
-            started = time.perf_counter()
             done = start(hub, tmp_path_factory.mktemp("home"), model, dataset, output=tmp_path_factory.mktemp("out"))
-            return done, time.perf_counter() - started, hub.requests
+            return done, hub.requests
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         asked = {"model": (MODEL, SAMPLE_DATA), "data set": (SAMPLE_MODEL, NETFLIX), "wikitext": (SAMPLE_MODEL, "wikitext-2-raw")}
-        cases = [("error", "model"), ("silent", "model"), ("hang up", "data set"), ("silent", "wikitext")]
-        yield {case: pool.submit(one, case[0], *asked[case[1]]) for case in cases}
+        yield {case: pool.submit(one, case[0], *asked[case[1]]) for case in DEAD}
 
 
-@pytest.mark.parametrize("mode, what", [("error", "model"), ("silent", "model"), ("hang up", "data set"), ("silent", "wikitext")])
+@pytest.mark.parametrize("mode, what", DEAD)
 def test_a_hub_that_does_not_answer(dead_hub, mode, what):
-    """Is said so at once: it is asked once, and waited for HF_HUB_ETAG_TIMEOUT seconds."""
-    done, seconds, requests = dead_hub[mode, what].result()
+    """Costs HF_HUB_ETAG_TIMEOUT seconds at most: it is asked once."""
+    done, requests = dead_hub[mode, what].result()
     name = {"model": MODEL, "data set": NETFLIX, "wikitext": "wikitext-2-raw"}[what]
     assert_refused(done, name, "not to be had from the Hub", {"error": "500", "silent": "timed out", "hang up": "aborted"}[mode])
     assert len(requests) == 1
-    print(f"{seconds:.1f} s")
-    assert seconds < 60
 
 
 def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
