@@ -7,7 +7,6 @@ patch can go, remove it and run tests/test_parity.py.
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from colossalai.accelerator import CpuAccelerator, set_accelerator
 
 

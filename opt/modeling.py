@@ -15,7 +15,6 @@ from . import light_imports  # noqa: F401  before colossalai
 from colossalai.lazy import LazyInitContext
 from colossalai.shardformer.layer._operation import reduce_forward
 from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig
