@@ -221,9 +221,9 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     if train:
-        axes.plot(*zip(*train), linewidth=0.8, alpha=0.7, label="training")
+        axes.plot(*zip(*train, strict=True), linewidth=0.8, alpha=0.7, label="training")
     if held_out:
-        axes.plot(*zip(*held_out), marker="o", label="held out")
+        axes.plot(*zip(*held_out, strict=True), marker="o", label="held out")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
