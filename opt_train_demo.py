@@ -8,6 +8,8 @@
 Read it from top to bottom: arguments, checks, processes, data, model, optimizer, booster, weights, loop, result.
 """
 
+import itertools
+
 from args import UserError, report_user_error, train_parser
 
 
@@ -27,8 +29,7 @@ def main() -> None:
         report_user_error(error)
 
     dp_size = here.world_size // (args.tp_size * args.pp_size)
-    batches_per_epoch = -(-len(dataset.train) // (args.batch_size * dp_size))
-    steps = plan.schedule(args, batches_per_epoch, dp_size)
+    steps = plan.schedule(args, len(dataset.train), dp_size)
     if here.is_main:
         print(plan.describe(args, here, setup, dataset, steps, dp_size), flush=True)
     if not args.dry_run:
@@ -56,19 +57,14 @@ def train(args, here, setup, dataset, steps) -> None:
     recorder = metrics.Recorder(checkpoint.output_directory(args.output_path), here.is_main, steps.total_steps, args.report_to, vars(args))
     if len(dataset.held_out):
         recorder.evaluation(0, step.evaluate(parallel, model, eval_batches))
-    done = 0
-    for epoch in range(args.num_epoch):
-        for group in _in_groups(train_batches.epoch(epoch), args.gradient_accumulation_steps):
-            lr = built.schedule.get_last_lr()[0]
-            loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
-            done += 1
-            recorder.step(done, done / steps.steps_per_epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
-            if len(dataset.held_out) and (done % steps.eval_steps == 0 or done == steps.total_steps):
-                recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
-            if done == steps.total_steps:
-                break
-        if done == steps.total_steps:
-            break
+    epochs = (_in_groups(train_batches.epoch(epoch), args.gradient_accumulation_steps) for epoch in range(args.num_epoch))
+    groups = itertools.islice(itertools.chain.from_iterable(epochs), steps.total_steps)
+    for done, group in enumerate(groups, 1):
+        lr = built.schedule.get_last_lr()[0]
+        loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
+        recorder.step(done, done / steps.steps_per_epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
+        if len(dataset.held_out) and (done % steps.eval_steps == 0 or done == steps.total_steps):
+            recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
     recorder.close()
 
     if not args.no_save:

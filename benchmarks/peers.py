@@ -144,11 +144,18 @@ def use_fused_loss(model, dtype) -> None:
     model.forward = forward
 
 
-def decay_groups(model, weight_decay: float) -> list[dict]:
-    """As opt.optimizer has it: decay on matrices alone."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def accumulate(adam, group, forward, reducing):
+    """Backward over `group`, then one update; returns the sum of the losses. `reducing(is_last)`: the context of each batch, in
+    which gradients are reduced over the processes with the last one alone."""
+    total = 0.0
+    for i, inputs in enumerate(group):
+        with reducing(i == len(group) - 1):
+            loss = forward(inputs)
+            (loss / len(group)).backward()
+        total += loss.detach()
+    adam.step()
+    adam.zero_grad()
+    return total
 
 
 def torch_amp(args, here, model):
@@ -156,31 +163,29 @@ def torch_amp(args, here, model):
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    from opt import optimizer
+
+    adam = torch.optim.AdamW(optimizer.decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     if here.world_size > 1:
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def step(group):
-        total = 0.0
-        for i, inputs in enumerate(group):
-            reduces = here.world_size == 1 or i == len(group) - 1
-            with nullcontext() if reduces else model.no_sync():
-                with torch.autocast(here.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    loss = model(**inputs)["loss"]
-                (loss / len(group)).backward()
-            total += loss.detach()
-        adam.step()
-        adam.zero_grad()
-        return total
+    def forward(inputs):
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            return model(**inputs)["loss"]
 
-    return step, {}
+    def reducing(is_last):
+        return nullcontext() if is_last or here.world_size == 1 else model.no_sync()
+
+    return (lambda group: accumulate(adam, group, forward, reducing)), {}
 
 
 def fsdp2(args, here, model):
     """PyTorch's fully_shard on each layer and on the whole: parameters gathered in bf16, gradients reduced in fp32."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
+
+    from opt import optimizer
 
     try:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -192,26 +197,21 @@ def fsdp2(args, here, model):
     for layer in model.model.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    adam = torch.optim.AdamW(optimizer.decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
 
-    def step(group):
-        total = 0.0
-        for i, inputs in enumerate(group):
-            model.set_requires_gradient_sync(i == len(group) - 1)
-            loss = model(**inputs)["loss"]
-            (loss / len(group)).backward()
-            total += loss.detach()
-        adam.step()
-        adam.zero_grad()
-        return total
+    def reducing(is_last):
+        model.set_requires_gradient_sync(is_last)
+        return nullcontext()
 
-    return step, {"zero_stage": 3}
+    return (lambda group: accumulate(adam, group, lambda inputs: model(**inputs)["loss"], reducing)), {"zero_stage": 3}
 
 
 def deepspeed_zero(args, here, model):
     """DeepSpeed's ZeRO stage 2 or 3; deepspeed_offload is stage 2 with Adam's state and step in host memory."""
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # which DeepSpeed reads, though no launcher has set it
     import deepspeed
+
+    from opt import optimizer
 
     offload = args.engine == "deepspeed_offload"
     stage = 3 if args.engine == "deepspeed_zero3" else 2
@@ -230,7 +230,7 @@ def deepspeed_zero(args, here, model):
     if args.fused_loss and stage == 3:
         # The loss reads the head's weight outside the head's forward, where ZeRO-3 would not have gathered it.
         deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
-    adam = deepspeed_adam(decay_groups(model, args.weight_decay), args.learning_rate, offload)
+    adam = deepspeed_adam(optimizer.decay_groups(model, args.weight_decay), args.learning_rate, offload)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
 
     def step(group):

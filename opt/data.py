@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from args import UserError
 
 from .modeling import IGNORE
 
-NETFLIX = "hugginglearners/netflix-shows"
 WIKITEXT = "wikitext-2-raw"
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 _CACHE_VERSION = 1  # count up when the tokens of the same text change
@@ -86,7 +85,7 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
     To be run by one process a node. A row is BOS, the text, EOS; of wikitext-2-raw, a block of `max_length` tokens of the
     whole text. Raises UserError.
     """
-    splits, identity, source = _texts(dataset, text_column)
+    identity, source, read = _texts(dataset, text_column)
     key = [
         _CACHE_VERSION,
         identity,
@@ -106,7 +105,7 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
 
     counts = Counts()
     cut = _blocks if dataset == WIKITEXT else _one_row_a_text
-    rows = {split: cut(texts, tokenizer, max_length, counts) for split, texts in splits.items()}
+    rows = {split: cut(texts, tokenizer, max_length, counts) for split, texts in read().items()}
     if "held_out" not in rows:
         rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, seed)
     elif not eval_fraction:
@@ -149,16 +148,15 @@ def open_dataset(directory: Path) -> Dataset:
     return Dataset(Rows(directory, "train"), Rows(directory, "held_out"), Counts(**counts), source)
 
 
-def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
-    """A data set's texts by split, what identifies them, and where they came from in words."""
-    import datasets
+def _texts(dataset: str, column: str) -> tuple[object, str, Callable[[], dict[str, list]]]:
+    """What identifies a data set's texts, where they come from in words, and how to read them, by split.
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a file that it cannot read, it raises too
+    Local files are read only then: with their tokens in the cache, a checksum is all that is needed.
+    """
     if dataset == WIKITEXT:
         loaded, hub = _load_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
         column, source = "text", f"{hub}, Salesforce/wikitext, wikitext-2-raw-v1"
-        splits = {"train": loaded["train"], "held_out": loaded["validation"]}
+        tables = {"train": loaded["train"], "held_out": loaded["validation"]}
         identity = [loaded["train"]._fingerprint, loaded["validation"]._fingerprint]
     elif os.path.isfile(dataset):
         file = Path(dataset)
@@ -168,19 +166,26 @@ def _texts(dataset: str, column: str) -> tuple[dict[str, list], object, str]:
             raise UserError(f"--dataset {dataset} is an empty file")
         if file.suffix == ".txt":
             column = "text"
-        splits = {"train": _load(_LOADERS[file.suffix], data_files=str(file), split="train", asked_for=dataset)}
+        tables = None
         identity, source = hashlib.sha256(file.read_bytes()).hexdigest(), f"local file {dataset}"
     elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1 or os.path.isdir(dataset):
         raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
     else:
         loaded, hub = _load_from_hub(dataset, asked_for=dataset)
         split = "train" if "train" in loaded else next(iter(loaded))
-        splits, identity, source = {"train": loaded[split]}, loaded[split]._fingerprint, f"{hub}, {dataset}, split {split}"
+        tables = {"train": loaded[split]}
+        identity, source = loaded[split]._fingerprint, f"{hub}, {dataset}, split {split}"
 
-    names = splits["train"].column_names
-    if column not in names:
-        raise UserError(f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column")
-    return {name: split[column][:] for name, split in splits.items()}, identity, source
+    def read():
+        opened = tables or {"train": _load(_LOADERS[file.suffix], data_files=str(file), split="train", asked_for=dataset)}
+        names = opened["train"].column_names
+        if column not in names:
+            raise UserError(
+                f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column"
+            )
+        return {name: table[column][:] for name, table in opened.items()}
+
+    return identity, source, read
 
 
 def _load_from_hub(*args, asked_for: str) -> tuple[dict, str]:
@@ -207,10 +212,12 @@ def _load_from_hub(*args, asked_for: str) -> tuple[dict, str]:
 
 
 def _load(*args, asked_for: str, **kwargs):
-    from datasets import load_dataset
+    import datasets
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a file that it cannot read, it raises too
     try:
-        return load_dataset(*args, **kwargs)
+        return datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # whatever its reader, builder or the Hub raises, the user's part in it is this data set
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0][:200] if str(cause) else 'no more is known'}"
@@ -254,6 +261,11 @@ def _hold_out(rows: list, fraction: float, seed: int) -> tuple[list, list]:
     return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
 
 
+def batches_an_epoch(rows: int, batch_size: int, dp_size: int) -> int:
+    """How many batches each data-parallel rank has of `rows` rows, the last one filled up."""
+    return -(-rows // (batch_size * dp_size))
+
+
 class Batches:
     """The batches of one data-parallel rank: an epoch's rows in a seeded order, each row once, the same number of
     batches on every rank. The last one is filled up with rows that have no target."""
@@ -264,7 +276,7 @@ class Batches:
 
     def __len__(self):
         """Batches an epoch."""
-        return -(-len(self.rows) // (self.batch_size * self.dp_size))
+        return batches_an_epoch(len(self.rows), self.batch_size, self.dp_size)
 
     def epoch(self, number: int = 0) -> Iterator["Batch"]:
         """The batches of epoch `number`, in the same order whenever it is asked for; in the rows' own order if unseeded."""

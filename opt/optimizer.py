@@ -106,12 +106,16 @@ def use_adam_kernel(name: str) -> None:
 
 
 def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_kernel: str = "torch") -> HybridAdam:
-    """HybridAdam over `model`'s parameters; decay on matrices alone, not on biases and layer norms."""
+    """HybridAdam over `model`'s parameters, in decay_groups."""
     use_adam_kernel(adam_kernel)
+    return HybridAdam(decay_groups(model, weight_decay), lr=learning_rate)
+
+
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for a torch optimizer: decay on matrices alone, not on biases and layer norms."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return HybridAdam(groups, lr=learning_rate)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -115,7 +115,6 @@ def _check_writable(output_path: str) -> None:
 class Schedule:
     """The run in optimizer steps."""
 
-    batches_per_epoch: int
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -123,12 +122,12 @@ class Schedule:
     learning_rate: float
 
 
-def schedule(args: Namespace, batches_per_epoch: int, dp_size: int) -> Schedule:
-    """Batches to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller."""
-    steps = -(-batches_per_epoch // args.gradient_accumulation_steps)
+def schedule(args: Namespace, rows: int, dp_size: int) -> Schedule:
+    """Rows to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller."""
+    steps = -(-data.batches_an_epoch(rows, args.batch_size, dp_size) // args.gradient_accumulation_steps)
     total = min(steps * args.num_epoch, args.max_train_steps or steps * args.num_epoch)
     rate = args.learning_rate * (dp_size if args.scale_lr else 1)
-    return Schedule(batches_per_epoch, steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
+    return Schedule(steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
 
 
 def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, plan: Schedule, dp_size: int) -> str:

@@ -45,9 +45,9 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
     """The Booster that `args` (resolved, see args.resolve) ask for a model of `num_parameters`. Needs the process group."""
     max_norm = getattr(args, "max_norm", 0.0)
     on_gpu = device.type == "cuda"
-    world = {"dp_rank": dist.get_rank(), "dp_size": dist.get_world_size()}
     knows_grad_norm = max_norm > 0 and args.precision != "fp16"
-    world |= {"tp_rank": 0, "pp_rank": 0, "pp_size": 1, "is_last_stage": True}
+    # All but hybrid_parallel are data parallel alone.
+    world = {"dp_rank": dist.get_rank(), "dp_size": dist.get_world_size(), "tp_rank": 0, "pp_rank": 0, "pp_size": 1, "is_last_stage": True}
 
     if args.plugin in ("torch_ddp", "torch_ddp_fp16"):
         precision = None if args.precision == "fp32" else AutocastPrecision(DTYPES[args.precision], device.type)
