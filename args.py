@@ -114,8 +114,14 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     g.add_argument(
         "--compile",
         action="store_true",
-        help="compile each decoder layer (torch.compile): faster steps after about half a minute at the start; not with gemini; "
+        help="compile each decoder layer (torch.compile): faster steps and less memory, after some seconds to minutes at the start; "
         "default off",
+    )
+    g.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        help="record forward and backward of each shape of batch once and replay them: small steps no longer wait for the host; "
+        "gradients keep their memory; one GPU, not with gemini; default off",
     )
     g.add_argument(
         "--adam_kernel",
@@ -261,8 +267,8 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
     if gemini and args.precision == "fp32":
         raise UserError("gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp")
 
-    if args.compile and gemini:
-        raise UserError("gemini's parameters cannot be traced by torch.compile: leave out --compile or use another plugin")
+    if args.cuda_graph and (device_type != "cuda" or gemini):
+        raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
     if args.fused_loss and (device_type != "cuda" or args.tp_size > 1):
         raise UserError("--fused_loss needs a GPU and a vocabulary in one piece (--tp_size 1): leave it out")
     if args.fused_loss and importlib.util.find_spec("liger_kernel") is None:

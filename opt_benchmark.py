@@ -125,6 +125,7 @@ def summarize(args, here, config, measured, matmul_rate) -> dict:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "grad_checkpoint": args.grad_checkpoint,
         "compile": args.compile,
+        "cuda_graph": args.cuda_graph,
         "fused_loss": args.fused_loss,
         "offload_optim_frac": args.offload_optim_frac,
         "dropout": config.dropout,

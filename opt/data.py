@@ -22,6 +22,7 @@ from .modeling import IGNORE
 
 WIKITEXT = "wikitext-2-raw"
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+PAD_TO = 8  # a batch's length is a multiple of this: few different shapes, and sizes that tensor cores like
 _CACHE_VERSION = 1  # count up when the tokens of the same text change
 
 
@@ -291,7 +292,9 @@ class Batches:
             own = [self.rows[j] for j in everyone[self.dp_rank :: self.dp_size]]
             # Every rank knows every row's length: no rank has to ask the others what they hold.
             tokens = int(lengths[everyone].sum())
-            yield Batch(collate(own, self.batch_size, self.pad_id), targets=tokens - len(everyone), tokens=tokens)
+            # No pads beyond the longest row of all: the model may have no positions there.
+            length = min(-(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max()))
+            yield Batch(collate(own, self.batch_size, length, self.pad_id), targets=tokens - len(everyone), tokens=tokens)
 
 
 @dataclass
@@ -303,14 +306,13 @@ class Batch:
     tokens: int  # real tokens, over all data-parallel ranks
 
 
-def collate(rows: list[np.ndarray], batch_size: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows as a batch {input_ids, labels}, both (batch_size, longest row), padded on the right; labels of pads are -100."""
-    length = max((len(r) for r in rows), default=2)
-    input_ids = torch.full((batch_size, length), pad_id)
-    labels = torch.full((batch_size, length), IGNORE)
+def collate(rows: list[np.ndarray], batch_size: int, length: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows as a batch {input_ids, labels}, both (batch_size, length), padded on the right; labels of pads are -100."""
+    input_ids = np.full((batch_size, length), pad_id)
+    labels = np.full((batch_size, length), IGNORE)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return {"input_ids": input_ids, "labels": labels}
+        input_ids[i, : len(row)] = labels[i, : len(row)] = row
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
 class SyntheticBatches:

@@ -72,6 +72,8 @@ def _check_processes(args: Namespace, here: Place) -> None:
     resolve(args, here.device.type, has_bf16(here.device))
     if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
+    if args.cuda_graph and here.world_size > 1:
+        raise UserError(f"--cuda_graph is for one process, not {here.world_size}: leave it out")
     model_ranks = args.tp_size * args.pp_size
     if here.world_size % model_ranks:
         raise UserError(
