@@ -10,23 +10,29 @@ Read it from top to bottom: arguments, checks, processes, data, model, optimizer
 
 import itertools
 
-from args import UserError, report_user_error, train_parser
+from args import train_parser
 
 
 def main() -> None:
     args = train_parser().parse_args()
 
-    from opt import data, launch, plan  # after the arguments: the libraries below take seconds to import
+    from opt import faults  # after the arguments: the libraries below take seconds to import
+
+    with faults.reported(args):
+        run(args)
+
+
+def run(args) -> None:
+    """Check, start the processes, read the data, train, show the result. Raises UserError."""
+    from opt import checkpoint, data, launch, plan
 
     here = launch.place()
-    try:
-        setup = plan.check(args, here)
-        if not args.dry_run:
-            launch.start(here, args.mem_cap)
-        read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
-        dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
-    except UserError as error:
-        report_user_error(error)
+    setup = plan.check(args, here)
+    if not args.dry_run:
+        launch.start(here, args.mem_cap, args.timeout_minutes)
+        launch.node_first(here, lambda: checkpoint.lock_output(args.output_path) if here.is_main else None)
+    read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
+    dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
 
     dp_size = here.world_size // (args.tp_size * args.pp_size)
     steps = plan.schedule(args, len(dataset.train), dp_size)
@@ -41,7 +47,7 @@ def main() -> None:
 
 def train(args, here, setup, dataset, steps) -> None:
     """Everything between the checks and the saved model."""
-    from opt import checkpoint, metrics, modeling, step
+    from opt import checkpoint, metrics, modeling, plan, step
     from opt.build import build
     from opt.data import Batches
 
@@ -56,13 +62,17 @@ def train(args, here, setup, dataset, steps) -> None:
 
     recorder = metrics.Recorder(checkpoint.output_directory(args.output_path), here.is_main, steps.total_steps, args.report_to, vars(args))
     if len(dataset.held_out):
-        recorder.evaluation(0, step.evaluate(parallel, model, eval_batches))
+        first_loss = step.evaluate(parallel, model, eval_batches)
+        recorder.evaluation(0, first_loss)
+        plan.check_first_loss(first_loss, setup)
     epochs = (_in_groups(train_batches.epoch(epoch), args.gradient_accumulation_steps) for epoch in range(args.num_epoch))
     groups = itertools.islice(itertools.chain.from_iterable(epochs), steps.total_steps)
     for done, group in enumerate(groups, 1):
         lr = built.schedule.get_last_lr()[0]
         loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
         recorder.step(done, done / steps.steps_per_epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
+        if done == 1 and not len(dataset.held_out):
+            plan.check_first_loss(loss.item(), setup)  # summed over all processes by recorder.step
         if len(dataset.held_out) and (done % steps.eval_steps == 0 or done == steps.total_steps):
             recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
     recorder.close()

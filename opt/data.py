@@ -232,6 +232,8 @@ def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> 
     wrong = next((t for t in texts if t is not None and not isinstance(t, str) and t == t), None)  # t != t: NaN, missing
     if wrong is not None:
         raise UserError(f"the text column holds {type(wrong).__name__}, such as {wrong!r:.40}, not text: choose another with --text_column")
+    if any("\0" in t for t in kept):
+        raise UserError("the text column holds NUL characters: it is binary, or UTF-16 text; save it as UTF-8 text")
     counts.empty += len(texts) - len(kept)
     counts.rows += len(kept)
     rows = []

@@ -178,6 +178,28 @@ def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
     assert_refused(done, MODEL, "not to be had from the Hub")
 
 
+def test_a_download_that_breaks_off(hub, tmp_path):
+    """In the middle of the weights: the run ends; half a file is not taken for the whole; the next run fetches the rest."""
+    flags = ("--dry_run", "--no_save")
+    hub.mode = "cut"
+    for _ in range(2):  # the second time nothing answers from the start, and half of the weights are there
+        done = start(hub, tmp_path, MODEL, SAMPLE_DATA, *flags, output=tmp_path / "out")
+        said = [line for line in done.stderr.splitlines() if ": error: " in line]
+        assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr[-4000:]
+        assert "not to be had from the Hub" in said[0] and MODEL in said[0]
+        assert not list((tmp_path / "hub").glob("models--*/snapshots/*/pytorch_model.bin"))
+    (half,) = (tmp_path / "hub").glob("models--*/blobs/*.incomplete")
+    whole = hub.repository("models", MODEL) / "pytorch_model.bin"
+    assert half.stat().st_size == whole.stat().st_size // 2
+
+    hub.mode = "serve"
+    done = start(hub, tmp_path, MODEL, SAMPLE_DATA, *flags, output=tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "pytorch_model.bin" in done.stdout
+    (loaded,) = (tmp_path / "hub").glob("models--*/snapshots/*/pytorch_model.bin")
+    assert loaded.read_bytes() == whole.read_bytes()
+
+
 def test_weights_of_an_old_torch(tmp_path):
     """Before 1.6 a .bin was no zip archive; the Hub still has such files."""
     save_model(tmp_path, _use_new_zipfile_serialization=False)
