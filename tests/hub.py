@@ -49,7 +49,7 @@ class Hub:
     def commit(self, kind: str, name: str) -> str:
         """The 40 digits of a repository's only commit: they follow its files."""
         folder = self.repository(kind, name)
-        content = [(str(f.relative_to(folder)), f.read_bytes()) for f in files(folder)]
+        content = [(str(f.relative_to(folder)), hashlib.sha1(f.read_bytes()).hexdigest()) for f in files(folder)]
         return hashlib.sha1(repr((kind, name, content)).encode()).hexdigest()
 
 
