@@ -23,7 +23,7 @@ from .modeling import IGNORE
 WIKITEXT = "wikitext-2-raw"
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 PAD_TO = 8  # a batch's length is a multiple of this: few different shapes, and sizes that tensor cores like
-_CACHE_VERSION = 1  # count up when the tokens of the same text change
+_CACHE_VERSION = 2  # count up when the tokens of the same text change
 
 
 @dataclass
@@ -184,7 +184,10 @@ def _texts(dataset: str, column: str) -> tuple[object, str, Callable[[], dict[st
             raise UserError(
                 f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column"
             )
-        return {name: table[column][:] for name, table in opened.items()}
+        try:
+            return {name: table[column][:] for name, table in opened.items()}
+        except ValueError as error:  # pyarrow's, which takes bytes for text without a look at them
+            raise UserError(f"--dataset {dataset} cannot be read ({error}): save it as UTF-8 text") from error
 
     return identity, source, read
 
@@ -237,6 +240,9 @@ def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> 
     counts.empty += len(texts) - len(kept)
     counts.rows += len(kept)
     rows = []
+    # What is left of a text of megabytes needs no more than this: no token is longer than the longest.
+    enough = max_length * max(map(len, tokenizer.get_vocab()))
+    kept = [t[:enough] for t in kept]
     # Special tokens are added here, once: OPT's tokenizers differ in whether they add a BOS, and none adds an EOS.
     encoded = tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"] if kept else []
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
