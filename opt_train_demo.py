@@ -24,13 +24,13 @@ def main() -> None:
 
 def run(args) -> None:
     """Check, start the processes, read the data, train, show the result. Raises UserError."""
-    from opt import checkpoint, data, launch, plan
+    from opt import data, launch, plan
 
     here = launch.place()
     setup = plan.check(args, here)
     if not args.dry_run:
         launch.start(here, args.mem_cap, args.timeout_minutes)
-        launch.node_first(here, lambda: checkpoint.lock_output(args.output_path) if here.is_main else None)
+        launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
     read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
     dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
 

@@ -1,10 +1,8 @@
 """The trained model, out of any plugin and any parallel sizes, into a directory that transformers loads."""
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +11,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from transformers import OPTConfig
-
-from args import UserError
 
 from .plugins import Parallel
 from .weights import TIED_HEAD
@@ -30,35 +26,6 @@ def is_one_file(output_path: str) -> bool:
 def output_directory(output_path: str) -> Path:
     """Where metrics.jsonl and loss.png go: --output_path, or the folder of the file that it names."""
     return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
-
-
-def lock_output(output_path: str) -> None:
-    """Keep other runs out of the output directory until this process ends. To be called by one process of a run.
-
-    Raises UserError if another run is there. The kernel releases the lock with the process, however that ends; the file stays.
-    """
-    file = output_directory(output_path) / ".lock"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "a+")
-    except OSError as error:
-        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {file}): choose another place") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(
-            f"--output_path {output_path} is in use by another run ({lock.read().strip()}): choose another, or end that run"
-        ) from None
-    except OSError as error:  # a network file system without locks
-        print(f"{file} cannot be locked ({error.strerror}): take care that no other run writes there", flush=True)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    _locks.append(lock)
-
-
-_locks: list = []  # open files: closing one would release it
 
 
 def export_model(

@@ -4,9 +4,11 @@ check() runs on every process before any of them waits for another: it reaches t
 ends all processes at once.
 """
 
+import fcntl
 import importlib.util
 import math
 import os
+import socket
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
@@ -139,6 +141,35 @@ def _check_writable(output_path: str) -> None:
             pass
     except OSError as error:  # of exists() too: a name too long, a folder that this user may not look into
         raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose another place") from error
+
+
+def lock_output(output_path: str) -> None:
+    """Keep other runs out of the output directory until this process ends. To be called by one process of a run.
+
+    Raises UserError if another run is there. The kernel releases the lock with the process, however that ends; the file stays.
+    """
+    file = output_directory(output_path) / ".opt_train.lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+")
+    except OSError as error:
+        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {file}): choose another place") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"--output_path {output_path} is in use by another run ({lock.read().strip()}): choose another, or end that run"
+        ) from None
+    except OSError as error:  # a network file system without locks
+        print(f"{file} cannot be locked ({error.strerror}): take care that no other run writes there", flush=True)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _locks.append(lock)
+
+
+_locks: list = []  # open files: closing one would release it
 
 
 @dataclass
