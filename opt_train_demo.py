@@ -30,9 +30,11 @@ def run(args) -> None:
     setup = plan.check(args, here)
     if not args.dry_run:
         launch.start(here, args.mem_cap, args.timeout_minutes)
-        launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
     read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
     dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
+
+    if not args.dry_run:
+        launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
 
     dp_size = here.world_size // (args.tp_size * args.pp_size)
     steps = plan.schedule(args, len(dataset.train), dp_size)

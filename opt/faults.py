@@ -29,7 +29,7 @@ def reported(args: Namespace) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             _end(f"out of memory ({_first_line(error)}); {memory_advice(args)}", OUT_OF_MEMORY)
-        if _several() and (lost := lost_process(error, args.timeout_minutes)):
+        if lost := lost_process(error, args.timeout_minutes):
             _end(f"error: {lost}", 1)
         traceback.print_exc()
         where = f" on rank {dist.get_rank()} of {dist.get_world_size()}" if _several() else ""
@@ -59,7 +59,7 @@ def _first_line(error: Exception) -> str:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that the device or the host has no memory left."""
     # PyTorch's allocator for host memory raises a bare RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def memory_advice(args: Namespace) -> str:
@@ -80,10 +80,11 @@ def memory_advice(args: Namespace) -> str:
 def lost_process(error: Exception, timeout_minutes: float) -> str | None:
     """What a failed collective says about the other processes, in words; None if the error is another one.
 
-    gloo raises bare RuntimeErrors, the store and NCCL subclasses of dist.DistError.
+    gloo, and the store at times, raise bare RuntimeErrors, NCCL subclasses of dist.DistError.
     """
     text = str(error)
-    if not isinstance(error, dist.DistError) and "gloo" not in text and "Connection closed by peer" not in text:
+    marks = ("gloo", "Connection closed by peer", "EADDRINUSE")
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and any(mark in text for mark in marks)):
         return None
     if "EADDRINUSE" in text:
         return f"the port {os.environ['MASTER_PORT']} is in use: another run has it; choose another (--master_port)"

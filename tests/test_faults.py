@@ -172,6 +172,25 @@ def test_a_hung_rank_ends_the_run(begin, by, nproc, flags):
         assert seconds < 20 and hung.is_running()
 
 
+def test_a_rank_that_was_never_started_and_a_port_in_use(tmp_path):
+    """Each is an error of one line, after --timeout_minutes and at once."""
+    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--timeout_minutes", 0.05)
+    env = CPU | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {"alone": str(free_port()), "taken": str(taken.getsockname()[1])}
+        started = {name: start(SCRIPT, *flags, env=env | {"MASTER_PORT": port}) for name, port in ports.items()}
+        done = {name: finish(process, 60) for name, process in started.items()}
+    says = {
+        "alone": "did not answer for 0.05 minutes (--timeout_minutes): it hangs, or was not started",
+        "taken": f"port {ports['taken']} is in use",
+    }
+    for name, text in says.items():
+        assert done[name].returncode == 1 and "Traceback" not in done[name].stderr, done[name].stderr
+        assert [text in line for line in done[name].stderr.splitlines() if ": error: " in line] == [True]
+
+
 # ---- what one process alone runs into
 
 WORKER = f"""
