@@ -148,7 +148,7 @@ def test_a_killed_rank_ends_the_run(begin, by, nproc, flags, victim):
 
 HUNG = [
     ("hand", 2, ("--plugin", "torch_ddp")),
-    ("torchrun", 2, (*HYBRID, "--tp_size", 2)),
+    pytest.param("torchrun", 2, (*HYBRID, "--tp_size", 2), marks=pytest.mark.long),
     pytest.param("hand", 2, (*HYBRID, "--pp_size", 2), marks=pytest.mark.long),
     pytest.param("hand", 2, ("--plugin", "low_level_zero", "--zero_stage", 2), marks=pytest.mark.long),
     pytest.param("hand", 2, ("--plugin", "gemini"), marks=pytest.mark.long),
@@ -218,10 +218,10 @@ with faults.reported(train_parser().parse_args([])):
     "fault, line, code",
     [
         ("early", "error: only rank 1 sees it", 2),
-        ("late", "error: only rank 1 sees it", 2),
+        pytest.param("late", "error: only rank 1 sees it", 2, marks=pytest.mark.long),
         ("alike", "error: all see it", 2),
         ("bug", "failed on rank 1 of 2: KeyError: 'broken'", 1),
-        ("memory", "out of memory (no more); try --grad_checkpoint", 3),
+        pytest.param("memory", "out of memory (no more); try --grad_checkpoint", 3, marks=pytest.mark.long),
     ],
 )
 def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
@@ -305,7 +305,7 @@ def models(tmp_path_factory) -> Path:
 
 GUARDED = [
     (("--plugin", "torch_ddp", "--eval_fraction", 0), None),
-    (("--plugin", "gemini"), 2),
+    pytest.param(("--plugin", "gemini"), 2, marks=pytest.mark.long),
     ((*HYBRID, "--pp_size", 2, "--eval_fraction", 0), 2),
 ]
 
