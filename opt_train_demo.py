@@ -9,6 +9,9 @@ Read it from top to bottom: arguments, checks, processes, data, model, optimizer
 """
 
 import itertools
+import os
+import signal
+import sys
 
 from args import UserError, report_user_error, train_parser
 
@@ -16,7 +19,7 @@ from args import UserError, report_user_error, train_parser
 def main() -> None:
     args = train_parser().parse_args()
 
-    from opt import data, launch, plan  # after the arguments: the libraries below take seconds to import
+    from opt import checkpoints, data, export, launch, plan  # after the arguments: the libraries below take seconds to import
 
     here = launch.place()
     try:
@@ -25,64 +28,103 @@ def main() -> None:
             launch.start(here, args.mem_cap)
         read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
         dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
+        before = launch.node_first(here, lambda: checkpoints.find(args.resume, export.output_directory(args.output_path)))
+        if before:
+            checkpoints.check_same_run(before, args, setup.weights, dataset.train)
+
+        start = before.position if before else data.Position()
+        dp_size = here.world_size // (args.tp_size * args.pp_size)
+        steps = plan.schedule(args, len(dataset.train), dp_size, start)
+        if here.is_main:
+            print(plan.describe(args, here, setup, dataset, steps, dp_size, before), flush=True)
+        if args.dry_run:
+            return
+        is_done = train(args, here, setup, dataset, steps, start, before)
     except UserError as error:
         report_user_error(error)
-
-    dp_size = here.world_size // (args.tp_size * args.pp_size)
-    steps = plan.schedule(args, len(dataset.train), dp_size)
-    if here.is_main:
-        print(plan.describe(args, here, setup, dataset, steps, dp_size), flush=True)
-    if not args.dry_run:
-        train(args, here, setup, dataset, steps)
-        launch.stop()
-        if here.is_main and not args.no_save:
-            show_samples(args.output_path, here.device, setup.tokenizer)
+    launch.stop()
+    if is_done and here.is_main and not args.no_save:
+        show_samples(args.output_path, here.device, setup.tokenizer)
 
 
-def train(args, here, setup, dataset, steps) -> None:
-    """Everything between the checks and the saved model."""
-    from opt import checkpoint, metrics, modeling, step
+def train(args, here, setup, dataset, steps, start, before) -> bool:
+    """Everything between the checks and the saved model. False if a signal has stopped it."""
+    from opt import checkpoints, export, metrics, modeling, step
     from opt.build import build
+    from opt.control import Control
     from opt.data import Batches
 
+    control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():
         modeling.expect_varying_lengths()
-    built = build(args, here, setup.config, setup.weights, steps.learning_rate, steps.warmup_steps, steps.total_steps)
+    contents = before.tensors("weights") if before else setup.weights
+    built = build(args, here, setup.config, contents, steps.learning_rate, steps.warmup_steps, steps.total_steps)
     parallel, model = built.parallel, built.model
 
     spread = (args.batch_size, parallel.dp_rank, parallel.dp_size, setup.config.pad_token_id)
     train_batches = Batches(dataset.train, *spread, seed=args.seed)
     eval_batches = Batches(dataset.held_out, *spread, seed=None)
 
-    recorder = metrics.Recorder(checkpoint.output_directory(args.output_path), here.is_main, steps.total_steps, args.report_to, vars(args))
-    if len(dataset.held_out):
+    output = export.output_directory(args.output_path)
+    saver = checkpoints.Saver(output, built, here, control, args, dataset.train)
+    if before:
+        saver.restore(before)
+    recorder = metrics.Recorder(args, output, here.is_main, steps.total_steps, start.step, before.metrics if before else b"")
+    if len(dataset.held_out) and not start.step:
         recorder.evaluation(0, step.evaluate(parallel, model, eval_batches))
-    epochs = (_in_groups(train_batches.epoch(epoch), args.gradient_accumulation_steps) for epoch in range(args.num_epoch))
-    groups = itertools.islice(itertools.chain.from_iterable(epochs), steps.total_steps)
-    for done, group in enumerate(groups, 1):
+    planned = train_batches.steps(start, args.num_epoch, args.gradient_accumulation_steps)
+    for position, group in itertools.islice(planned, steps.total_steps - start.step):
+        done = position.step
         lr = built.schedule.get_last_lr()[0]
         loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
-        recorder.step(done, done / steps.steps_per_epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
-        if len(dataset.held_out) and (done % steps.eval_steps == 0 or done == steps.total_steps):
+        epoch = position.epoch + position.rows / len(dataset.train)
+        recorder.step(done, epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
+        is_last = done == steps.total_steps
+        if len(dataset.held_out) and (done % steps.eval_steps == 0 or is_last):
             recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
+
+        is_due = bool(args.save_steps) and (done % args.save_steps == 0 or position.rows == 0 or is_last)
+        if is_due or is_last:
+            recorder.flush()
+        everyones = control.agree(signal=control.signal or 0, skipped=recorder.skipped_in_a_row, writing=saver.is_writing)
+        if everyones["skipped"] >= args.max_bad_steps:
+            give_up(everyones["skipped"], here, saver, recorder)
+        stops = everyones["signal"] and not is_last
+        if stops or (is_due and not everyones["skipped"]):
+            recorder.flush()
+            saver.begin(position, recorder.path)
+        elif not everyones["writing"]:
+            saver.finish()
+        if stops:
+            saver.finish()
+            recorder.close()
+            if here.is_main:
+                name = signal.Signals(everyones["signal"]).name
+                print(
+                    f"{name}: stopped after step {done}, saved in {saver.saved}; go on with the same command and --resume auto", flush=True
+                )
+            return False
+    saver.finish()
     recorder.close()
 
     if not args.no_save:
-        checkpoint.export_model(model, parallel, setup.config, setup.tokenizer, args.output_path)
+        export.export_model(model, parallel, setup.config, setup.tokenizer, args.output_path)
         if here.is_main:
             print(f"saved the model to {args.output_path}", flush=True)
+    return True
 
 
-def _in_groups(batches, size):
-    """Lists of `size` batches, the last one as long as what is left."""
-    group = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def give_up(skipped, here, saver, recorder) -> None:
+    """End all processes with exit code 1; the model is not written."""
+    saver.finish()
+    recorder.close()
+    if here.is_main:
+        way = (
+            f"the newest checkpoint is {saver.saved}: go on from it with --resume" if saver.saved else "there is no checkpoint: start anew"
+        )
+        reason = f"{skipped} steps in a row had a loss or a gradient that is not finite"
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason}; {way}, and with a lower --learning_rate", file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def show_samples(output_path, device, tokenizer, number=3) -> None:
@@ -90,7 +132,7 @@ def show_samples(output_path, device, tokenizer, number=3) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from opt.checkpoint import is_one_file
+    from opt.export import is_one_file
 
     if is_one_file(output_path):
         return

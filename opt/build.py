@@ -19,6 +19,7 @@ class Built:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
+    shapes: dict[str, torch.Size]  # of the named parameters in the whole model, unsplit and unpadded
 
 
 def build(
@@ -40,9 +41,12 @@ def build(
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam, *_ = parallel.booster.boost(model, adam)
     zero.speed_up(adam)
+    if parallel.knows_grad_norm:
+        adam.optim.find_norm = adam.get_grad_norm
     if args.compile:
         modeling.compile_layers(model.unwrap())
     # After boost: only now does the plugin know this process's share of each tensor.
     weights.place(model, adam, contents)
     model.train()
-    return Built(parallel, model, adam, schedule)
+    shapes = {name: torch.Size(contents.shape(name)) for name in contents}
+    return Built(parallel, model, adam, schedule, shapes)

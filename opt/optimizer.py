@@ -1,5 +1,8 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from . import light_imports  # noqa: F401  before colossalai
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
@@ -29,9 +32,10 @@ class _MultiTensorAdam(_TorchExtension):
 
     @staticmethod
     def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
-        """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
-        params (Gemini) and are divided by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
-        _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale)
+        """Update in place, or leave all as it is where `noop`, an int32 tensor, is not 0. `tensor_lists`: [grads, params,
+        exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32 params (Gemini) and are divided by `div_scale` where that
+        is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
+        _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale, noop.float())
 
 
 class _CpuAdam(_TorchExtension):
@@ -46,7 +50,7 @@ class _CpuAdam(_TorchExtension):
         _fused_adam(lists, lr, beta1, beta2, eps, step, self.adamw_mode, bias_correction, weight_decay, div_scale)
 
 
-def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, div_scale):
+def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, div_scale, noop=None):
     grads, params, exp_avgs, exp_avg_sqs = tensor_lists
     if not bias_correction:
         raise NotImplementedError("PyTorch's fused Adam always corrects the bias: use --adam_kernel colossalai")
@@ -68,17 +72,29 @@ def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correctio
         amsgrad=False,
         maximize=False,
         grad_scale=torch.full((), float(div_scale), device=device) if div_scale > 0 else None,
+        found_inf=noop,
     )
 
 
 class HybridAdam(colossalai_optimizer.HybridAdam):
-    """ColossalAI's HybridAdam, with loss scaling and clipping honoured for bf16 gradients in host memory.
+    """ColossalAI's HybridAdam, which takes no step along a gradient that is not finite, and with loss scaling and clipping
+    honoured for bf16 gradients in host memory.
 
     In 0.5.0 `step(div_scale=...)` does not reach `torch_adam_update`, the path of Gemini's offloaded bf16 gradients.
     tests/test_optimizer.py shows it.
     """
 
-    def step(self, closure=None, div_scale: float = -1):
+    # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before it calls step().
+    find_norm: Callable[[], float] | None = None
+
+    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None):
+        """One update; none if `grad_norm`, or what find_norm gives, is not finite."""
+        norm = self.find_norm() if self.find_norm else grad_norm
+        if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
+            # Decided on the device: to ask for the norm here would make the host wait for it in each step.
+            self._dummy_overflow_buf.copy_(~norm.isfinite())
+        elif norm is not None and not math.isfinite(norm):
+            return None
         self._div_scale = div_scale
         return super().step(closure, div_scale)
 
