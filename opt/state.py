@@ -13,6 +13,7 @@ import torch.distributed as dist
 from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
@@ -41,7 +42,9 @@ class TrainingState:
     """Reads and writes the fp32 weights and Adam's state of a boosted model."""
 
     def __init__(self, built: Built):
-        self._parallel, self._shapes, self._adam = built.parallel, built.shapes, built.optimizer.optim
+        self._parallel, self._shapes, self._adam = built.parallel, built.shapes, built.optimizer
+        while isinstance(self._adam, OptimizerWrapper):
+            self._adam = self._adam.optim
         find = _gemini_pieces if isinstance(built.model, GeminiDDP) else _pieces
         self._pieces = list(find(built.model, built.optimizer))
         for piece in self._pieces:
