@@ -73,40 +73,40 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
     if len(dataset.held_out) and not start.step:
         recorder.evaluation(0, step.evaluate(parallel, model, eval_batches))
     planned = train_batches.steps(start, args.num_epoch, args.gradient_accumulation_steps)
-    for position, group in itertools.islice(planned, steps.total_steps - start.step):
-        done = position.step
-        lr = built.schedule.get_last_lr()[0]
-        loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
-        epoch = position.epoch + position.rows / len(dataset.train)
-        recorder.step(done, epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
-        is_last = done == steps.total_steps
-        if len(dataset.held_out) and (done % steps.eval_steps == 0 or is_last):
-            recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
+    stopped_by = skipped = 0
+    with recorder:
+        for position, group in itertools.islice(planned, steps.total_steps - start.step):
+            done, is_last = position.step, position.step == steps.total_steps
+            lr = built.schedule.get_last_lr()[0]
+            loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
+            epoch = position.epoch + position.rows / len(dataset.train)
+            recorder.step(done, epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
+            if len(dataset.held_out) and (done % steps.eval_steps == 0 or is_last):
+                recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
 
-        is_due = bool(args.save_steps) and (done % args.save_steps == 0 or position.rows == 0 or is_last)
-        if is_due or is_last:
-            recorder.flush()
-        everyones = control.agree(signal=control.signal or 0, skipped=recorder.skipped_in_a_row, writing=saver.is_writing)
-        if everyones["skipped"] >= args.max_bad_steps:
-            give_up(everyones["skipped"], here, saver, recorder)
-        stops = everyones["signal"] and not is_last
-        if stops or (is_due and not everyones["skipped"]):
-            recorder.flush()
-            saver.begin(position, recorder.path)
-        elif not everyones["writing"]:
-            saver.finish()
-        if stops:
-            saver.finish()
-            recorder.close()
-            if here.is_main:
-                name = signal.Signals(everyones["signal"]).name
-                print(
-                    f"{name}: stopped after step {done}, saved in {saver.saved}; go on with the same command and --resume auto", flush=True
-                )
-            return False
-    saver.finish()
-    recorder.close()
+            is_due = bool(args.save_steps) and (done % args.save_steps == 0 or position.rows == 0 or is_last)
+            if is_due or is_last:
+                recorder.flush()
+            everyones = control.agree(signal=control.signal or 0, skipped=recorder.skipped_in_a_row, writing=saver.is_writing)
+            stopped_by, skipped = 0 if is_last else everyones["signal"], everyones["skipped"]
+            if skipped >= args.max_bad_steps:
+                break
+            if stopped_by or (is_due and not skipped):
+                recorder.flush()
+                saver.begin(position, recorder.path)
+            elif not everyones["writing"]:
+                saver.finish()
+            if stopped_by:
+                break
+        saver.finish()
 
+    if skipped >= args.max_bad_steps:
+        give_up(skipped, here, saver.saved)
+    if stopped_by:
+        if here.is_main:
+            name = signal.Signals(stopped_by).name
+            print(f"{name}: stopped after step {done}, saved in {saver.saved}; go on with the same command and --resume auto", flush=True)
+        return False
     if not args.no_save:
         export.export_model(model, parallel, setup.config, setup.tokenizer, args.output_path)
         if here.is_main:
@@ -114,14 +114,10 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
     return True
 
 
-def give_up(skipped, here, saver, recorder) -> None:
+def give_up(skipped, here, saved) -> None:
     """End all processes with exit code 1; the model is not written."""
-    saver.finish()
-    recorder.close()
     if here.is_main:
-        way = (
-            f"the newest checkpoint is {saver.saved}: go on from it with --resume" if saver.saved else "there is no checkpoint: start anew"
-        )
+        way = f"the newest checkpoint is {saved}: go on from it with --resume" if saved else "there is no checkpoint: start anew"
         reason = f"{skipped} steps in a row had a loss or a gradient that is not finite"
         print(f"{os.path.basename(sys.argv[0])}: error: {reason}; {way}, and with a lower --learning_rate", file=sys.stderr, flush=True)
     raise SystemExit(1)

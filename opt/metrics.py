@@ -92,13 +92,19 @@ class Recorder:
             tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         self._last = time.perf_counter()  # the evaluation's time is not the next step's
 
-    def close(self) -> None:
-        """Write the rest and draw loss.png."""
-        self.flush()
-        if self.is_main:
-            self._bar.close()
-            self._file.close()
-            self._tracker.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        """Write the rest and draw loss.png; after an error, only leave the terminal to its message."""
+        if not self.is_main:
+            return
+        if error is None:
+            self.flush()
+        self._bar.close()
+        self._file.close()
+        self._tracker.close()
+        if error is None:
             draw_losses(self.path, self.path.with_name("loss.png"))
 
     def _write(self, line: dict) -> None:
