@@ -32,10 +32,11 @@ class _MultiTensorAdam(_TorchExtension):
 
     @staticmethod
     def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
-        """Update in place, or leave all as it is where `noop`, an int32 tensor, is not 0. `tensor_lists`: [grads, params,
+        """Update in place, but change nothing where `noop` is a float tensor other than 0. `tensor_lists`: [grads, params,
         exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32 params (Gemini) and are divided by `div_scale` where that
         is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
-        _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale, noop.float())
+        found_inf = noop if noop is not None and noop.is_floating_point() else None  # ColossalAI's own is an int, always 0
+        _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale, found_inf)
 
 
 class _CpuAdam(_TorchExtension):
@@ -50,7 +51,7 @@ class _CpuAdam(_TorchExtension):
         _fused_adam(lists, lr, beta1, beta2, eps, step, self.adamw_mode, bias_correction, weight_decay, div_scale)
 
 
-def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, div_scale, noop=None):
+def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, div_scale, found_inf=None):
     grads, params, exp_avgs, exp_avg_sqs = tensor_lists
     if not bias_correction:
         raise NotImplementedError("PyTorch's fused Adam always corrects the bias: use --adam_kernel colossalai")
@@ -72,7 +73,7 @@ def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correctio
         amsgrad=False,
         maximize=False,
         grad_scale=torch.full((), float(div_scale), device=device) if div_scale > 0 else None,
-        found_inf=noop,
+        found_inf=found_inf,
     )
 
 
@@ -92,7 +93,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         norm = self.find_norm() if self.find_norm else grad_norm
         if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
             # Decided on the device: to ask for the norm here would make the host wait for it in each step.
-            self._dummy_overflow_buf.copy_(~norm.isfinite())
+            self._dummy_overflow_buf = (~norm.isfinite()).float()
         elif norm is not None and not math.isfinite(norm):
             return None
         self._div_scale = div_scale
