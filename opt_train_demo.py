@@ -57,8 +57,8 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
     control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():
         modeling.expect_varying_lengths()
-    contents = before.tensors("weights") if before else setup.weights
-    built = build(args, here, setup.config, contents, steps.learning_rate, steps.warmup_steps, steps.total_steps)
+    rates = (steps.learning_rate, steps.warmup_steps, steps.total_steps)
+    built = build(args, here, setup.config, before.tensors("weights") if before else setup.weights, *rates)
     parallel, model = built.parallel, built.model
 
     spread = (args.batch_size, parallel.dp_rank, parallel.dp_size, setup.config.pad_token_id)

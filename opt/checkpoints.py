@@ -12,6 +12,7 @@ Nothing in it is a pickle. It is written under another name, flushed to disk and
 are copied to host memory while training waits (12 bytes a parameter over all processes); a thread writes them while it goes on.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -89,7 +90,7 @@ class Saver:
                 "arguments": self._arguments,
             }
             texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}
-        self._final, self._written, self._error = self._directory / f"step-{position.step:08d}", {}, None
+        self._final, self._written, self._error = self._directory / f"step-{position.step:08d}", {}, "its writer did not come to an end"
         self._thread = threading.Thread(target=self._write, args=(tensors, texts))
         self._thread.start()
 
@@ -138,6 +139,9 @@ class Saver:
 
     def _publish(self, manifest: dict) -> None:
         """Rename the folder, then move the pointer, then remove what is now too old."""
+        for name in manifest:
+            if not (self._aside / name).is_file():
+                raise OSError(errno.ENOENT, "a process wrote elsewhere, the nodes must share --output_path", name)
         _write(self._aside / _MANIFEST, [json.dumps(manifest, indent=1).encode()])
         flush_to_disk(self._aside)
         if self._final.exists():  # of an earlier try, from which this run has gone back
