@@ -36,6 +36,7 @@ from .control import Control
 from .data import Position, Rows
 from .export import flush_to_disk
 from .launch import Place
+from .optimizer import set_step
 from .state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
 
 _MANIFEST, _WRITING, _REMOVING = "manifest.json", ".writing-", ".removing-"
@@ -68,8 +69,7 @@ class Saver:
         for kind in KINDS:
             self._state.load(kind, checkpoint.tensors(kind))
         self._state.updates = checkpoint.state["updates"]
-        self._built.schedule.last_epoch = checkpoint.position.step - 1
-        self._built.schedule.step()
+        set_step(self._built.schedule, checkpoint.position.step)
         load_scaler_state(self._built.optimizer, checkpoint.state["scaler"] or {})
         if checkpoint.state["world_size"] == self._here.world_size:
             _set_rng_state(checkpoint.tensors("rng"), self._here)

@@ -147,3 +147,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_st
         return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
     return LambdaLR(optimizer, factor)
+
+
+def set_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where it is after `step` steps; its own way there, step(), warns that no update came before."""
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
