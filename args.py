@@ -230,6 +230,25 @@ def train_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where metrics go beside metrics.jsonl; default none"
     )
+    g.add_argument(
+        "--save_steps",
+        type=_number(int, 1),
+        help="write a checkpoint after every so many optimizer steps and after each epoch, into output_path/checkpoints; it takes 12 "
+        "bytes a parameter (4 GB for opt-350m); default: only when a signal stops the run (Ctrl-C, SIGTERM, SIGUSR1)",
+    )
+    g.add_argument("--save_total_limit", type=_number(int, 1), default=2, help="checkpoints to keep, the newest ones; default 2")
+    g.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from a checkpoint: the newest in output_path, or from the start if there is none (auto), or this one; also with "
+        "another number of processes, plugin or parallel sizes; default: start anew",
+    )
+    g.add_argument(
+        "--max_bad_steps",
+        type=_number(int, 1),
+        default=10,
+        help="a step whose loss or gradient is not finite is skipped; stop after so many in a row; default 10",
+    )
     g.add_argument("--no_save", action="store_true", help="do not write the trained model; default off")
     g.add_argument(
         "--dry_run",
@@ -287,6 +306,8 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
             raise UserError(f"{flag} has no meaning for --plugin {args.plugin}: it is for {by}; leave it out or change the plugin")
     args.tp_size, args.pp_size = args.tp_size or 1, args.pp_size or 1
     args.offload_optim_frac = args.offload_optim_frac or 0.0
+    if getattr(args, "max_norm", None) == 0:
+        args.max_norm = float("inf")  # nothing is clipped, but the norm is known: a step along nan is not to be taken
 
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):

@@ -9,6 +9,9 @@ Read it from top to bottom: arguments, checks, processes, data, model, optimizer
 """
 
 import itertools
+import os
+import signal
+import sys
 
 from args import train_parser
 
@@ -24,7 +27,7 @@ def main() -> None:
 
 def run(args) -> None:
     """Check, start the processes, read the data, train, show the result. Raises UserError."""
-    from opt import data, launch, plan
+    from opt import checkpoints, data, export, launch, plan
 
     here = launch.place()
     setup = plan.check(args, here)
@@ -35,66 +38,101 @@ def run(args) -> None:
 
     if not args.dry_run:
         launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
+    before = launch.node_first(here, lambda: checkpoints.find(args.resume, export.output_directory(args.output_path)))
+    if before:
+        checkpoints.check_same_run(before, args, setup.weights, dataset.train)
 
+    start = before.position if before else data.Position()
     dp_size = here.world_size // (args.tp_size * args.pp_size)
-    steps = plan.schedule(args, len(dataset.train), dp_size)
+    steps = plan.schedule(args, len(dataset.train), dp_size, start)
     if here.is_main:
-        print(plan.describe(args, here, setup, dataset, steps, dp_size), flush=True)
-    if not args.dry_run:
-        train(args, here, setup, dataset, steps)
-        launch.stop()
-        if here.is_main and not args.no_save:
-            show_samples(args.output_path, here.device, setup.tokenizer)
+        print(plan.describe(args, here, setup, dataset, steps, dp_size, before), flush=True)
+    if args.dry_run:
+        return
+    is_done = train(args, here, setup, dataset, steps, start, before)
+    launch.stop()
+    if is_done and here.is_main and not args.no_save:
+        show_samples(args.output_path, here.device, setup.tokenizer)
 
 
-def train(args, here, setup, dataset, steps) -> None:
-    """Everything between the checks and the saved model."""
-    from opt import checkpoint, metrics, modeling, plan, step
+def train(args, here, setup, dataset, steps, start, before) -> bool:
+    """Everything between the checks and the saved model. False if a signal has stopped it."""
+    from opt import checkpoints, export, metrics, modeling, plan, step
     from opt.build import build
+    from opt.control import Control
     from opt.data import Batches
 
+    control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():
         modeling.expect_varying_lengths()
-    built = build(args, here, setup.config, setup.weights, steps.learning_rate, steps.warmup_steps, steps.total_steps)
+    rates = (steps.learning_rate, steps.warmup_steps, steps.total_steps)
+    built = build(args, here, setup.config, before.tensors("weights") if before else setup.weights, *rates)
     parallel, model = built.parallel, built.model
 
     spread = (args.batch_size, parallel.dp_rank, parallel.dp_size, setup.config.pad_token_id)
     train_batches = Batches(dataset.train, *spread, seed=args.seed)
     eval_batches = Batches(dataset.held_out, *spread, seed=None)
 
-    recorder = metrics.Recorder(checkpoint.output_directory(args.output_path), here.is_main, steps.total_steps, args.report_to, vars(args))
-    if len(dataset.held_out):
+    output = export.output_directory(args.output_path)
+    saver = checkpoints.Saver(output, built, here, control, args, dataset.train)
+    if before:
+        saver.restore(before)
+    recorder = metrics.Recorder(args, output, here.is_main, steps.total_steps, start.step, before.metrics if before else b"")
+    if len(dataset.held_out) and not start.step:
         first_loss = step.evaluate(parallel, model, eval_batches)
         recorder.evaluation(0, first_loss)
         plan.check_first_loss(first_loss, setup)
-    epochs = (_in_groups(train_batches.epoch(epoch), args.gradient_accumulation_steps) for epoch in range(args.num_epoch))
-    groups = itertools.islice(itertools.chain.from_iterable(epochs), steps.total_steps)
-    for done, group in enumerate(groups, 1):
-        lr = built.schedule.get_last_lr()[0]
-        loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
-        recorder.step(done, done / steps.steps_per_epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
-        if done == 1 and not len(dataset.held_out):
-            plan.check_first_loss(loss.item(), setup)  # summed over all processes by recorder.step
-        if len(dataset.held_out) and (done % steps.eval_steps == 0 or done == steps.total_steps):
-            recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
-    recorder.close()
+    planned = train_batches.steps(start, args.num_epoch, args.gradient_accumulation_steps)
+    stopped_by = skipped = 0
+    with recorder:
+        for position, group in itertools.islice(planned, steps.total_steps - start.step):
+            done, is_last = position.step, position.step == steps.total_steps
+            lr = built.schedule.get_last_lr()[0]
+            loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
+            epoch = position.epoch + position.rows / len(dataset.train)
+            recorder.step(done, epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
+            if done == 1 and not len(dataset.held_out):
+                plan.check_first_loss(loss.item(), setup)  # summed over all processes by recorder.step
+            if len(dataset.held_out) and (done % steps.eval_steps == 0 or is_last):
+                recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
 
+            is_due = bool(args.save_steps) and (done % args.save_steps == 0 or position.rows == 0 or is_last)
+            if is_due or is_last:
+                recorder.flush()
+            everyones = control.agree(signal=control.signal or 0, skipped=recorder.skipped_in_a_row, writing=saver.is_writing)
+            stopped_by, skipped = 0 if is_last else everyones["signal"], everyones["skipped"]
+            if skipped >= args.max_bad_steps:
+                break
+            if stopped_by or (is_due and not skipped):
+                recorder.flush()
+                saver.begin(position, recorder.path)
+            elif not everyones["writing"]:
+                saver.finish()
+            if stopped_by:
+                break
+        saver.finish()
+
+    if skipped >= args.max_bad_steps:
+        give_up(skipped, here, saver.saved)
+    if stopped_by:
+        if here.is_main:
+            name = signal.Signals(stopped_by).name
+            print(f"{name}: stopped after step {done}, saved in {saver.saved}; go on with the same command and --resume auto", flush=True)
+        return False
     if not args.no_save:
-        checkpoint.export_model(model, parallel, setup.config, setup.tokenizer, args.output_path)
+        export.export_model(model, parallel, setup.config, setup.tokenizer, args.output_path)
         if here.is_main:
             print(f"saved the model to {args.output_path}", flush=True)
+    return True
 
 
-def _in_groups(batches, size):
-    """Lists of `size` batches, the last one as long as what is left."""
-    group = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def give_up(skipped, here, saved) -> None:
+    """End all processes with exit code 1; the model is not written."""
+    if here.is_main:
+        way = f"the newest checkpoint is {saved}: go on from it with --resume" if saved else "there is no checkpoint: start anew"
+        reason = f"{skipped} steps in a row had a loss or a gradient that is not finite"
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason}; {way}, and with a lower --learning_rate", file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def show_samples(output_path, device, tokenizer, number=3) -> None:
@@ -102,7 +140,7 @@ def show_samples(output_path, device, tokenizer, number=3) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from opt.checkpoint import is_one_file
+    from opt.export import is_one_file
 
     if is_one_file(output_path):
         return

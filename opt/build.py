@@ -20,6 +20,7 @@ class Built:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
+    shapes: dict[str, torch.Size]  # of the named parameters in the whole model, unsplit and unpadded
 
 
 def build(
@@ -41,6 +42,8 @@ def build(
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam = parallel.boost(model, adam)
     mixed_precision.speed_up(adam, parallel.dp_size)
+    if parallel.knows_grad_norm:
+        adam.optim.find_norm = adam.get_grad_norm
     if args.compile:
         modeling.compile_layers(model.unwrap())
     # After boost: only now does the plugin know this process's share of each tensor.
@@ -49,4 +52,5 @@ def build(
     if args.cuda_graph:
         run = partial(step.forward_backward, parallel.booster, model, adam)
         parallel.graphed = graphs.GraphedBackward(run, list(model.parameters()))
-    return Built(parallel, model, adam, schedule)
+    shapes = {name: torch.Size(contents.shape(name)) for name in contents}
+    return Built(parallel, model, adam, schedule, shapes)

@@ -5,6 +5,7 @@ into memory. A batch is a set of rows padded on the right to its own longest row
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ class Rows:
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return np.diff(self.offsets)
+
+    def checksum(self) -> str:
+        """SHA-256 of all rows and where they end."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64))
+        digest.update(self.tokens)
+        return digest.hexdigest()
 
 
 @dataclass
@@ -287,22 +294,50 @@ class Batches:
         """Batches an epoch."""
         return batches_an_epoch(len(self.rows), self.batch_size, self.dp_size)
 
-    def epoch(self, number: int = 0) -> Iterator["Batch"]:
-        """The batches of epoch `number`, in the same order whenever it is asked for; in the rows' own order if unseeded."""
+    def epoch(self, number: int = 0, done: int = 0) -> Iterator["Batch"]:
+        """The batches of epoch `number`, in the same order whenever it is asked for; in the rows' own order if unseeded.
+
+        `done`: leave out as many rows, those that a run had done when it stopped, whatever its batches were.
+        """
         order = np.arange(len(self.rows))
         if self.seed is not None:
             np.random.default_rng((self.seed, number)).shuffle(order)
         lengths = self.rows.lengths
         per_step = self.batch_size * self.dp_size
-        for i in range(len(self)):
-            everyone = order[i * per_step : (i + 1) * per_step]
+        for start in range(done, len(order), per_step):
+            everyone = order[start : start + per_step]
             # Dealt out in turn, so that a last step with few rows gives every rank its share.
             own = [self.rows[j] for j in everyone[self.dp_rank :: self.dp_size]]
             # Every rank knows every row's length: no rank has to ask the others what they hold.
             tokens = int(lengths[everyone].sum())
             # No pads beyond the longest row of all: the model may have no positions there.
             length = min(-(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max()))
-            yield Batch(collate(own, self.batch_size, length, self.pad_id), targets=tokens - len(everyone), tokens=tokens)
+            yield Batch(
+                collate(own, self.batch_size, length, self.pad_id), targets=tokens - len(everyone), tokens=tokens, rows=len(everyone)
+            )
+
+    def steps(self, start: "Position", num_epoch: int, accumulated: int) -> Iterator[tuple["Position", list["Batch"]]]:
+        """From `start` to the end of the last epoch: `accumulated` batches an optimizer step, and where the run is after it.
+
+        The last step of an epoch takes what is left.
+        """
+        step, done = start.step, start.rows
+        for epoch in range(start.epoch, num_epoch):
+            batches = self.epoch(epoch, done)
+            while group := list(itertools.islice(batches, accumulated)):
+                step, done = step + 1, done + sum(batch.rows for batch in group)
+                ended = done == len(self.rows)
+                yield Position(step, epoch + 1, 0) if ended else Position(step, epoch, done), group
+            done = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come. In rows over all data-parallel ranks: another number of them can go on from it."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the epoch that the next row belongs to
+    rows: int = 0  # rows of that epoch done
 
 
 @dataclass
@@ -312,6 +347,7 @@ class Batch:
     inputs: dict[str, torch.Tensor]  # input_ids and labels, (batch, length), on the host
     targets: int  # tokens that the loss is summed over: all but each row's first, over all data-parallel ranks
     tokens: int  # real tokens, over all data-parallel ranks
+    rows: int  # over all data-parallel ranks
 
 
 def collate(rows: list[np.ndarray], batch_size: int, length: int, pad_id: int) -> dict[str, torch.Tensor]:
@@ -334,4 +370,5 @@ class SyntheticBatches:
         # 4: OPT's first ids are <s>, <pad>, </s> and <unk>.
         ids = torch.randint(4, self._vocab_size, self._shape, generator=self._generator)
         rows, length = self._shape
-        return Batch({"input_ids": ids, "labels": ids}, targets=rows * (length - 1) * self._dp_size, tokens=rows * length * self._dp_size)
+        everyones = rows * self._dp_size
+        return Batch({"input_ids": ids, "labels": ids}, targets=everyones * (length - 1), tokens=everyones * length, rows=everyones)

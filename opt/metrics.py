@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -22,17 +23,24 @@ class Recorder:
     Losses stay on the device until they are shown, about once a second: reading one makes the host wait for the GPU.
     """
 
-    def __init__(self, directory: Path, is_main: bool, total_steps: int, report_to: str, run_arguments: dict):
+    def __init__(self, args: Namespace, directory: Path, is_main: bool, total_steps: int, start_step: int = 0, before: bytes = b""):
+        """`before`: the metrics.jsonl of a run that is taken up again after `start_step`."""
         self.is_main, self._pending, self._shown = is_main, [], time.perf_counter()
+        self._scales_loss, self._start_step = args.precision == "fp16", start_step
+        self.skipped_in_a_row = 0  # steps without an update, up to the last that was written; known to the main process
         self.total_tokens, self._started, self._last = 0, time.perf_counter(), time.perf_counter()
+        self.path = directory / "metrics.jsonl"
         if not is_main:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
-        self._file = open(self.path, "w", buffering=1)
+        fresh = self.path.with_suffix(".writing")
+        fresh.write_bytes(before)
+        fresh.replace(self.path)
+        self._file = open(self.path, "a", buffering=1)
         # In a log file, where each refresh is a line of its own, a line now and then is enough.
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
-        self._tracker = _tracker(report_to, directory, run_arguments)
+        often = 0.1 if sys.stderr.isatty() else 10
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=often)
+        self._tracker = _tracker(args.report_to, directory, vars(args), start_step)
 
     def step(self, step: int, epoch: float, share: torch.Tensor, lr: float, grad_norm, tokens: int) -> None:
         """Record an optimizer step. `share`: see step.train_step; `tokens`: real tokens of all ranks. All processes call it."""
@@ -47,7 +55,7 @@ class Recorder:
         self._last = now
         self.total_tokens += tokens
         self._pending.append(line)
-        if now - self._shown > 1 or step == 1:
+        if now - self._shown > 1 or step == self._start_step + 1:
             self.flush()
 
     def flush(self) -> None:
@@ -56,14 +64,25 @@ class Recorder:
             return
         for line in self._pending:
             line = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in line.items()}
+            self._note_skip(line)
             self._write(line)
-        if self._bar.n == 0:
+        if self._bar.n == self._start_step:
             tqdm.write(f"first step done {seconds_since_launch():.1f} s after launch")
         rate = sum(p["tokens"] for p in self._pending) / sum(p["seconds"] for p in self._pending)
         postfix = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.2e}", "tokens/s": f"{rate:,.0f}"}
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(len(self._pending))
         self._pending, self._shown = [], time.perf_counter()
+
+    def _note_skip(self, line: dict) -> None:
+        """Mark a step that was not taken, see optimizer.HybridAdam.step. With a loss scale, gradients overflow now and then by design."""
+        norm = 0.0 if self._scales_loss else line.get("grad_norm", 0.0)
+        if math.isfinite(line["loss"]) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        line["skipped"] = True
+        tqdm.write(f"step {line['step']} is skipped: loss {line['loss']}, gradient norm {norm}; {self.skipped_in_a_row} in a row")
 
     def evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss after `step` optimizer steps."""
@@ -73,18 +92,25 @@ class Recorder:
             tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         self._last = time.perf_counter()  # the evaluation's time is not the next step's
 
-    def close(self) -> None:
-        """Write the rest and draw loss.png."""
-        self.flush()
-        if self.is_main:
-            self._bar.close()
-            self._file.close()
-            self._tracker.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        """Write the rest and draw loss.png; after an error, only leave the terminal to its message."""
+        if not self.is_main:
+            return
+        if error is None:
+            self.flush()
+        self._bar.close()
+        self._file.close()
+        self._tracker.close()
+        if error is None:
             draw_losses(self.path, self.path.with_name("loss.png"))
 
     def _write(self, line: dict) -> None:
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no nan
         self._file.write(json.dumps(line) + "\n")
-        self._tracker.add(line)
+        self._tracker.add({k: v for k, v in line.items() if v is not None})
 
 
 def perplexity(loss: float) -> float:
@@ -176,10 +202,11 @@ class _NoTracker:
 
 
 class _TensorBoard:
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(directory / "tensorboard")
+        # What an earlier run wrote after the checkpoint that this one goes on from is not shown.
+        self._writer = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1 if start_step else None)
 
     def add(self, line: dict) -> None:
         for name, value in line.items():
@@ -203,9 +230,9 @@ class _Wandb:
         self._run.finish()
 
 
-def _tracker(report_to: str, directory: Path, run_arguments: dict):
+def _tracker(report_to: str, directory: Path, run_arguments: dict, start_step: int):
     if report_to == "tensorboard":
-        return _TensorBoard(directory)
+        return _TensorBoard(directory, start_step)
     return _Wandb(directory, run_arguments) if report_to == "wandb" else _NoTracker()
 
 
@@ -217,8 +244,8 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     if train:
         axes.plot(*zip(*train, strict=True), linewidth=0.8, alpha=0.7, label="training")

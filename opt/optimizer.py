@@ -1,5 +1,8 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from . import light_imports  # noqa: F401  before colossalai
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
@@ -29,10 +32,14 @@ class _MultiTensorAdam(_TorchExtension):
 
     @staticmethod
     def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
-        """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
-        params (Gemini) and are divided by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
+        """Update in place, but change nothing where `noop` is a float tensor other than 0. `tensor_lists`: [grads, params,
+        exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32 params (Gemini) and are divided by `div_scale` where that
+        is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
         _check_bias_correction(bias_correction)
-        update(*tensor_lists, None, _divisor(div_scale, tensor_lists[1][0].device), lr, beta1, beta2, eps, weight_decay, step, mode == 1)
+        divisor = _divisor(div_scale, tensor_lists[1][0].device)
+        if noop.is_floating_point():  # see HybridAdam.step; ColossalAI's own is an int, always 0
+            divisor = torch.where(noop > 0, torch.nan, 1.0 if divisor is None else divisor)
+        update(*tensor_lists, None, divisor, lr, beta1, beta2, eps, weight_decay, step, mode == 1)
 
 
 class _CpuAdam(_TorchExtension):
@@ -98,13 +105,24 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
 
 
 class HybridAdam(colossalai_optimizer.HybridAdam):
-    """ColossalAI's HybridAdam, with loss scaling and clipping honoured for bf16 gradients in host memory.
+    """ColossalAI's HybridAdam, which takes no step along a gradient that is not finite, and with loss scaling and clipping
+    honoured for bf16 gradients in host memory.
 
     In 0.5.0 `step(div_scale=...)` does not reach `torch_adam_update`, the path of Gemini's offloaded bf16 gradients.
     tests/test_optimizer.py shows it.
     """
 
-    def step(self, closure=None, div_scale: float = -1):
+    # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before it calls step().
+    find_norm: Callable[[], float] | None = None
+
+    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None):
+        """One update; none if `grad_norm`, or what find_norm gives, is not finite."""
+        norm = self.find_norm() if self.find_norm else grad_norm
+        if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
+            # Decided on the device: to ask for the norm here would make the host wait for it in each step.
+            self._dummy_overflow_buf = (~norm.isfinite()).float()
+        elif norm is not None and not math.isfinite(norm):
+            return None
         self._div_scale = div_scale
         return super().step(closure, div_scale)
 
@@ -156,3 +174,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_st
         return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
     return LambdaLR(optimizer, factor)
+
+
+def set_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where it is after `step` steps; its own way there, step(), warns that no update came before."""
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})

@@ -20,7 +20,7 @@ from transformers import OPTConfig, PreTrainedTokenizerFast
 from args import UserError, resolve
 
 from . import data, modeling, weights
-from .checkpoint import is_one_file, output_directory
+from .export import is_one_file, output_directory
 from .launch import Place, has_bf16
 from .presets import PRESETS, preset_config
 
@@ -183,16 +183,24 @@ class Schedule:
     learning_rate: float
 
 
-def schedule(args: Namespace, rows: int, dp_size: int) -> Schedule:
-    """Rows to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller."""
-    steps = -(-data.batches_an_epoch(rows, args.batch_size, dp_size) // args.gradient_accumulation_steps)
-    total = min(steps * args.num_epoch, args.max_train_steps or steps * args.num_epoch)
+def schedule(args: Namespace, rows: int, dp_size: int, start: data.Position) -> Schedule:
+    """Rows to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller.
+
+    `start`: where the run starts; if steps were larger or smaller until there, the total is what they were and what is left.
+    """
+
+    def steps_for(number):
+        return -(-data.batches_an_epoch(number, args.batch_size, dp_size) // args.gradient_accumulation_steps)
+
+    steps = steps_for(rows)
+    left = steps * (args.num_epoch - start.epoch - 1) + steps_for(rows - start.rows) if start.epoch < args.num_epoch else 0
+    total = max(start.step, min(start.step + left, args.max_train_steps or start.step + left))
     rate = args.learning_rate * (dp_size if args.scale_lr else 1)
     return Schedule(steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
 
 
-def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, plan: Schedule, dp_size: int) -> str:
-    """The plan in words."""
+def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, plan: Schedule, dp_size: int, before) -> str:
+    """The plan in words. `before`: the checkpoint that the run goes on from, or None."""
     if here.device.type == "cuda":
         device = f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
     else:
@@ -221,9 +229,15 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
         "batch": f"{args.batch_size} rows x {args.gradient_accumulation_steps} accumulated x {dp_size} data-parallel = {rows} rows a step{microbatches}",
         "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of warm-up, learning rate {plan.learning_rate:g}; evaluation every {plan.eval_steps:,}",
+        "saved": f"every {args.save_steps:,} steps and after each epoch" if args.save_steps else "when a signal stops the run",
         "memory": f"about {estimate_memory(setup.config, setup.weights.num_parameters, args, dp_size) / 2**30:.1f} GiB a process (an estimate)",
         "output": args.output_path + (" (model not saved)" if args.no_save else ""),
     }
+    if before:
+        lines["resumed"] = f"{before.path}, {before.position.step:,} steps done"
+        changes = [name for name in ("plugin", "precision", "tp_size", "pp_size") if before.state["arguments"][name] != getattr(args, name)]
+        if changes:
+            lines["resumed"] += f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
 
 

@@ -32,6 +32,8 @@ class Parallel:
     dp_rank: int
     dp_size: int
     tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup | None
     pp_rank: int
     pp_size: int
     is_last_stage: bool
@@ -70,7 +72,8 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
     on_gpu = device.type == "cuda"
     knows_grad_norm = max_norm > 0 and args.precision != "fp16"
     # All but hybrid_parallel are data parallel alone.
-    world = {"dp_rank": dist.get_rank(), "dp_size": dist.get_world_size(), "tp_rank": 0, "pp_rank": 0, "pp_size": 1, "is_last_stage": True}
+    world = {"dp_rank": dist.get_rank(), "dp_size": dist.get_world_size(), "tp_rank": 0, "tp_size": 1, "tp_group": None}
+    world |= {"pp_rank": 0, "pp_size": 1, "is_last_stage": True}
 
     if args.plugin in ("torch_ddp", "torch_ddp_fp16"):
         precision = None if args.precision == "fp32" else AutocastPrecision(DTYPES[args.precision], device.type)
@@ -126,6 +129,8 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
         dp_rank=dist.get_rank(plugin.dp_group),
         dp_size=dist.get_world_size(plugin.dp_group),
         tp_rank=dist.get_rank(plugin.tp_group),
+        tp_size=args.tp_size,
+        tp_group=plugin.tp_group,
         pp_rank=int(stages.stage) if stages else 0,
         pp_size=args.pp_size,
         is_last_stage=stages is None or stages.is_last_stage(),
@@ -164,6 +169,6 @@ class _ScaledOptimizer(OptimizerWrapper):
         self.scaler.unscale_(self.optim)
         return super().clip_grad_by_norm(max_norm, *args, **kwargs)
 
-    def step(self, *args, **kwargs):
-        self.scaler.step(self.optim, *args, **kwargs)
+    def step(self, grad_norm=None):
+        self.scaler.step(self.optim)  # skips by itself, by what unscale_ has found
         self.scaler.update()

@@ -14,6 +14,7 @@ def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Bat
 
     Every target token of the step weighs the same, whichever rank, batch or micro-batch it is in: each sum of losses is
     divided by the step's number of targets over all ranks, times the data-parallel size that the plugin's average divides by.
+    With a `max_norm`, be it infinite, a step whose gradient is not finite changes nothing.
 
     Returns:
         (loss, grad_norm): this process's share of the step's mean loss before the update, a scalar on the device, to be
@@ -28,7 +29,9 @@ def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Bat
     grad_norm = None
     if max_norm > 0 and parallel.clips_outside:
         grad_norm = optimizer.clip_grad_by_norm(max_norm)
-    optimizer.step()
+        optimizer.step(grad_norm=grad_norm)
+    else:
+        optimizer.step()
     if parallel.knows_grad_norm:
         grad_norm = optimizer.get_grad_norm()
     schedule.step()

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from args import resolve, train_parser
-from opt import checkpoint, data, launch, modeling, step, weights
+from opt import data, launch, modeling, step, weights
 from opt.build import Built, build
+from opt.export import export_model
 
 
 def built(args, here) -> Built:
@@ -62,7 +63,7 @@ def export(args, here, shard_bytes: int) -> None:
     trained = built(args, here)
     directory = Path(args.model_name_or_path)
     config, tokenizer = modeling.load_config(directory), data.load_tokenizer(directory)
-    checkpoint.export_model(trained.model, trained.parallel, config, tokenizer, args.output_path, shard_bytes)
+    export_model(trained.model, trained.parallel, config, tokenizer, args.output_path, shard_bytes)
 
 
 class _PeakMemory(threading.Thread):

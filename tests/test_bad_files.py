@@ -370,6 +370,6 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
     except UserError:
         return
     dp_size = world_size // (args.tp_size * args.pp_size)
-    steps = plan.schedule(args, 420, dp_size)
+    steps = plan.schedule(args, 420, dp_size, data.Position())
     assert 1 <= steps.total_steps and 0 <= steps.warmup_steps <= steps.total_steps and steps.learning_rate < 100
     assert isinstance(args, Namespace) and plan.estimate_memory(setup.config, 10**6, args, dp_size) > 0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from args import resolve, train_parser
-from opt import checkpoint, data, launch, modeling
+from opt import data, export, launch, modeling
 from opt.build import build
 from opt.weights import open_weights
 
@@ -182,7 +182,7 @@ def trained(runs):
 
 def write(trained, output_path, shard_bytes=10**9):
     built, config, tokenizer = trained
-    checkpoint.export_model(built.model, built.parallel, config, tokenizer, str(output_path), shard_bytes)
+    export.export_model(built.model, built.parallel, config, tokenizer, str(output_path), shard_bytes)
 
 
 @pytest.mark.parametrize("output", ["directory", "shards", "one.safetensors", "one.bin"])

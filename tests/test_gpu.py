@@ -53,3 +53,29 @@ def test_loss_curve_on_a_gpu(tmp_path, flags):
     reference, found = losses(tmp_path / "reference"), losses(tmp_path / "found")
     assert len(found) == 10 and reference[-1] < reference[0] - 0.3
     assert found == pytest.approx(reference, abs=0.03)
+
+
+def test_step_along_nan_is_skipped_on_the_device():
+    """torch_ddp decides it without asking the device; the step after it is taken."""
+    from opt.optimizer import build_optimizer
+
+    layer = torch.nn.Linear(64, 64).cuda()
+    adam = build_optimizer(layer, 1e-2, 0.1)
+    states = []
+    for poison in (0.0, math.nan, math.inf, 0.0):
+        layer(torch.ones(4, 64, device="cuda")).sum().backward()
+        layer.weight.grad[3, 5] += poison
+        adam.step(grad_norm=torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0))
+        adam.zero_grad()
+        states.append([t.clone() for p in layer.parameters() for t in (p, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"])])
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*states[:3], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(*states[2:], strict=True)) and all(t.isfinite().all() for t in states[3])
+
+
+@pytest.mark.parametrize("flags", [["--plugin", "torch_ddp"], ["--plugin", "low_level_zero"], ["--plugin", "gemini"]], ids=" ".join)
+def test_resume_on_a_gpu(tmp_path, flags):
+    """Dropout on: the device's random numbers go on where they were."""
+    common = [*flags, "--max_train_steps", "12", "--learning_rate", "1e-3", "--eval_fraction", "0", "--save_steps", "6", "--no_save"]
+    train(tmp_path / "through", *common)
+    train(tmp_path / "resumed", *common, "--resume", tmp_path / "through" / "checkpoints" / "step-00000006")
+    assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "through"), abs=2e-3)

@@ -112,7 +112,7 @@ def _save(tensors: dict, file: Path) -> None:
         mode = file.stat().st_mode
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask
-    _flush_to_disk(file)
+    flush_to_disk(file)
 
 
 def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> None:
@@ -148,10 +148,11 @@ def _publish(aside: Path, target: Path) -> None:
             old.unlink()
     for file in sorted(aside.iterdir(), key=lambda f: f.name in heads):
         file.rename(target / file.name)
-    _flush_to_disk(target)
+    flush_to_disk(target)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

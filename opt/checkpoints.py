@@ -1,0 +1,315 @@
+"""Training state on disk: saved whole or not at all, found again, taken up where it stopped.
+
+A checkpoint is a folder <output_path>/checkpoints/step-00000123:
+
+    rank-00000.safetensors ...   a file a process: its share of the model and of Adam's moments, as whole fp32 tensors by name
+                                 (weights/..., exp_avg/..., exp_avg_sq/...), and its random-number state (rng/...)
+    state.json                   position in the data, Adam's count of updates, loss scale, arguments, checksum of the data
+    metrics.jsonl                the run's up to here
+    manifest.json                bytes and SHA-256 of each of these
+
+Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and `latest` names it last. Tensors
+are copied to host memory while training waits (12 bytes a parameter over all processes); a thread writes them while it goes on.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from args import UserError
+
+from . import weights
+from .build import Built
+from .control import Control
+from .data import Position, Rows
+from .export import flush_to_disk
+from .launch import Place
+from .optimizer import set_step
+from .state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
+
+_MANIFEST, _WRITING, _REMOVING = "manifest.json", ".writing-", ".removing-"
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+
+
+class Saver:
+    """Writes checkpoints, one at a time. Made and used by all processes together."""
+
+    def __init__(self, output_directory: Path, built: Built, here: Place, control: Control, args: Namespace, rows: Rows):
+        self._directory, self._built, self._here, self._control = folder(output_directory), built, here, control
+        self._arguments, self._keep, self._rows, self._checksum = vars(args), args.save_total_limit, rows, None
+        self._state = TrainingState(built)
+        self._thread: threading.Thread | None = None
+        self.saved: Path | None = None  # the newest that is complete
+        if here.is_main:
+            for left_over in (*self._directory.glob(f"{_WRITING}*"), *self._directory.glob(f"{_REMOVING}*")):
+                shutil.rmtree(left_over)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def restore(self, checkpoint: "Checkpoint") -> None:
+        """Put a checkpoint's state into a run that was built with its weights.
+
+        The random-number state is taken up where the number of processes is the same; otherwise dropout starts from the seed.
+        """
+        for kind in KINDS:
+            self._state.load(kind, checkpoint.tensors(kind))
+        self._state.updates = checkpoint.state["updates"]
+        set_step(self._built.schedule, checkpoint.position.step)
+        load_scaler_state(self._built.optimizer, checkpoint.state["scaler"] or {})
+        if checkpoint.state["world_size"] == self._here.world_size:
+            _set_rng_state(checkpoint.tensors("rng"), self._here)
+        self.saved = checkpoint.path
+
+    def begin(self, position: Position, metrics: Path) -> None:
+        """Copy the state; its writing goes on in the background. `metrics` is the main process's metrics.jsonl."""
+        self.finish()
+        tensors = {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in self._state.own_share(kind)}
+        tensors |= {f"rng/{self._here.rank}/{name}": tensor for name, tensor in _rng_state(self._here).items()}
+        texts = {}
+        if self._here.is_main:
+            state = {
+                "position": asdict(position),
+                "updates": self._state.updates,
+                "scaler": scaler_state(self._built.optimizer),
+                "world_size": self._here.world_size,
+                "arguments": self._arguments,
+            }
+            texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}
+        self._final, self._written, self._error = self._directory / f"step-{position.step:08d}", {}, "its writer did not come to an end"
+        self._thread = threading.Thread(target=self._write, args=(tensors, texts))
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and make it one. Raises UserError on all processes
+        if any of them could not write its part; the checkpoints from before are untouched then."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        results = self._control.gather((self._written, self._error))
+        error = next((error for _, error in results if error), None)
+        if error is None:
+            if self._here.is_main:
+                error = self._try(lambda: self._publish({name: entry for written, _ in results for name, entry in written.items()}))
+            error = self._control.gather(error)[0]
+        if error:
+            before = f"the newest complete one is {self.saved}" if self.saved else "there is none before it"
+            raise UserError(f"checkpoint {self._final} could not be written ({error}): {before}; make room, then go on with --resume auto")
+        self.saved = self._final
+
+    def _write(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
+        """In a thread: this process's files, to disk."""
+        self._error = self._try(lambda: self._write_files(tensors, texts))
+
+    def _try(self, work) -> str | None:
+        try:
+            work()
+        except OSError as error:  # for all processes to hear of at the next finish()
+            return f"{error.strerror}: {error.filename or self._aside}"
+        return None
+
+    @property
+    def _aside(self) -> Path:
+        return self._final.with_name(_WRITING + self._final.name)
+
+    def _write_files(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
+        self._aside.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{self._here.rank:05d}.safetensors"
+        self._written[name] = _write(self._aside / name, safetensors_parts(tensors))
+        if texts:
+            self._checksum = self._checksum or self._rows.checksum()
+            texts["state.json"] = json.dumps(texts["state.json"] | {"data": self._checksum}, indent=1).encode()
+        for name, text in texts.items():
+            self._written[name] = _write(self._aside / name, [text])
+
+    def _publish(self, manifest: dict) -> None:
+        """Rename the folder, then move the pointer, then remove what is now too old."""
+        for name in manifest:
+            if not (self._aside / name).is_file():
+                raise OSError(errno.ENOENT, "a process wrote elsewhere, the nodes must share --output_path", name)
+        _write(self._aside / _MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        flush_to_disk(self._aside)
+        if self._final.exists():  # of an earlier try, from which this run has gone back
+            self._remove(self._final)
+        self._aside.rename(self._final)
+        pointer = self._directory / ".latest.writing"
+        _write(pointer, [f"{self._final.name}\n".encode()])
+        pointer.replace(self._directory / "latest")
+        flush_to_disk(self._directory)
+        there = complete(self._directory)
+        abandoned = [c for c in there if c.name > self._final.name]  # the run went back behind them
+        for old in abandoned + [c for c in there if c not in abandoned][: -self._keep]:
+            self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Renamed first: no half of it is ever found under its name."""
+        aside = checkpoint.with_name(_REMOVING + checkpoint.name)
+        checkpoint.rename(aside)
+        shutil.rmtree(aside)
+
+
+@dataclass
+class Checkpoint:
+    """A complete checkpoint, its files checked."""
+
+    path: Path
+    state: dict  # state.json
+
+    @property
+    def position(self) -> Position:
+        """How far the run had come."""
+        return Position(**self.state["position"])
+
+    @property
+    def metrics(self) -> bytes:
+        """The run's metrics.jsonl up to here."""
+        return (self.path / "metrics.jsonl").read_bytes()
+
+    def tensors(self, kind: str) -> weights.Weights:
+        """One of state.KINDS, or "rng": names and whole tensors, each read when it is asked for."""
+        return _Tensors(sorted(self.path.glob("rank-*.safetensors")), f"{kind}/")
+
+
+class _Tensors(weights.Weights):
+    def __init__(self, files: list[Path], prefix: str):
+        opened = [safe_open(file, framework="pt") for file in files]
+        super().__init__({key.removeprefix(prefix): (file, key) for file in opened for key in file.keys() if key.startswith(prefix)})
+
+    def _read(self, where):
+        file, key = where
+        return file.get_tensor(key)
+
+    def shape(self, name):
+        file, key = self._names[name]
+        return tuple(file.get_slice(key).get_shape())
+
+
+def folder(output_directory: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return output_directory / "checkpoints"
+
+
+def complete(directory: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first. One of such a name is complete: it got it by being renamed."""
+    return sorted(p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / _MANIFEST).is_file())
+
+
+def find(resume: str | None, output_directory: Path) -> Checkpoint | None:
+    """The checkpoint that --resume asks for, all of its files checked; None to start anew. Raises UserError."""
+    there = complete(folder(output_directory))
+    if resume is None:
+        if there:
+            raise UserError(
+                f"{folder(output_directory)} has checkpoints, {there[-1].name} the newest: go on from it with --resume auto; to start anew, move them away or choose another --output_path"
+            )
+        return None
+    if resume == "auto":
+        if not there:
+            return None
+        path = there[-1]
+    else:
+        path = Path(resume)
+        if not (path / _MANIFEST).is_file():
+            raise UserError(f"--resume {resume} is not a complete checkpoint, a folder with {_MANIFEST}: give one, or auto for the newest")
+    damage = _damage(path)
+    if damage:
+        before = [c for c in complete(path.parent) if c.name < path.name]
+        offer = f"go on from the one before it, --resume {before[-1]}" if before else "there is none before it: start anew"
+        raise UserError(f"checkpoint {path} is damaged, {damage}; {offer}")
+    return Checkpoint(path, json.loads((path / "state.json").read_text()))
+
+
+def check_same_run(checkpoint: Checkpoint, args: Namespace, model: weights.Weights, rows: Rows) -> None:
+    """Raise UserError if a checkpoint is of other data, another order of them, or another model."""
+    before, now = checkpoint.state["arguments"], vars(args)
+    if before["seed"] != args.seed:
+        raise UserError(f"checkpoint {checkpoint.path} was made with --seed {before['seed']}, not {args.seed}: give the same")
+    if checkpoint.state["data"] != rows.checksum():
+        flags = ("dataset", "text_column", "max_length", "eval_fraction")
+        changed = ", ".join(f"--{flag} was {before[flag]}, not {now[flag]}" for flag in flags if before[flag] != now[flag])
+        raise UserError(
+            f"checkpoint {checkpoint.path} was made with other training data ({changed or 'same flags, other texts or tokenizer'}): give the same"
+        )
+    saved = checkpoint.tensors(WEIGHTS)
+    for name in sorted({*saved, *model}):
+        if name not in saved or name not in model or saved.shape(name) != model.shape(name):
+            raise UserError(f"checkpoint {checkpoint.path} is of another model than {args.model_name_or_path}: they differ in {name}")
+
+
+def safetensors_parts(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file. That package's own writer first copies each tensor, and has errors of the disk in words only."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield memoryview(tensor.contiguous().view(-1).numpy()).cast("B")
+
+
+def _write(file: Path, parts) -> dict:
+    """Write a file, to disk and for good; its entry in the manifest."""
+    digest = hashlib.sha256()
+    with open(file, "wb") as f:
+        for part in parts:
+            f.write(part)
+            digest.update(part)
+        f.flush()
+        os.fsync(f.fileno())
+        return {"bytes": f.tell(), "sha256": digest.hexdigest()}
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """The first thing that is wrong with a checkpoint's files, in words."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"its {_MANIFEST} cannot be read"
+    for name, (expected, _) in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected:
+            return f"{name} has {file.stat().st_size} bytes, not {expected}"
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(sizes, pool.map(_sha256, (checkpoint / name for name in sizes)), strict=True):
+            if digest != sizes[name][1]:
+                return f"{name} is not what was written (SHA-256)"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _rng_state(here: Place) -> dict[str, torch.Tensor]:
+    """What dropout draws from; Python's and NumPy's generators are not used in training."""
+    state = {"cpu": torch.get_rng_state()}
+    if here.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(here.device)
+    return state
+
+
+def _set_rng_state(saved, here: Place) -> None:
+    torch.set_rng_state(saved[f"{here.rank}/cpu"])
+    if here.device.type == "cuda" and f"{here.rank}/cuda" in saved:
+        torch.cuda.set_rng_state(saved[f"{here.rank}/cuda"], here.device)

@@ -1,0 +1,62 @@
+"""Between two steps: signals that stop a run, and what all processes decide together."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from .launch import Place
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM can send some time before it ends a job
+# torchrun hands a signal on to processes that Ctrl-C, or a scheduler, has sent it to as well: within this time it is the same.
+_SAME_SIGNAL_SECONDS = 2.0
+
+
+class Control:
+    """Made by all processes together. From then on the first signal is a wish, which agree() passes on; a second one
+    stops the process at once, also in the middle of a collective that hangs."""
+
+    def __init__(self, here: Place):
+        # On the host and apart from the training's own: nothing here waits for a GPU.
+        self.group = dist.new_group(backend="gloo") if here.world_size > 1 else None
+        self.signal: signal.Signals | None = None
+        self._received_at = 0.0
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)  # the pipe has it; without a handler of Python's it would not
+        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+
+    def agree(self, **values: int) -> dict[str, int]:
+        """The largest of each value over all processes."""
+        if self.group is None:
+            return values
+        largest = torch.tensor(list(values.values()))
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return dict(zip(values, largest.tolist(), strict=True))
+
+    def gather(self, value) -> list:
+        """Every process's `value`, by rank."""
+        if self.group is None:
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _watch(self, pipe: int) -> None:
+        """Runs in a thread of its own, since Python calls handlers only when the main thread comes back from C."""
+        while True:
+            number = signal.Signals(os.read(pipe, 1)[0])
+            now = time.monotonic()
+            if number not in STOP_SIGNALS:
+                continue
+            if self.signal is None:
+                self.signal, self._received_at = number, now
+            elif now - self._received_at > _SAME_SIGNAL_SECONDS:
+                print(f"second signal ({number.name}): stopped at once, nothing saved", file=sys.stderr, flush=True)
+                os._exit(128 + number)

@@ -1,0 +1,85 @@
+"""Kill -9 a process that saves without a pause, again and again; after each kill look for the newest checkpoint.
+
+    python tests/save_worker.py DIRECTORY KILLS
+
+Child processes are forked from one that has the model built: a kill takes a fraction of a second, not a start. The weights of
+a checkpoint are all its step's number, so that parts of two checkpoints under one name would show.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from args import resolve, train_parser
+from opt import checkpoints, data, launch, modeling, weights
+from opt.build import build
+from opt.control import Control
+
+SAMPLE = Path(__file__).resolve().parent.parent / "sample"
+
+
+def save_for_ever(output, built, here, args, rows, report: int) -> None:
+    """What a run does that has nothing to do but to save: from the newest checkpoint on. Reports each that is complete."""
+    found = checkpoints.find("auto", output)
+    saver = checkpoints.Saver(output, built, here, Control(here), args, rows)
+    step = found.position.step if found else 0
+    while True:
+        step += 1
+        for parameter in built.model.parameters():
+            parameter.data.fill_(step)
+        saver.begin(data.Position(step, 0, step), output / "metrics.jsonl")
+        saver.finish()
+        os.write(report, f"{step}\n".encode())
+
+
+def main(output: Path, kills: int) -> None:
+    """Prints one JSON line: kills, checkpoints made, and how many kills left a half-written one behind."""
+    args = train_parser().parse_args(["--dropout", "0"])
+    torch.set_num_threads(1)  # threads do not survive a fork
+    here = launch.place()
+    resolve(args, here.device.type, launch.has_bf16(here.device))
+    launch.start(here)
+    torch.set_num_threads(1)
+    config = modeling.load_config(SAMPLE / "opt-tiny")
+    built = build(args, here, config, weights.InitialWeights(modeling.meta_model(config), 0), 1e-3, 1, 10)
+    tokenizer = data.load_tokenizer(SAMPLE / "opt-tiny")
+    dataset = data.open_dataset(data.tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer))
+    (output / "metrics.jsonl").write_text("")
+
+    chance, made, in_the_middle = random.Random(0), 0, 0
+    for _ in range(kills):
+        reading, report = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_for_ever(output, built, here, args, dataset.train, report)
+        os.close(report)
+        first = os.read(reading, 100)  # its first checkpoint of this round is complete
+        assert first, "the child ended by itself"
+        time.sleep(chance.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        reported = first
+        while more := os.read(reading, 10000):
+            reported += more
+        os.close(reading)
+
+        last = int(reported.split()[-1])
+        found = checkpoints.find("auto", output)  # reads every byte
+        assert found.position.step in (last, last + 1), f"{last} was complete, {found.path} is found"
+        saved = found.tensors("weights")
+        assert len(saved) == len(built.shapes) and all((saved[name] == found.position.step).all() for name in saved), found.path
+        assert json.loads(json.dumps(found.state["position"])) == {"step": found.position.step, "epoch": 0, "rows": found.position.step}
+        made = found.position.step
+        in_the_middle += any((output / "checkpoints").glob(".writing-*"))
+    print(json.dumps({"kills": kills, "checkpoints": made, "half_written": in_the_middle}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
