@@ -1,0 +1,81 @@
+"""What only several GPUs can show, through NCCL; skipped with fewer than two."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, start, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="needs two CUDA devices, and this machine has one"),
+]
+
+COMMON = ["--dropout", "0", "--num_epoch", "1", "--max_train_steps", "10", "--learning_rate", "1e-3", "--eval_fraction", "0"]
+HYBRID = ["--plugin", "hybrid_parallel"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> list[float]:
+    """The losses of ten steps of 16 rows on one GPU, in fp32."""
+    output = tmp_path_factory.mktemp("reference")
+    train(output, *COMMON, "--precision", "fp32", "--batch_size", "16", env={"CUDA_VISIBLE_DEVICES": "0"})
+    found = losses(output)
+    assert len(found) == 10 and found[-1] < found[0] - 0.3
+    return found
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--plugin", "torch_ddp"],
+        ["--plugin", "low_level_zero"],
+        ["--plugin", "low_level_zero", "--zero_stage", "2"],
+        ["--plugin", "gemini"],
+        ["--plugin", "gemini", "--offload_optim_frac", "1"],
+        [*HYBRID, "--zero_stage", "1"],
+        [*HYBRID, "--tp_size", "2"],
+        [*HYBRID, "--pp_size", "2"],
+        ["--plugin", "low_level_zero", "--compile"],
+    ],
+    ids=" ".join,
+)
+def test_loss_curve_is_that_of_one_gpu(tmp_path, reference, flags):
+    """The same 16 rows a step, within the noise of 16 bits."""
+    rows = "16" if "--tp_size" in flags or "--pp_size" in flags else "8"
+    train(tmp_path, *COMMON, *flags, "--batch_size", rows, nproc=2)
+    assert losses(tmp_path) == pytest.approx(reference, abs=0.03)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, None), (None, 2)], ids=["2 to 1", "1 to 2"])
+@pytest.mark.parametrize("plugin", ["low_level_zero", "gemini"])
+def test_saved_on_some_gpus_and_resumed_on_others(tmp_path, reference, plugin, before, after):
+    def go(output, nproc, *flags):
+        rows = "8" if nproc else "16"
+        one = {} if nproc else {"CUDA_VISIBLE_DEVICES": "0"}
+        train(output, *COMMON, "--plugin", plugin, "--batch_size", rows, "--no_save", *flags, nproc=nproc, env=one)
+
+    go(tmp_path / "first", before, "--save_steps", "5")
+    go(tmp_path / "second", after, "--resume", tmp_path / "first" / "checkpoints" / "step-00000005")
+    assert [line["step"] for line in metrics(tmp_path / "second")] == list(range(1, 11))
+    assert losses(tmp_path / "second") == pytest.approx(reference, abs=0.03)
+
+
+def test_one_of_two_killed(tmp_path):
+    """The other ends, and the launcher with it."""
+    flags = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path, "--num_epoch", "1000", "--no_save"]
+    run = start(REPO / "opt_train_demo.py", *flags, "--plugin", "low_level_zero", nproc=2)
+    file = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.is_file() and '"loss"' in file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "opt_train_demo.py" in " ".join(p.cmdline())]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert finish(run, 60).returncode != 0
+    assert time.monotonic() - killed < 60
+    assert not any(w.is_running() for w in workers)
