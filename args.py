@@ -5,43 +5,68 @@ or the device is checked in opt/plan.py.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 PLUGINS = ("torch_ddp", "torch_ddp_fp16", "low_level_zero", "gemini", "hybrid_parallel")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class UserError(Exception):
-    """Something that the user can put right. Printed as one line, by one process, with exit code 2."""
+    """Something that the user can put right. Printed as one line, once a node, with exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line, from one process of the node."""
+    """argparse, with errors of one line, once a node."""
 
     def error(self, message):
         report_user_error(f"{message} (see --help)")
 
 
 def report_user_error(message) -> None:
-    """Print `message` from the node's first process and exit with code 2 on every process."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """Print `message` as one line, once a node, and exit with code 2."""
+    say_once(f"error: {message}")
     raise SystemExit(2)
 
 
-def _number(kind, low, high=float("inf"), low_open=False):
-    """An argparse type: a number of `kind` in [low, high], or in (low, high] with `low_open`."""
+def say_once(message: str) -> None:
+    """Print a line to stderr, unless another process of this node has printed the same.
+
+    The first process to get here prints: what only a later rank finds must be seen too, and torchrun ends the others, the
+    first among them, as soon as one has failed. Without torchrun nothing tells the processes of a run apart from another
+    run's, and each prints.
+    """
+    line = f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}"
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json, in a directory of this run's own
+    if own:
+        claim = Path(own).parent.parent / f"said-{hashlib.sha256(line.encode(errors='replace')).hexdigest()[:16]}"
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # no such directory, or a full disk: rather twice than never
+            pass
+    print(line, file=sys.stderr, flush=True)
+
+
+def _number(kind, low, high=None, low_open=False):
+    """An argparse type: a number of `kind` in [low, high], or in (low, high] with `low_open`.
+
+    `high` is by default what a tensor's sizes, steps and fp32 can hold.
+    """
+    if high is None:
+        high = 2**31 - 1 if kind is int else 1e30
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-        if not (low < value if low_open else low <= value) or not value <= high or value == float("inf"):
-            upper = "" if high == float("inf") else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {'over' if low_open else 'at least'} {low}{upper}")
+            raise argparse.ArgumentTypeError(f"'{text:.40}' is not a number") from None
+        if not (low < value if low_open else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text:.40} must be {'over' if low_open else 'at least'} {low} and at most {high}")
         return value
 
     return parse
@@ -71,12 +96,21 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
     g.add_argument(
         "--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off"
     )
-    g.add_argument("--learning_rate", type=_number(float, 0), default=5e-5, help="peak learning rate; default 5e-5")
+    g.add_argument("--learning_rate", type=_number(float, 0, 10), default=5e-5, help="peak learning rate, 10 at most; default 5e-5")
     g.add_argument(
-        "--weight_decay", type=_number(float, 0), default=0.01, help="AdamW's decay of matrices; biases and norms have none; default 0.01"
+        "--weight_decay",
+        type=_number(float, 0, 10),
+        default=0.01,
+        help="AdamW's decay of matrices; biases and norms have none; default 0.01",
     )
     g.add_argument(
         "--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}"
+    )
+    g.add_argument(
+        "--timeout_minutes",
+        type=_number(float, 0, 10**6, low_open=True),
+        default=10,
+        help="how long a process waits for another that does not answer, before it ends with an error; default 10",
     )
 
 
@@ -114,8 +148,14 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     g.add_argument(
         "--compile",
         action="store_true",
-        help="compile each decoder layer (torch.compile): faster steps after about half a minute at the start; not with gemini; "
+        help="compile each decoder layer (torch.compile): faster steps and less memory, after some seconds to minutes at the start; "
         "default off",
+    )
+    g.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        help="record forward and backward of each shape of batch once and replay them: small steps no longer wait for the host; "
+        "gradients keep their memory; one GPU, not with gemini; default off",
     )
     g.add_argument(
         "--adam_kernel",
@@ -282,8 +322,8 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
     if gemini and args.precision == "fp32":
         raise UserError("gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp")
 
-    if args.compile and gemini:
-        raise UserError("gemini's parameters cannot be traced by torch.compile: leave out --compile or use another plugin")
+    if args.cuda_graph and (device_type != "cuda" or gemini):
+        raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
     if args.fused_loss and (device_type != "cuda" or args.tp_size > 1):
         raise UserError("--fused_loss needs a GPU and a vocabulary in one piece (--tp_size 1): leave it out")
     if args.fused_loss and importlib.util.find_spec("liger_kernel") is None:

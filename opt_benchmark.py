@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from args import UserError, benchmark_parser, report_user_error
+from args import benchmark_parser
 
 
 def main() -> None:
@@ -21,26 +21,25 @@ def main() -> None:
 
 def run(args, measure) -> None:
     """Check, start the processes, `measure`, print and write the result: the course of benchmarks/peers.py as well."""
-    import torch  # after the arguments: the libraries below take seconds to import
+    from opt import faults  # after the arguments: the libraries below take seconds to import
+
+    with faults.reported(args):
+        _run(args, measure)
+
+
+def _run(args, measure) -> None:
+    import torch
 
     from opt import launch, metrics, plan
 
     here = launch.place()
-    try:
-        config, contents = plan.check_benchmark(args, here)
-    except UserError as error:
-        report_user_error(error)
-    try:
-        launch.start(here, args.mem_cap)
-        matmul_rate = metrics.matmul_flops(here.device)
-        if here.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        result = summarize(args, here, config, measure(args, here, config, contents), matmul_rate)
-    except torch.OutOfMemoryError as error:
-        # Exit code 3 tells the sweep apart from a failure. No good-bye to the other processes: their launcher ends them.
-        print(f"out of memory: {str(error).splitlines()[0]}", flush=True)
-        raise SystemExit(3) from None
+    config, contents = plan.check_benchmark(args, here)
+    launch.start(here, args.mem_cap, args.timeout_minutes)
+    matmul_rate = metrics.matmul_flops(here.device)
+    if here.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    result = summarize(args, here, config, measure(args, here, config, contents), matmul_rate)
     if here.is_main:
         print(describe(result), flush=True)
         if args.json:
@@ -125,6 +124,7 @@ def summarize(args, here, config, measured, matmul_rate) -> dict:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "grad_checkpoint": args.grad_checkpoint,
         "compile": args.compile,
+        "cuda_graph": args.cuda_graph,
         "fused_loss": args.fused_loss,
         "offload_optim_frac": args.offload_optim_frac,
         "dropout": config.dropout,

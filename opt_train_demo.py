@@ -13,43 +13,50 @@ import os
 import signal
 import sys
 
-from args import UserError, report_user_error, train_parser
+from args import train_parser
 
 
 def main() -> None:
     args = train_parser().parse_args()
 
-    from opt import checkpoints, data, export, launch, plan  # after the arguments: the libraries below take seconds to import
+    from opt import faults  # after the arguments: the libraries below take seconds to import
+
+    with faults.reported(args):
+        run(args)
+
+
+def run(args) -> None:
+    """Check, start the processes, read the data, train, show the result. Raises UserError."""
+    from opt import checkpoints, data, export, launch, plan
 
     here = launch.place()
-    try:
-        setup = plan.check(args, here)
-        if not args.dry_run:
-            launch.start(here, args.mem_cap)
-        read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
-        dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
-        before = launch.node_first(here, lambda: checkpoints.find(args.resume, export.output_directory(args.output_path)))
-        if before:
-            checkpoints.check_same_run(before, args, setup.weights, dataset.train)
+    setup = plan.check(args, here)
+    if not args.dry_run:
+        launch.start(here, args.mem_cap, args.timeout_minutes)
+    read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
+    dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
 
-        start = before.position if before else data.Position()
-        dp_size = here.world_size // (args.tp_size * args.pp_size)
-        steps = plan.schedule(args, len(dataset.train), dp_size, start)
-        if here.is_main:
-            print(plan.describe(args, here, setup, dataset, steps, dp_size, before), flush=True)
-        if args.dry_run:
-            return
+    if not args.dry_run:
+        launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
+    before = launch.node_first(here, lambda: checkpoints.find(args.resume, export.output_directory(args.output_path)))
+    if before:
+        checkpoints.check_same_run(before, args, setup.weights, dataset.train)
+
+    start = before.position if before else data.Position()
+    dp_size = here.world_size // (args.tp_size * args.pp_size)
+    steps = plan.schedule(args, len(dataset.train), dp_size, start)
+    if here.is_main:
+        print(plan.describe(args, here, setup, dataset, steps, dp_size, before), flush=True)
+    if not args.dry_run:
         is_done = train(args, here, setup, dataset, steps, start, before)
-    except UserError as error:
-        report_user_error(error)
-    launch.stop()
-    if is_done and here.is_main and not args.no_save:
-        show_samples(args.output_path, here.device, setup.tokenizer)
+        launch.stop()
+        if is_done and here.is_main and not args.no_save:
+            show_samples(args.output_path, here.device, setup.tokenizer)
 
 
 def train(args, here, setup, dataset, steps, start, before) -> bool:
     """Everything between the checks and the saved model. False if a signal has stopped it."""
-    from opt import checkpoints, export, metrics, modeling, step
+    from opt import checkpoints, export, metrics, modeling, plan, step
     from opt.build import build
     from opt.control import Control
     from opt.data import Batches
@@ -71,7 +78,9 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
         saver.restore(before)
     recorder = metrics.Recorder(args, output, here.is_main, steps.total_steps, start.step, before.metrics if before else b"")
     if len(dataset.held_out) and not start.step:
-        recorder.evaluation(0, step.evaluate(parallel, model, eval_batches))
+        first_loss = step.evaluate(parallel, model, eval_batches)
+        recorder.evaluation(0, first_loss)
+        plan.check_first_loss(first_loss, setup)
     planned = train_batches.steps(start, args.num_epoch, args.gradient_accumulation_steps)
     stopped_by = skipped = 0
     with recorder:
@@ -81,6 +90,8 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
             loss, grad_norm = step.train_step(parallel, model, built.optimizer, built.schedule, group, args.max_norm)
             epoch = position.epoch + position.rows / len(dataset.train)
             recorder.step(done, epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
+            if done == 1 and not len(dataset.held_out):
+                plan.check_first_loss(loss.item(), setup)  # summed over all processes by recorder.step
             if len(dataset.held_out) and (done % steps.eval_steps == 0 or is_last):
                 recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
 

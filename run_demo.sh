@@ -65,6 +65,9 @@ if [ "$model" = sample/opt-tiny ]; then # a tiny model from scratch wants many, 
 else
   flags+=(--batch_size "${BS:-32}" --learning_rate "${LR:-5e-5}" --num_epoch "${EPOCH:-10}")
 fi
+if [ "$gpus" -gt 0 ] && [ "$processes" = 1 ] && [ -z "${HOSTFILE:-}" ] && [ "$plugin" != gemini ]; then
+  flags+=(--cuda_graph) # short rows: the GPU would wait for the host
+fi
 flags+=("$@")
 
 # ---- check first: `colossalai run` would bury a mistake under its own messages

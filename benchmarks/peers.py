@@ -43,7 +43,9 @@ def main() -> None:
     add_measurement_arguments(parser)
     add_run_arguments(parser.add_argument_group("training"), seed=42)
     # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
-    parser.set_defaults(plugin="torch_ddp", tp_size=None, pp_size=None, num_microbatches=None, zero_stage=None, offload_optim_frac=None)
+    parser.set_defaults(
+        plugin="torch_ddp", tp_size=None, pp_size=None, num_microbatches=None, zero_stage=None, offload_optim_frac=None, cuda_graph=False
+    )
     args = parser.parse_args()
     if args.fused_loss and args.engine == "hf_trainer":
         parser.error("--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out")

@@ -2,13 +2,14 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from . import launch, modeling, optimizer, plugins, weights, zero
+from . import graphs, launch, mixed_precision, modeling, optimizer, plugins, step, weights
 
 
 @dataclass
@@ -39,8 +40,8 @@ def build(
     model = modeling.build_model(config, args.plugin, dtype, here.device, args.grad_checkpoint, args.fused_loss)
     adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
-    model, adam, *_ = parallel.booster.boost(model, adam)
-    zero.speed_up(adam)
+    model, adam = parallel.boost(model, adam)
+    mixed_precision.speed_up(adam, parallel.dp_size)
     if parallel.knows_grad_norm:
         adam.optim.find_norm = adam.get_grad_norm
     if args.compile:
@@ -48,5 +49,8 @@ def build(
     # After boost: only now does the plugin know this process's share of each tensor.
     weights.place(model, adam, contents)
     model.train()
+    if args.cuda_graph:
+        run = partial(step.forward_backward, parallel.booster, model, adam)
+        parallel.graphed = graphs.GraphedBackward(run, list(model.parameters()))
     shapes = {name: torch.Size(contents.shape(name)) for name in contents}
     return Built(parallel, model, adam, schedule, shapes)

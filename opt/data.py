@@ -23,7 +23,8 @@ from .modeling import IGNORE
 
 WIKITEXT = "wikitext-2-raw"
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
-_CACHE_VERSION = 1  # count up when the tokens of the same text change
+PAD_TO = 8  # a batch's length is a multiple of this: few different shapes, and sizes that tensor cores like
+_CACHE_VERSION = 2  # count up when the tokens of the same text change
 
 
 @dataclass
@@ -190,7 +191,10 @@ def _texts(dataset: str, column: str) -> tuple[object, str, Callable[[], dict[st
             raise UserError(
                 f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column"
             )
-        return {name: table[column][:] for name, table in opened.items()}
+        try:
+            return {name: table[column][:] for name, table in opened.items()}
+        except ValueError as error:  # pyarrow's, which takes bytes for text without a look at them
+            raise UserError(f"--dataset {dataset} cannot be read ({error}): save it as UTF-8 text") from error
 
     return identity, source, read
 
@@ -238,9 +242,14 @@ def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> 
     wrong = next((t for t in texts if t is not None and not isinstance(t, str) and t == t), None)  # t != t: NaN, missing
     if wrong is not None:
         raise UserError(f"the text column holds {type(wrong).__name__}, such as {wrong!r:.40}, not text: choose another with --text_column")
+    if any("\0" in t for t in kept):
+        raise UserError("the text column holds NUL characters: it is binary, or UTF-16 text; save it as UTF-8 text")
     counts.empty += len(texts) - len(kept)
     counts.rows += len(kept)
     rows = []
+    # What is left of a text of megabytes needs no more than this: no token is longer than the longest.
+    enough = max_length * max(map(len, tokenizer.get_vocab()))
+    kept = [t[:enough] for t in kept]
     # Special tokens are added here, once: OPT's tokenizers differ in whether they add a BOS, and none adds an EOS.
     encoded = tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"] if kept else []
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
@@ -301,7 +310,10 @@ class Batches:
             own = [self.rows[j] for j in everyone[self.dp_rank :: self.dp_size]]
             # Every rank knows every row's length: no rank has to ask the others what they hold.
             tokens = int(lengths[everyone].sum())
-            yield Batch(collate(own, self.batch_size, self.pad_id), targets=tokens - len(everyone), tokens=tokens, rows=len(everyone))
+            # No pads beyond the longest row of all: the model may have no positions there.
+            length = min(-(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max()))
+            inputs = collate(own, self.batch_size, length, self.pad_id)
+            yield Batch(inputs, targets=tokens - len(everyone), tokens=tokens, rows=len(everyone))
 
     def steps(self, start: "Position", num_epoch: int, accumulated: int) -> Iterator[tuple["Position", list["Batch"]]]:
         """From `start` to the end of the last epoch: `accumulated` batches an optimizer step, and where the run is after it.
@@ -337,14 +349,13 @@ class Batch:
     rows: int  # over all data-parallel ranks
 
 
-def collate(rows: list[np.ndarray], batch_size: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows as a batch {input_ids, labels}, both (batch_size, longest row), padded on the right; labels of pads are -100."""
-    length = max((len(r) for r in rows), default=2)
-    input_ids = torch.full((batch_size, length), pad_id)
-    labels = torch.full((batch_size, length), IGNORE)
+def collate(rows: list[np.ndarray], batch_size: int, length: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows as a batch {input_ids, labels}, both (batch_size, length), padded on the right; labels of pads are -100."""
+    input_ids = np.full((batch_size, length), pad_id)
+    labels = np.full((batch_size, length), IGNORE)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return {"input_ids": input_ids, "labels": labels}
+        input_ids[i, : len(row)] = labels[i, : len(row)] = row
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
 class SyntheticBatches:

@@ -1,5 +1,6 @@
 """Processes and devices: who am I, what do I compute on, how do I talk to the others."""
 
+import functools
 import os
 import platform
 import random
@@ -7,6 +8,7 @@ import re
 import socket
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+
+from args import UserError
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,19 @@ class Place:
 
 
 def place() -> Place:
-    """Read the launcher's environment; without a launcher this is the only process."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Read the launcher's environment; without a launcher this is the only process. Raises UserError."""
+    rank, world_size, local_rank = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
+    if rank >= world_size:
+        raise UserError(f"the environment says RANK {rank} of WORLD_SIZE {world_size}: ranks count from 0")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Place(rank, world_size, local_rank, device)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or name == "WORLD_SIZE" and int(text) == 0:
+        raise UserError(f"the environment variable {name} is '{text:.40}', not a number of processes: a launcher sets it")
+    return int(text)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -44,12 +56,19 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def start(here: Place, mem_cap_gib: float = 0) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and make this process's device ColossalAI's."""
+def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and make this process's device ColossalAI's. Raises UserError.
+
+    A collective that some process does not come to ends with an error after `timeout_minutes`, on every other one.
+    """
     from colossalai.accelerator import set_accelerator
 
     from .cpu_accelerator import use_cpu
 
+    if "MASTER_ADDR" not in os.environ:
+        if here.world_size > 1:
+            raise UserError(f"WORLD_SIZE is {here.world_size}, but MASTER_ADDR and MASTER_PORT are not set: use torchrun or colossalai run")
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
     if here.device.type == "cuda":
         set_accelerator("cuda")
         torch.cuda.set_device(here.device)
@@ -61,12 +80,14 @@ def start(here: Place, mem_cap_gib: float = 0) -> None:
         # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores idle.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
-    if "MASTER_ADDR" not in os.environ:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    timeout = timedelta(minutes=timeout_minutes)
     if here.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=here.device)
+        dist.init_process_group("nccl", device_id=here.device, timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
+    # A new group does not take over the first one's timeout, and ColossalAI makes its groups without naming any: they would
+    # wait for 30 minutes (gloo) or 10 (NCCL), whatever was asked for.
+    dist.new_group = functools.partial(dist.new_group, timeout=timeout)
 
 
 def stop() -> None:

@@ -32,11 +32,13 @@ class _MultiTensorAdam(_TorchExtension):
 
     @staticmethod
     def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
-        """Update in place, but change nothing where `noop` is a float tensor other than 0. `tensor_lists`: [grads, params,
-        exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32 params (Gemini) and are divided by `div_scale` where that
-        is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
-        found_inf = noop if noop is not None and noop.is_floating_point() else None  # ColossalAI's own is an int, always 0
-        _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, mode == 1, bias_correction == 1, weight_decay, div_scale, found_inf)
+        """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
+        params (Gemini) and are divided by `noop` if that is a float tensor (see HybridAdam.step; ColossalAI's own is an int), or
+        by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
+        _check_bias_correction(bias_correction)
+        is_divisor = noop is not None and noop.is_floating_point()
+        divisor = noop if is_divisor else _divisor(div_scale, tensor_lists[1][0].device)
+        update(*tensor_lists, None, divisor, lr, beta1, beta2, eps, weight_decay, step, mode == 1)
 
 
 class _CpuAdam(_TorchExtension):
@@ -47,19 +49,41 @@ class _CpuAdam(_TorchExtension):
         return self
 
     def step(self, step, lr, beta1, beta2, eps, weight_decay, bias_correction, param, grad, exp_avg, exp_avg_sq, div_scale):
-        lists = [[grad], [param], [exp_avg], [exp_avg_sq]]
-        _fused_adam(lists, lr, beta1, beta2, eps, step, self.adamw_mode, bias_correction, weight_decay, div_scale)
+        _check_bias_correction(bias_correction)
+        lists = [grad], [param], [exp_avg], [exp_avg_sq]
+        update(*lists, None, _divisor(div_scale, param.device), lr, beta1, beta2, eps, weight_decay, step, self.adamw_mode)
 
 
-def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, div_scale, found_inf=None):
-    grads, params, exp_avgs, exp_avg_sqs = tensor_lists
-    if not bias_correction:
-        raise NotImplementedError("PyTorch's fused Adam always corrects the bias: use --adam_kernel colossalai")
+def _check_bias_correction(asked_for) -> None:
+    if not asked_for:
+        raise NotImplementedError("the bias is always corrected: use --adam_kernel colossalai")
+
+
+def _divisor(div_scale: float, device: torch.device) -> torch.Tensor | None:
+    return torch.full((), float(div_scale), device=device) if div_scale > 0 else None
+
+
+def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, decoupled=True) -> None:
+    """One step of AdamW in place; on a GPU in one kernel for all tensors.
+
+    Args:
+        grads: tensors in any floating-point dtype, all the same.
+        params, exp_avgs, exp_avg_sqs: fp32 tensors with as many elements each.
+        outputs: 16-bit tensors that take the updated `params` as well, or None.
+        divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not finite, nothing changes.
+        step: the number of this update, from 1. `decoupled`: AdamW's weight decay; False adds it to the gradient, as Adam does.
+    """
     device = params[0].device
-    update = torch._fused_adamw_ if adamw else torch._fused_adam_
-    update(
+    if device.type == "cuda":
+        from .adam_kernel import adamw
+
+        divisor = torch.ones((), device=device) if divisor is None else divisor
+        adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, decoupled)
+        return
+    torch_update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    torch_update(
         params,
-        [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params, strict=True)],
+        [g.to(p.dtype).view_as(p) for g, p in zip(grads, params, strict=True)],
         exp_avgs,
         exp_avg_sqs,
         [],
@@ -72,9 +96,11 @@ def _fused_adam(tensor_lists, lr, beta1, beta2, eps, step, adamw, bias_correctio
         eps=eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=torch.full((), float(div_scale), device=device) if div_scale > 0 else None,
-        found_inf=found_inf,
+        grad_scale=divisor,
+        found_inf=None if divisor is None else (~divisor.isfinite()).float(),
     )
+    for output, param in zip(outputs or [], params, strict=bool(outputs)):
+        output.copy_(param.view_as(output))
 
 
 class HybridAdam(colossalai_optimizer.HybridAdam):
@@ -92,8 +118,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         """One update; none if `grad_norm`, or what find_norm gives, is not finite."""
         norm = self.find_norm() if self.find_norm else grad_norm
         if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
-            # Decided on the device: to ask for the norm here would make the host wait for it in each step.
-            self._dummy_overflow_buf = (~norm.isfinite()).float()
+            # Decided on the device, see update(): to ask for the norm here would make the host wait for it in each step.
+            self._dummy_overflow_buf = norm.float() * 0 + 1
         elif norm is not None and not math.isfinite(norm):
             return None
         self._div_scale = div_scale

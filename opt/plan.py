@@ -4,7 +4,11 @@ check() runs on every process before any of them waits for another: it reaches t
 ends all processes at once.
 """
 
+import fcntl
+import importlib.util
+import math
 import os
+import socket
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
@@ -36,6 +40,10 @@ class Setup:
 def check(args: Namespace, here: Place) -> Setup:
     """Check arguments, paths, model and tokenizer; fill in what `args` left open. Raises UserError."""
     _check_processes(args, here)
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise UserError(
+            f"--report_to {args.report_to} needs a package that is not installed: pip install {args.report_to}, or leave it out"
+        )
     _check_writable(args.output_path)
 
     directory = weights.locate(args.model_name_or_path)
@@ -45,10 +53,7 @@ def check(args: Namespace, here: Place) -> Setup:
         args.max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
     _check_length("--max_length", args.max_length, config)
     tokenizer = data.load_tokenizer(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together"
-        )
+    _check_tokenizer(tokenizer, config, directory)
     contents = weights.open_weights(directory, modeling.meta_model(config), args.seed, here.device)
     return Setup(directory, config, tokenizer, contents)
 
@@ -68,10 +73,25 @@ def check_benchmark(args: Namespace, here: Place) -> tuple[OPTConfig, weights.We
     return config, weights.InitialWeights(modeling.meta_model(config), args.seed, here.device)
 
 
+def check_first_loss(loss: float, setup: Setup) -> None:
+    """Refuse to train a model whose first loss no model has whose weights are in place. Raises UserError.
+
+    Without any knowledge of the text the loss is ln(vocabulary); half as much again takes wrong weights.
+    """
+    bound = 1.5 * math.log(setup.config.vocab_size)
+    if not loss <= bound:  # nan too
+        raise UserError(
+            f"the first loss is {loss:.3f}, over {bound:.3f} (1.5 x ln {setup.config.vocab_size}): the weights in {setup.directory} "
+            "did not load, are damaged, or belong to another model or tokenizer; download or copy it again"
+        )
+
+
 def _check_processes(args: Namespace, here: Place) -> None:
     resolve(args, here.device.type, has_bf16(here.device))
     if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
+    if args.cuda_graph and here.world_size > 1:
+        raise UserError(f"--cuda_graph is for one process, not {here.world_size}: leave it out")
     model_ranks = args.tp_size * args.pp_size
     if here.world_size % model_ranks:
         raise UserError(
@@ -80,14 +100,24 @@ def _check_processes(args: Namespace, here: Place) -> None:
 
 
 def _check_shape(config: OPTConfig, args: Namespace) -> None:
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"the model's hidden_size {config.hidden_size} is not divisible by its {config.num_attention_heads} attention heads: correct its config.json"
-        )
-    if config.num_attention_heads % args.tp_size:
-        raise UserError(f"the model's {config.num_attention_heads} attention heads are not divisible by --tp_size {args.tp_size}")
+    for what, number in (("attention heads", config.num_attention_heads), ("ffn_dim", config.ffn_dim)):
+        if number % args.tp_size:
+            raise UserError(f"the model's {number} {what} are not divisible by --tp_size {args.tp_size}: choose another")
     if config.num_hidden_layers < args.pp_size:
         raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {args.pp_size}")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: OPTConfig, directory: Path) -> None:
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokens} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together"
+        )
+    if tokenizer.eos_token_id != config.eos_token_id:
+        raise UserError(
+            f"the tokenizer in {directory} ends a text with token {tokenizer.eos_token_id}, its config.json's eos_token_id is "
+            f"{config.eos_token_id!r:.60}: they do not belong together"
+        )
 
 
 def _check_length(flag: str, length: int, config: OPTConfig) -> None:
@@ -99,6 +129,8 @@ def _check_length(flag: str, length: int, config: OPTConfig) -> None:
 
 def _check_writable(output_path: str) -> None:
     """Write and remove a file where the results will go, or in the nearest folder above that exists."""
+    if not output_path:
+        raise UserError("--output_path is empty: name a directory")
     target = output_directory(output_path)
     if is_one_file(output_path) and os.path.isdir(output_path):
         raise UserError(f"--output_path {output_path} is a directory, its name one file's: choose another name")
@@ -109,6 +141,35 @@ def _check_writable(output_path: str) -> None:
             pass
     except OSError as error:  # of exists() too: a name too long, a folder that this user may not look into
         raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose another place") from error
+
+
+def lock_output(output_path: str) -> None:
+    """Keep other runs out of the output directory until this process ends. To be called by one process of a run.
+
+    Raises UserError if another run is there. The kernel releases the lock with the process, however that ends; the file stays.
+    """
+    file = output_directory(output_path) / ".opt_train.lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+")
+    except OSError as error:
+        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {file}): choose another place") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"--output_path {output_path} is in use by another run ({lock.read().strip()}): choose another, or end that run"
+        ) from None
+    except OSError as error:  # a network file system without locks
+        print(f"{file} cannot be locked ({error.strerror}): take care that no other run writes there", flush=True)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _locks.append(lock)
+
+
+_locks: list = []  # open files: closing one would release it
 
 
 @dataclass

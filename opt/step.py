@@ -35,7 +35,10 @@ def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Bat
     if parallel.knows_grad_norm:
         grad_norm = optimizer.get_grad_norm()
     schedule.step()
-    optimizer.zero_grad()
+    if parallel.graphed:
+        parallel.graphed.zero_grad()
+    else:
+        optimizer.zero_grad()
     return share, grad_norm
 
 
@@ -67,12 +70,20 @@ def _forward(parallel: Parallel, model, batch: Batch, weight: float, optimizer=N
             optimizer,
         )
         loss = result["loss"]
+    elif parallel.graphed and optimizer is not None:
+        loss = parallel.graphed(batch.inputs, weight)
     else:
         inputs = {name: t.to(_device(), non_blocking=True) for name, t in batch.inputs.items()}
-        loss = model(**inputs)["loss"] * weight
-        if optimizer is not None:
-            parallel.booster.backward(loss, optimizer)
+        loss = forward_backward(parallel.booster, model, optimizer, inputs, weight)
     return loss.detach() if parallel.counts_loss else torch.zeros((), device=_device())
+
+
+def forward_backward(booster, model, optimizer, inputs: dict[str, torch.Tensor], weight) -> torch.Tensor:
+    """The loss of a batch on the device, summed and times `weight`; and its backward, if there is an optimizer."""
+    loss = model(**inputs)["loss"] * weight
+    if optimizer is not None:
+        booster.backward(loss, optimizer)
+    return loss.detach()
 
 
 def _device() -> torch.device:

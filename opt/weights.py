@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ EMBEDDING = "model.decoder.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
 # In the order of preference of transformers' from_pretrained.
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -83,17 +86,26 @@ class CheckpointWeights(Weights):
                 else:
                     # Files of torch before 1.6 are no zip archives, and are read whole.
                     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-                    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                    if not isinstance(tensors, dict) or not all(
+                        isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()
+                    ):
                         raise ValueError("it holds something else than tensors by name")
                     self._open[file] = tensors
             except Exception as error:  # every reader has exceptions of its own for a broken file
-                raise UserError(f"{file} cannot be read as weights ({error}): download or copy it again") from error
+                reason = str(error).split("\n")[0]
+                raise UserError(f"{file} cannot be read as weights ({reason:.200}): download or copy it again") from error
         return self._open[file]
 
     def _read(self, where):
         path, key = where
         file = self._file(path)
-        return file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
+        tensor = file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
+        if tensor.dtype not in _DTYPES:
+            raise UserError(f"{path}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be trained; use the original")
+        # By the extremes, which a nan or an infinity is always among: 17 GB/s, where isfinite() manages 0.3.
+        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+            raise UserError(f"{path}: {key} holds nan or infinity: the file is damaged, or its training had failed; use another")
+        return tensor
 
     def shape(self, name):
         path, key = self._names[name]
@@ -144,8 +156,12 @@ def weight_files(directory: Path) -> list[Path]:
         if file.suffix != ".json":
             return [file]
         try:
-            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not shards:  # not a reason to train from scratch
+                raise ValueError("it names no file")
+            if strange := next((s for s in shards if not _SHARD.fullmatch(s)), None):
+                raise ValueError(f"{strange:.60} is no name of a file beside it")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{file} is not an index of weight files ({error!r}): download or copy it again") from error
         missing = [s for s in shards if not (directory / s).is_file()]
         if missing:

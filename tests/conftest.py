@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -26,14 +27,40 @@ def own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def run(script, *arguments, nproc=None, env=None, timeout=180):
-    """Run a script of the project: by python, or by torchrun with `nproc` processes. Returns the CompletedProcess, with
-    stdout and stderr as text."""
-    launcher = [sys.executable]
+def start(script, *arguments, nproc=None, env=None, launcher=None, **streams) -> subprocess.Popen:
+    """Start a script of the project: by python, by torchrun with `nproc` processes, or by another `launcher`."""
+    launcher = list(launcher or [sys.executable])
     if nproc:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     command = [*launcher, str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams
+    return subprocess.Popen(command, cwd=REPO, env=os.environ | (env or {}), **streams)
+
+
+def finish(process: subprocess.Popen, timeout) -> subprocess.CompletedProcess:
+    """Wait for a process of start(); after `timeout` seconds end it, with all that it has started, and fail with its output."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        out, err = process.communicate()
+        pytest.fail(f"not done after {timeout} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}")
+
+
+def run(script, *arguments, nproc=None, env=None, timeout=180):
+    """start() and finish(). Returns the CompletedProcess, with stdout and stderr as text."""
+    return finish(start(script, *arguments, nproc=nproc, env=env), timeout)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """End a process and its descendants: torchrun's workers have sessions of their own, no signal to a group reaches them."""
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for member in family:
+            if member.is_running():
+                member.kill()
 
 
 def train(output, *arguments, nproc=None, env=None, timeout=180):

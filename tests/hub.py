@@ -26,7 +26,7 @@ class Hub:
     def __init__(self, root: Path):
         self.root = root
         # "serve"; or a Hub in trouble: "error" answers 500, "hang up" closes every connection, "silent" takes them and
-        # never answers.
+        # never answers, "cut" serves half of the first large file, closes the connection and then acts like "hang up".
         self.mode = "serve"
         self.requests: list[str] = []  # "GET /api/models/..."
         self.stopped = threading.Event()
@@ -49,7 +49,7 @@ class Hub:
     def commit(self, kind: str, name: str) -> str:
         """The 40 digits of a repository's only commit: they follow its files."""
         folder = self.repository(kind, name)
-        content = [(str(f.relative_to(folder)), f.read_bytes()) for f in files(folder)]
+        content = [(str(f.relative_to(folder)), hashlib.sha1(f.read_bytes()).hexdigest()) for f in files(folder)]
         return hashlib.sha1(repr((kind, name, content)).encode()).hexdigest()
 
 
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(500, {"error": "Internal Server Error"})
         if self.hub.mode == "silent":
             self.hub.stopped.wait()
-        if self.hub.mode != "serve":
+        if self.hub.mode not in ("serve", "cut"):
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
         url = urlsplit(self.path)
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found := _FILE.fullmatch(path):
             return self._resolve(*found.groups())
         if path.startswith("/cdn/"):
-            return self._bytes((self.hub.root / path.removeprefix("/cdn/")).read_bytes())
+            return self._large(self.hub.root / path.removeprefix("/cdn/"))
         self._answer(404, {"error": "Not Found"})
 
     do_HEAD = do_GET
@@ -112,6 +112,25 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content_Length": len(content)} | headers).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _large(self, file: Path):
+        """A file of LFS's host: from the byte that is asked for, as the Hub's host has it for downloads that broke off."""
+        content, status, first = file.read_bytes(), 200, 0
+        total = len(content)
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            status, first = 206, int(asked[1])
+            content = content[first:]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{total - 1}/{total}")
+        self.end_headers()
+        if self.hub.mode == "cut" and self.command == "GET":
+            self.hub.mode = "hang up"
+            content = content[: total // 2]
+            self.close_connection = True
         if self.command != "HEAD":
             self.wfile.write(content)
 

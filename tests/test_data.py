@@ -197,11 +197,12 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
                 assert torch.equal(y, torch.where(r, x, -100))
                 own = [int(row[0]) - 10 for row in x if row[0] != PAD]
                 seen += own
-                # Padded on the right, to no more than the longest row.
+                # Padded on the right, to a multiple of PAD_TO that the longest row of all ranks needs, and to no more than the
+                # longest row of all batches.
                 assert [int(n) for n in r.sum(1)] == [lengths[i] for i in own] + [0] * (batch_size - len(own))
                 assert bool((r[:, :-1] >= r[:, 1:]).all())
-                if own:
-                    assert x.shape[1] == max(lengths[i] for i in own)
+                longest = max(int(r.sum(1).max()) for r in real)
+                assert x.shape[1] == min(-(-longest // data.PAD_TO) * data.PAD_TO, max(lengths))
         assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -232,9 +233,9 @@ def test_pads_are_in_no_loss(tmp_path):
     ).eval()
     rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)]
     with torch.no_grad():
-        alone = sum(model(**data.collate([row], 1, PAD))["loss"] for row in rows)
+        alone = sum(model(**data.collate([row], 1, len(row), PAD))["loss"] for row in rows)
         for pad in (PAD, 33):
-            together = model(**data.collate(rows, 4, pad))["loss"]  # and a fourth row of pads alone
+            together = model(**data.collate(rows, 4, 9, pad))["loss"]  # and a fourth row of pads alone
             assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 

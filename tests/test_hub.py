@@ -22,13 +22,13 @@ SPLITS = ("test", "train", "validation")
 DEAD = [("error", "model"), ("silent", "model"), ("hang up", "data set"), ("silent", "wikitext")]
 
 
-def save_model(directory, **torch_save) -> None:
+def save_model(directory, ffn_dim=128, **torch_save) -> None:
     """A small facebook/opt-350m, as its repository has it: the base model's names, fp16, no head, no safetensors; and the
     shape that is this size's own, layer norms after the blocks and embeddings narrower than the model."""
     save_opt_tokenizer(directory)
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=272, hidden_size=64, word_embed_proj_dim=32, do_layer_norm_before=False, num_hidden_layers=2, ffn_dim=128,
+        vocab_size=272, hidden_size=64, word_embed_proj_dim=32, do_layer_norm_before=False, num_hidden_layers=2, ffn_dim=ffn_dim,
         num_attention_heads=4, max_position_embeddings=128, init_std=0.2, torch_dtype="float16", prefix="</s>",
     )  # fmt: skip
     config.save_pretrained(directory)
@@ -176,6 +176,35 @@ def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
     half.unlink()
     done = start(hub, home, MODEL, NETFLIX, "--dry_run", output=tmp_path / "out")
     assert_refused(done, MODEL, "not to be had from the Hub")
+
+
+def test_a_download_that_breaks_off(tmp_path):
+    """In the middle of the weights: the run ends; half a file is not taken for the whole; the next run fetches the rest."""
+    folder = tmp_path / "root" / "models" / MODEL
+    folder.mkdir(parents=True)
+    save_model(folder, ffn_dim=60_000)  # 31 MB: what arrives is written in pieces of 10
+    with serving(tmp_path / "root") as hub:
+        break_off(hub, tmp_path)
+
+
+def break_off(hub, tmp_path):
+    flags = ("--dry_run", "--no_save")
+    hub.mode = "cut"
+    done = start(hub, tmp_path, MODEL, SAMPLE_DATA, *flags, output=tmp_path / "out")
+    said = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr[-4000:]
+    assert "not to be had from the Hub" in said[0] and MODEL in said[0]
+    assert not list((tmp_path / "hub").glob("models--*/snapshots/*/pytorch_model.bin"))
+    whole = hub.repository("models", MODEL) / "pytorch_model.bin"
+    halves = [file.stat().st_size for file in (tmp_path / "hub").glob("models--*/blobs/*.incomplete")]
+    assert whole.stat().st_size > max(halves) >= 10**7
+
+    hub.mode = "serve"
+    done = start(hub, tmp_path, MODEL, SAMPLE_DATA, *flags, output=tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "pytorch_model.bin" in done.stdout
+    (loaded,) = (tmp_path / "hub").glob("models--*/snapshots/*/pytorch_model.bin")
+    assert loaded.read_bytes() == whole.read_bytes()
 
 
 def test_weights_of_an_old_torch(tmp_path):

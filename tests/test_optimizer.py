@@ -65,6 +65,30 @@ def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_16_bit_weights_follow_and_a_divisor_that_is_not_finite_stops_all(device):
+    torch.manual_seed(0)
+    sizes = (5, 4096, 10000)
+    reference = [torch.randn(n, device=device) for n in sizes]
+    params = [r.clone() for r in reference]
+    exp_avgs, exp_avg_sqs = ([torch.zeros_like(r) for r in reference] for _ in range(2))
+    outputs = [torch.empty(n, dtype=torch.bfloat16, device=device) for n in sizes]
+    grads = [torch.randn(n, device=device).bfloat16() for n in sizes]
+    numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+    optimizer.update(grads, params, exp_avgs, exp_avg_sqs, None, torch.tensor(float("nan"), device=device), **numbers)
+    assert all(torch.equal(p, r) for p, r in zip(params, reference, strict=True))
+    assert not any(t.any() for t in (*exp_avgs, *exp_avg_sqs))
+
+    optimizer.update(grads, params, exp_avgs, exp_avg_sqs, outputs, torch.tensor(4.0, device=device), **numbers)
+    leaves = [r.requires_grad_() for r in reference]
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = grad.float() / 4
+    torch.optim.AdamW(leaves, lr=1e-2, weight_decay=0.1).step()
+    for param, leaf, output in zip(params, leaves, outputs, strict=True):
+        torch.testing.assert_close(param, leaf.detach(), rtol=0, atol=2e-6)
+        assert torch.equal(output, param.bfloat16())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_starts_at_once(device):
     """ColossalAI's own HybridAdam compiles for two minutes, or raises without the CUDA toolkit."""
     network = small_network(device)

@@ -122,7 +122,7 @@ def checkpoints(tmp_path_factory) -> dict:
 
 
 def plain_loss(model, rows: Rows) -> float:
-    batch = collate([rows[i] for i in range(len(rows))], len(rows), pad_id=1)
+    batch = collate([rows[i] for i in range(len(rows))], len(rows), int(rows.lengths.max()), pad_id=1)
     with torch.no_grad():
         return model.eval()(**batch, attention_mask=(batch["labels"] != -100).long()).loss.item()
 

@@ -43,7 +43,14 @@ RUNS = {
     "low_level_zero, stage 2": Run(
         2, ("--plugin", "low_level_zero", "--zero_stage", 2, "--batch_size", 8, "--scale_lr", "--learning_rate", LEARNING_RATE / 2)
     ),
+    # bf16 weights with fp32 copies have an update of their own (opt/mixed_precision.py), with one process and with several.
+    "low_level_zero, bf16": Run(2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 8), near=0.02),
+    "low_level_zero, bf16, alone": Run(None, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 16), near=0.02),
+    "tp=2, zero 1, bf16": Run(2, (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 16), near=0.02),
+    "pp=2 x dp=2, zero 1, bf16": Run(4, (*HYBRID, "--pp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 8), near=0.02),
+    "tp=2 x pp=2, bf16": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--precision", "bf16", "--batch_size", 16), near=0.02),
     "gemini": Run(2, ("--plugin", "gemini", "--batch_size", 8), near=0.02),
+    "gemini, compiled, alone": Run(None, ("--plugin", "gemini", "--batch_size", 16, "--compile"), near=0.02),
     "tp=2": Run(2, (*HYBRID, "--tp_size", 2, "--batch_size", 16, "--scale_lr")),
     "pp=2": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 16)),
     "tp=2 x pp=2": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--batch_size", 16)),
@@ -181,7 +188,7 @@ def test_losses_are_those_of_a_plain_loop(name, runs):
     assert [line["loss"] for line in steps] == pytest.approx(plain["loss"], abs=run.near)
     assert [line["lr"] for line in steps] == pytest.approx(plain["lr"])
     assert [line["tokens"] for line in steps] == plain["tokens"]
-    assert [line["grad_norm"] for line in steps] == pytest.approx(plain["grad_norm"], rel=1e-3 if run.near < 1e-3 else 0.05)
+    assert [line["grad_norm"] for line in steps] == pytest.approx(plain["grad_norm"], rel=1e-3 if run.near < 1e-3 else 0.02)
 
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert list(evaluations) == ([0, 4, 8, 10] if run.steps == STEPS else [0, run.steps])

@@ -1,0 +1,99 @@
+"""What goes wrong while it runs, told in a line: out of memory, a process that is lost or silent, a bug on one of many ranks."""
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from args import UserError, say_once
+
+OUT_OF_MEMORY = 3  # exit code, by which run_benchmark.sh tells a size that does not fit from a failure
+
+
+@contextmanager
+def reported(args: Namespace) -> Iterator[None]:
+    """End the process, and by that the run, if the body raises: exit code 2 for a UserError, 3 for memory, 1 for the rest.
+
+    The others learn of it by their connections to this process, which close: they end with a line that says so.
+    """
+    try:
+        yield
+    except UserError as error:
+        _end(f"error: {error}", 2)
+    except Exception as error:
+        if is_out_of_memory(error):
+            _end(f"out of memory ({_first_line(error)}); {memory_advice(args)}", OUT_OF_MEMORY)
+        if lost := lost_process(error, args.timeout_minutes):
+            _end(f"error: {lost}", 1)
+        traceback.print_exc()
+        where = f" on rank {dist.get_rank()} of {dist.get_world_size()}" if _several() else ""
+        _end(f"failed{where}: {type(error).__name__}: {_first_line(error)} (traceback above)", 1)
+
+
+def _end(line: str, code: int) -> None:
+    for bar in list(tqdm._instances):
+        bar.close()  # it would hold the cursor in its own line
+    say_once(line)
+    if not _several():
+        raise SystemExit(code)
+    # At once: the interpreter's own end waits for the process group's threads, which wait for processes that may be gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the device or the host has no memory left."""
+    # PyTorch's allocator for host memory raises a bare RuntimeError.
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def memory_advice(args: Namespace) -> str:
+    """Which flags would lower the memory that a run takes, of those that it does not have already."""
+    on_gpu = torch.cuda.is_available()
+    advice = []
+    if not args.grad_checkpoint:
+        advice.append("--grad_checkpoint")
+    if args.batch_size > 1:
+        advice.append(f"--batch_size under {args.batch_size} with more --gradient_accumulation_steps")
+    if on_gpu and args.tp_size == 1 and not args.fused_loss:
+        advice.append("--fused_loss")
+    if on_gpu and not (args.plugin == "gemini" and args.offload_optim_frac == 1):
+        advice.append("--plugin gemini --offload_optim_frac 1")
+    return f"try {', or '.join(advice)}" if advice else "use more processes, shorter rows or a smaller model"
+
+
+def lost_process(error: Exception, timeout_minutes: float) -> str | None:
+    """What a failed collective says about the other processes, in words; None if the error is another one.
+
+    gloo, and the store at times, raise bare RuntimeErrors, NCCL subclasses of dist.DistError.
+    """
+    text = str(error)
+    marks = ("gloo", "Connection closed by peer", "EADDRINUSE")
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and any(mark in text for mark in marks)):
+        return None
+    if "EADDRINUSE" in text:
+        return f"the port {os.environ['MASTER_PORT']} is in use: another run has it; choose another (--master_port)"
+    if "imed out" in text or "timeout" in text.lower():
+        return (
+            f"another process did not answer for {timeout_minutes:g} minutes (--timeout_minutes): it hangs, or was not started, or is "
+            "busy with work that takes longer (then raise --timeout_minutes)"
+        )
+    return (
+        f"another process was lost ({_first_line(error)[-80:]}): the reason stands above, if it could say one; "
+        "one that says nothing was killed, as the kernel does when the host's memory is full"
+    )

@@ -1,0 +1,190 @@
+"""ColossalAI's optimizers for bf16 weights with fp32 copies, without what holds up small steps and wastes memory (0.5.0).
+
+LowLevelZeroOptimizer and MixedPrecisionOptimizer go through the parameters one by one: widen a gradient, scale it, take its
+norm, update, narrow the weight, put it into a buffer. Here each of these is one kernel for all, the norm never comes to the
+host, and a single data-parallel process has no buckets to fill. The update stays what it was; its state is kept where
+HybridAdam keeps it.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+
+from . import light_imports  # noqa: F401  before colossalai
+from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
+from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+from colossalai.tensor.d_tensor.api import is_distributed_tensor
+from colossalai.zero.low_level import LowLevelZeroOptimizer
+from colossalai.zero.low_level.bookkeeping import BucketStore
+
+from .optimizer import update
+
+
+def speed_up(optimizer, dp_size: int) -> None:
+    """Apply to a boosted optimizer, in place, if it is one of these."""
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        in_bf16 = isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
+        if dp_size == 1 and in_bf16 and not _is_model_parallel(optimizer):
+            _reduce_nothing(optimizer)
+        else:
+            _bucket_a_group(optimizer)
+    elif isinstance(optimizer, MixedPrecisionOptimizer):
+        in_bf16 = isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
+    else:
+        return
+    if in_bf16:
+        optimizer.step = MethodType(_step, optimizer)
+
+
+def _is_model_parallel(optimizer) -> bool:
+    return _size(optimizer, "tp_pg") * _size(optimizer, "pp_pg") > 1
+
+
+def _size(optimizer, group: str) -> int:
+    group = getattr(optimizer, group, None)  # LowLevelZeroOptimizer has none, hybrid_parallel's optimizers may
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _reduce_nothing(optimizer: LowLevelZeroOptimizer) -> None:
+    """Leave gradients where backward puts them: there is no other process to reduce them with."""
+    for hook in optimizer.grad_handles:
+        hook.remove()
+    optimizer._overlap_communication = False  # nor a stream to wait for
+    optimizer._partition_grads = False
+    optimizer._reduce_grad = lambda partition_grad: None
+
+
+def _bucket_a_group(optimizer: LowLevelZeroOptimizer) -> None:
+    """Give each parameter group a gradient bucket of its own.
+
+    There is one for all, reduced whenever a gradient comes from another group than the last: with biases and matrices in
+    different groups that is an all-reduce a parameter, 292 a step for OPT-350m.
+    """
+    for group, parameters in optimizer._working_param_groups.items():
+        if group == 0:
+            continue  # keeps the one that is there
+        for process_group in list(optimizer.pg_to_param_list):
+            own = [p for p in parameters if optimizer.param_to_pg[p] is process_group]
+            store = BucketStore(process_group, optimizer._reduce_bucket_size)
+            optimizer.pg_to_bucket_store[(process_group, group)] = store
+            optimizer.pid_to_bucket_store |= {id(p): store for p in own}
+
+
+@torch.no_grad()
+def _step(self, closure=None) -> None:
+    """Clip by the global norm, update the fp32 copies and the weights."""
+    is_zero = isinstance(self, LowLevelZeroOptimizer)
+    if is_zero and not self.require_grad_sync:
+        return
+    shares = _shares(self)
+    max_norm = self._clip_grad_norm if is_zero else self.max_norm
+    divisor = None
+    if max_norm > 0:
+        self._current_grad_norm = _grad_norm(self, shares)
+        divisor = ((self._current_grad_norm + 1e-6) / max_norm).clamp(min=1.0)
+    for group, share in zip(self.optim.param_groups, shares, strict=True):
+        if not share.parameters:
+            continue
+        states = [_state(self.optim, master) for master in share.masters]
+        for state in states:
+            state["step"] += 1
+        moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        tensors = share.grads, share.masters, *moments, share.outputs
+        update(*tensors, divisor, group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"])
+    self.optim._opt_called = True  # or the schedule warns: it watches HybridAdam.step
+    if is_zero:
+        _gather(self)
+
+
+def _state(adam, master: torch.Tensor) -> dict:
+    state = adam.state[master]
+    if not state:
+        state |= {"step": 0, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+    return state
+
+
+@dataclass
+class _Share:
+    """What this process updates of a parameter group."""
+
+    parameters: list = field(default_factory=list)  # the model's own
+    grads: list = field(default_factory=list)  # of this process's part of each
+    masters: list = field(default_factory=list)  # their fp32 copies
+    outputs: list = field(default_factory=list)  # the same parts in the model
+
+    def add(self, parameter, grad, master, output) -> None:
+        self.parameters.append(parameter)
+        self.grads.append(grad)
+        self.masters.append(master)
+        self.outputs.append(output)
+
+
+def _shares(optimizer) -> list[_Share]:
+    """A share for each parameter group, of the parameters that have a gradient."""
+    shares = [_Share() for _ in optimizer.optim.param_groups]
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        for number, share in enumerate(shares):
+            for parameter in optimizer._working_param_groups[number]:
+                grad = _reduced_grad(optimizer, parameter, number)
+                if grad is not None:
+                    share.add(parameter, grad, optimizer.working_to_master_param[id(parameter)], _own_part(optimizer, parameter))
+    else:
+        for group, share in zip(optimizer.optim.param_groups, shares, strict=True):
+            for master in group["params"]:
+                parameter = optimizer.master_to_working_map[master]
+                if parameter.grad is not None:
+                    share.add(parameter, parameter.grad, master, parameter.data)
+    return shares
+
+
+def _reduced_grad(optimizer: LowLevelZeroOptimizer, working: torch.Tensor, group: int) -> torch.Tensor | None:
+    store = optimizer.pid_to_grad_store[id(working)]
+    by_rank = store.get_partitioned_gradients_by_param_id(group, id(working))
+    if not by_rank:
+        return working.grad  # see _reduce_nothing
+    return by_rank[0 if optimizer._partition_grads else store.local_rank]
+
+
+def _own_part(optimizer: LowLevelZeroOptimizer, working: torch.Tensor) -> torch.Tensor:
+    store = optimizer.pid_to_grad_store[id(working)]
+    padded = optimizer._working_param_to_padded_working_param[working]
+    return padded.view(-1).chunk(store.world_size)[store.local_rank]
+
+
+def _gather(optimizer: LowLevelZeroOptimizer) -> None:
+    """Complete the weights with the parts that the other processes have updated."""
+    for process_group, parameters in optimizer.pg_to_param_list.items():
+        if dist.get_world_size(process_group) == 1:
+            continue
+        with dist._coalescing_manager(process_group) if parameters[0].is_cuda else nullcontext():
+            for working in parameters:
+                padded = optimizer._working_param_to_padded_working_param[working].view(-1)
+                dist.all_gather_into_tensor(padded, _own_part(optimizer, working), group=process_group)
+
+
+def _grad_norm(optimizer, shares: list["_Share"]) -> torch.Tensor:
+    """The L2 norm of the whole gradient over all processes, an fp32 scalar on the device."""
+    grads = [grad for share in shares for grad in share.grads]
+    # In fp32: a bf16 sum of squares would be good to two digits.
+    squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
+    groups = list(optimizer.pg_to_param_list) if isinstance(optimizer, LowLevelZeroOptimizer) else []
+    if _is_model_parallel(optimizer):
+        copies = [_copies(optimizer, parameter) for share in shares for parameter in share.parameters]
+        squares = squares / torch.tensor(copies, dtype=torch.float32).to(squares.device, non_blocking=True)
+        groups += [group for group in (optimizer.tp_pg, optimizer.pp_pg) if group is not None]
+    square = squares.sum()
+    for group in groups:
+        dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
+def _copies(optimizer, parameter: torch.Tensor) -> int:
+    """How many processes of the tensor- and pipeline-parallel groups hold this very gradient."""
+    copies = 1 if is_distributed_tensor(parameter) else _size(optimizer, "tp_pg")
+    for shared in optimizer.shared_params:  # the tied embedding, on the first stage and the last
+        if shared.get(optimizer.stage_manager.stage) is parameter:
+            copies *= len(shared)
+    return copies

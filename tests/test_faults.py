@@ -1,0 +1,335 @@
+"""Processes that die, hang or run out of memory, two runs in one place, weights that did not load: the run ends, and says why."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer, OPTConfig
+
+from opt.launch import free_port
+
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, kill_all, metrics, run, start
+
+SCRIPT = REPO / "opt_train_demo.py"
+CPU = {"CUDA_VISIBLE_DEVICES": ""}
+# Hours of training: nothing but the fault ends it.
+ENDLESS = ("--num_epoch", 100_000, "--batch_size", 4, "--max_length", 32, "--eval_fraction", 0, "--no_save")
+
+
+class Run:
+    """opt_train_demo.py on the sample, under way: started by torchrun, by `colossalai run`, or by hand, a process a rank."""
+
+    def __init__(self, output: Path, *flags, nproc: int, by: str = "torchrun", stderr: Path | None = None):
+        self.output, self.nproc, self.port = output, nproc, free_port()
+        output.mkdir()
+        flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", output, *flags)
+        self._files = []
+        if by == "hand":
+            self.started = [
+                self._start(flags, env={"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
+                                        "MASTER_PORT": str(self.port), "LOCAL_WORLD_SIZE": str(nproc)})
+                for i in range(nproc)
+            ]  # fmt: skip
+        elif by == "torchrun":
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", str(self.port)]
+            self.started = [self._start(flags, launcher=launcher)]
+        else:
+            launcher = [sys.executable, "-c", "from colossalai.cli import cli; cli()", "run", "--nproc_per_node", str(nproc)]
+            # Its launcher calls `torchrun`, by its name.
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            self.started = [self._start(flags, launcher=[*launcher, "--master_port", str(self.port)], env={"PATH": path})]
+
+    def _start(self, flags, env=None, launcher=None):
+        file = open(self.output / f"printed{len(self._files)}", "w+")
+        self._files.append(file)
+        return start(SCRIPT, *flags, env=CPU | (env or {}), launcher=launcher, stdout=file, stderr=file)
+
+    @property
+    def printed(self) -> str:
+        """What all of its processes have printed."""
+        return "".join((self.output / Path(file.name).name).read_text() for file in self._files)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, by rank; the first is not at the others' beck and call."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                line = process.cmdline()
+                if str(SCRIPT) in line[1:3] and str(self.output) in line and process.status() != psutil.STATUS_ZOMBIE:
+                    found[int(process.environ()["RANK"])] = process
+            except (psutil.Error, KeyError):  # over by now, or a launcher
+                pass
+        return [found[rank] for rank in sorted(found)]
+
+    def until_training(self, seconds=90) -> "Run":
+        """Wait until some steps are done."""
+        end = time.monotonic() + seconds
+        while not (self.output / "metrics.jsonl").exists() or len(metrics(self.output)) < 3:
+            assert time.monotonic() < end and all(p.poll() is None for p in self.started), self.printed[-4000:]
+            time.sleep(0.1)
+        assert len(self.ranks()) == self.nproc
+        return self
+
+    def until_over(self, but=(), seconds=60) -> float:
+        """Wait until none of its processes is left, but for these; returns the seconds that it took."""
+        begun = time.monotonic()
+        while True:
+            left = [p for p in self.ranks() if p not in but]
+            if not left and all(p.poll() is not None for p in self.started if p.pid not in [b.pid for b in but]):
+                return time.monotonic() - begun
+            assert time.monotonic() - begun < seconds, f"{left} after {seconds} s: {self.printed[-4000:]}"
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        for process in self.ranks():
+            process.kill()
+        for process in self.started:
+            kill_all(process)
+            process.wait()
+        for file in self._files:
+            file.close()
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Starts a Run, and ends it whatever comes."""
+    runs = []
+
+    def one(name, *flags, **how) -> Run:
+        runs.append(Run(tmp_path / name, *flags, **how))
+        return runs[-1]
+
+    yield one
+    for each in runs:
+        each.end()
+
+
+def assert_port_is_free(port: int) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the dead may linger
+        s.bind(("127.0.0.1", port))
+
+
+HYBRID = ("--plugin", "hybrid_parallel")
+KILLED = [
+    ("torchrun", 2, ("--plugin", "torch_ddp"), 1),
+    ("hand", 2, ("--plugin", "torch_ddp"), 0),
+    ("hand", 4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 3),
+    pytest.param("colossalai run", 2, (*HYBRID, "--tp_size", 2), 0, marks=pytest.mark.long),
+    pytest.param("torchrun", 4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 0, marks=pytest.mark.long),
+    pytest.param("hand", 2, ("--plugin", "gemini"), 1, marks=pytest.mark.long),
+    pytest.param("hand", 4, ("--plugin", "low_level_zero"), 0, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("by, nproc, flags, victim", KILLED)
+def test_a_killed_rank_ends_the_run(begin, by, nproc, flags, victim):
+    """kill -9 of one: all others end by themselves, with an error, and leave the port."""
+    training = begin("out", *ENDLESS, *flags, nproc=nproc, by=by).until_training()
+    training.ranks()[victim].kill()
+    seconds = training.until_over()
+    print(f"all over after {seconds:.1f} s")
+    codes = [process.returncode for process in training.started]
+    assert 0 not in codes
+    assert_port_is_free(training.port)
+    if by == "hand":
+        assert sorted(codes) == [-signal.SIGKILL, *[1] * (nproc - 1)]
+        assert training.printed.count("error: another process was lost") == nproc - 1
+        assert "Traceback" not in training.printed
+
+
+HUNG = [
+    ("hand", 2, ("--plugin", "torch_ddp")),
+    pytest.param("torchrun", 2, (*HYBRID, "--tp_size", 2), marks=pytest.mark.long),
+    pytest.param("hand", 2, (*HYBRID, "--pp_size", 2), marks=pytest.mark.long),
+    pytest.param("hand", 2, ("--plugin", "low_level_zero", "--zero_stage", 2), marks=pytest.mark.long),
+    pytest.param("hand", 2, ("--plugin", "gemini"), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("by, nproc, flags", HUNG)
+def test_a_hung_rank_ends_the_run(begin, by, nproc, flags):
+    """SIGSTOP: the others end after --timeout_minutes, in whatever group of processes they wait."""
+    training = begin("out", *ENDLESS, *flags, "--timeout_minutes", 0.1, nproc=nproc, by=by).until_training()
+    hung = training.ranks()[1]
+    hung.suspend()
+    # torchrun gives the hung one half a minute to heed its SIGTERM, then kills it.
+    seconds = training.until_over(but=[hung] if by == "hand" else [])
+    print(f"all others over after {seconds:.1f} s")
+    assert seconds > 3
+    assert "error: another process did not answer for 0.1 minutes (--timeout_minutes)" in training.printed
+    assert training.started[0].returncode == 1
+    if by == "hand":
+        assert "Traceback" not in training.printed  # which torchrun has of its own
+        assert seconds < 20 and hung.is_running()
+
+
+def test_a_rank_that_was_never_started_and_a_port_in_use(tmp_path):
+    """Each is an error of one line, after --timeout_minutes and at once."""
+    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--timeout_minutes", 0.05)
+    env = CPU | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {"alone": str(free_port()), "taken": str(taken.getsockname()[1])}
+        started = {name: start(SCRIPT, *flags, env=env | {"MASTER_PORT": port}) for name, port in ports.items()}
+        done = {name: finish(process, 60) for name, process in started.items()}
+    says = {
+        "alone": "did not answer for 0.05 minutes (--timeout_minutes): it hangs, or was not started",
+        "taken": f"port {ports['taken']} is in use",
+    }
+    for name, text in says.items():
+        assert done[name].returncode == 1 and "Traceback" not in done[name].stderr, done[name].stderr
+        assert [text in line for line in done[name].stderr.splitlines() if ": error: " in line] == [True]
+
+
+# ---- what one process alone runs into
+
+WORKER = f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import torch
+import torch.distributed as dist
+from args import UserError, train_parser
+from opt import faults, launch
+
+with faults.reported(train_parser().parse_args([])):
+    here = launch.place()
+    if sys.argv[1] == "early" and here.rank == 1:
+        raise UserError("only rank 1 sees it")
+    launch.start(here)
+    if sys.argv[1] == "alike":
+        raise UserError("all see it")
+    if here.rank == 1:
+        raise {{"late": UserError("only rank 1 sees it"), "bug": KeyError("broken"), "memory": MemoryError("no more")}}[sys.argv[1]]
+    dist.all_reduce(torch.zeros(1))
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, line, code",
+    [
+        ("early", "error: only rank 1 sees it", 2),
+        pytest.param("late", "error: only rank 1 sees it", 2, marks=pytest.mark.long),
+        ("alike", "error: all see it", 2),
+        ("bug", "failed on rank 1 of 2: KeyError: 'broken'", 1),
+        pytest.param("memory", "out of memory (no more); try --grad_checkpoint", 3, marks=pytest.mark.long),
+    ],
+)
+def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
+    """Once, whichever process it is, and before any that says no more than that another one has ended."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    done = run(script, fault, nproc=2, env=CPU, timeout=60)
+    assert done.returncode != 0
+    said = [text for text in done.stderr.splitlines() if text.startswith("worker.py: ")]
+    assert [line in text for text in said].count(True) == 1 and line in said[0], done.stderr[-4000:]
+    assert len(said) <= 2 and all("another process was lost" in text for text in said[1:])
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr) or fault == "alike", done.stderr[-4000:]
+
+
+def limited(gigabytes: int) -> list:
+    """A launcher whose process may have no more address space."""
+    return ["bash", "-c", f'ulimit -v {gigabytes * 10**6}; exec "$@"', "bash", sys.executable]
+
+
+def test_out_of_memory(tmp_path):
+    """A line that names what would help, of what is not there yet; exit code 3."""
+    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out")
+    trains = start(SCRIPT, *flags, "--batch_size", 500_000, "--grad_checkpoint", env=CPU, launcher=limited(16))
+    measures = start(
+        REPO / "opt_benchmark.py", "--model_name_or_path", SAMPLE_MODEL, "--batch_size", 300_000, "--seq_length", 128, env=CPU,
+        launcher=limited(16),
+    )  # fmt: skip
+    for process, batch, given in ((trains, 500_000, True), (measures, 300_000, False)):
+        done = finish(process, 120)
+        assert done.returncode == 3, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert re.search(r"^opt_\w+.py: out of memory \(.*can't allocate memory: you tried to allocate \d+ bytes", line), line
+        assert ("--grad_checkpoint" in line) != given
+        assert f"--batch_size under {batch} with more --gradient_accumulation_steps" in line
+
+
+def test_two_runs_at_once(begin, tmp_path):
+    """Into two directories, they do not disturb each other; into one, the second is refused, all its processes alike."""
+    first = begin("out", *ENDLESS, nproc=2).until_training()
+    before = (tmp_path / "out" / "metrics.jsonl").stat().st_ino, len(metrics(tmp_path / "out"))
+    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--no_save", "--max_train_steps", 1)
+    second = start(SCRIPT, *flags, "--output_path", tmp_path / "out", nproc=2, env=CPU)
+    other = start(SCRIPT, *flags, "--output_path", tmp_path / "other", nproc=2, env=CPU)
+    done = finish(second, 90)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(said) == 1 and f"--output_path {tmp_path / 'out'} is in use by another run (process {first.ranks()[0].pid} on " in said[0]
+    assert re.search(r"exitcode *: 2 ", done.stderr)
+    done = finish(other, 90)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert all(process.poll() is None for process in first.started)
+    assert (tmp_path / "out" / "metrics.jsonl").stat().st_ino == before[0]
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, len(metrics(tmp_path / "out")) + 1))
+    assert len(metrics(tmp_path / "out")) > before[1]
+
+
+# ---- weights that are not what they should be
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder of models in the sample's shape with weights that load, and should not be trained."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL))
+    decoder = model.model.decoder
+
+    def save(name):
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(SAMPLE_MODEL).save_pretrained(root / name)
+
+    with torch.no_grad():
+        decoder.layers[3].fc2.weight[0, 0] = torch.nan
+        save("nan")
+        decoder.layers[3].fc2.weight[0, 0] = 0
+        decoder.embed_tokens.weight.mul_(100)  # as of another model: the shapes are right, the logits are not
+        save("scaled")
+    return root
+
+
+GUARDED = [
+    (("--plugin", "torch_ddp", "--eval_fraction", 0), None),
+    pytest.param(("--plugin", "gemini"), 2, marks=pytest.mark.long),
+    ((*HYBRID, "--pp_size", 2, "--eval_fraction", 0), 2),
+]
+
+
+@pytest.mark.parametrize("flags, nproc", GUARDED)
+def test_a_model_that_did_not_load_is_not_trained(models, tmp_path, flags, nproc):
+    """Its first loss is far over an untrained model's; all processes know, under pipeline stages too."""
+    given = ("--model_name_or_path", models / "scaled", "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--batch_size", 4)
+    done = run(SCRIPT, *given, *flags, nproc=nproc, env=CPU)
+    said = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(said) == 1, done.stderr[-4000:]
+    assert re.search(r"error: the first loss is \d+\.\d+, over 11.437 \(1.5 x ln 2048\): the weights in .*/scaled did not load", said[0])
+    if nproc:
+        assert {"2"} <= set(re.findall(r"exitcode  *: (\S+) \(", done.stderr)) <= {"2", "-15"}  # torchrun may be quicker with the other
+    else:
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_weights_of_nan_are_named(models, tmp_path):
+    """By the last pipeline stage, which alone reads them."""
+    given = ("--model_name_or_path", models / "nan", "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--batch_size", 4)
+    done = run(SCRIPT, *given, *HYBRID, "--pp_size", 2, nproc=2, env=CPU)
+    said = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert "nan/model.safetensors: model.decoder.layers.3.fc2.weight holds nan or infinity" in said[0], done.stderr[-4000:]
+    assert len(said) == 1 or "another process was lost" in said[1]
+    assert re.search(r"exitcode *: 2 ", done.stderr)
