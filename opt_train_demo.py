@@ -47,12 +47,11 @@ def run(args) -> None:
     steps = plan.schedule(args, len(dataset.train), dp_size, start)
     if here.is_main:
         print(plan.describe(args, here, setup, dataset, steps, dp_size, before), flush=True)
-    if args.dry_run:
-        return
-    is_done = train(args, here, setup, dataset, steps, start, before)
-    launch.stop()
-    if is_done and here.is_main and not args.no_save:
-        show_samples(args.output_path, here.device, setup.tokenizer)
+    if not args.dry_run:
+        is_done = train(args, here, setup, dataset, steps, start, before)
+        launch.stop()
+        if is_done and here.is_main and not args.no_save:
+            show_samples(args.output_path, here.device, setup.tokenizer)
 
 
 def train(args, here, setup, dataset, steps, start, before) -> bool:

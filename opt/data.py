@@ -312,9 +312,8 @@ class Batches:
             tokens = int(lengths[everyone].sum())
             # No pads beyond the longest row of all: the model may have no positions there.
             length = min(-(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max()))
-            yield Batch(
-                collate(own, self.batch_size, length, self.pad_id), targets=tokens - len(everyone), tokens=tokens, rows=len(everyone)
-            )
+            inputs = collate(own, self.batch_size, length, self.pad_id)
+            yield Batch(inputs, targets=tokens - len(everyone), tokens=tokens, rows=len(everyone))
 
     def steps(self, start: "Position", num_epoch: int, accumulated: int) -> Iterator[tuple["Position", list["Batch"]]]:
         """From `start` to the end of the last epoch: `accumulated` batches an optimizer step, and where the run is after it.

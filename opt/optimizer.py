@@ -32,13 +32,12 @@ class _MultiTensorAdam(_TorchExtension):
 
     @staticmethod
     def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
-        """Update in place, but change nothing where `noop` is a float tensor other than 0. `tensor_lists`: [grads, params,
-        exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32 params (Gemini) and are divided by `div_scale` where that
-        is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
+        """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
+        params (Gemini) and are divided by `noop` if that is a float tensor (see HybridAdam.step; ColossalAI's own is an int), or
+        by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
         _check_bias_correction(bias_correction)
-        divisor = _divisor(div_scale, tensor_lists[1][0].device)
-        if noop.is_floating_point():  # see HybridAdam.step; ColossalAI's own is an int, always 0
-            divisor = torch.where(noop > 0, torch.nan, 1.0 if divisor is None else divisor)
+        is_divisor = noop is not None and noop.is_floating_point()
+        divisor = noop if is_divisor else _divisor(div_scale, tensor_lists[1][0].device)
         update(*tensor_lists, None, divisor, lr, beta1, beta2, eps, weight_decay, step, mode == 1)
 
 
@@ -119,8 +118,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         """One update; none if `grad_norm`, or what find_norm gives, is not finite."""
         norm = self.find_norm() if self.find_norm else grad_norm
         if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
-            # Decided on the device: to ask for the norm here would make the host wait for it in each step.
-            self._dummy_overflow_buf = (~norm.isfinite()).float()
+            # Decided on the device, see update(): to ask for the norm here would make the host wait for it in each step.
+            self._dummy_overflow_buf = norm.float() * 0 + 1
         elif norm is not None and not math.isfinite(norm):
             return None
         self._div_scale = div_scale
