@@ -67,6 +67,7 @@ else
 fi
 if [ "$gpus" -gt 0 ] && [ "$processes" = 1 ] && [ -z "${HOSTFILE:-}" ] && [ "$plugin" != gemini ]; then
   flags+=(--cuda_graph) # short rows: the GPU would wait for the host
+  if command -v "${CC:-cc}" >/dev/null; then flags+=(--compile); fi # which Triton needs
 fi
 flags+=("$@")
 

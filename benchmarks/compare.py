@@ -214,6 +214,7 @@ def draw(results: list[dict], reference: str, picture: Path) -> None:
                 ends = [rate / 1000 * r["step_seconds"]["median"] / block for block in r["repeats"]]
                 panel.plot([min(ends), max(ends)], [y, y], color="red", linewidth=1.5)
                 panel.text(max(ends), y, f" {rate / 1000:,.1f}", va="center", fontsize=6)
+            panel.set_visible(any((r["model"], r["world_size"], r["batch_size"]) == (model, world_size, size) for r in results))
             panel.margins(x=0.15)  # room for the figures
             panel.set_xlim(left=0)
             panel.set_yticks(range(len(engines)), engines, fontsize=7)
