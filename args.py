@@ -161,8 +161,8 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "--adam_kernel",
         choices=("torch", "colossalai"),
         default="torch",
-        help="HybridAdam's arithmetic: PyTorch's fused AdamW, ready at once, or ColossalAI's own, compiled at first use with "
-        "the CUDA toolkit (minutes); default torch",
+        help="HybridAdam's arithmetic: torch, which is PyTorch's fused AdamW or on a GPU one Triton kernel that equals it, ready at "
+        "once; or ColossalAI's own, compiled at first use with the CUDA toolkit (minutes); default torch",
     )
 
 
@@ -322,8 +322,13 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
     if gemini and args.precision == "fp32":
         raise UserError("gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp")
 
-    if args.cuda_graph and (device_type != "cuda" or gemini):
-        raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
+    if args.cuda_graph:
+        if device_type != "cuda" or gemini:
+            raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
+        if args.fused_loss or args.grad_checkpoint:
+            raise UserError("--cuda_graph cannot record --fused_loss or --grad_checkpoint, which ask the host in between: leave one out")
+        if (hybrid or zero) and (args.precision != "bf16" or args.adam_kernel != "torch"):
+            raise UserError(f"--cuda_graph with {args.plugin} is for --precision bf16 and --adam_kernel torch: leave one out")
     if args.fused_loss and (device_type != "cuda" or args.tp_size > 1):
         raise UserError("--fused_loss needs a GPU and a vocabulary in one piece (--tp_size 1): leave it out")
     if args.fused_loss and importlib.util.find_spec("liger_kernel") is None:

@@ -23,19 +23,19 @@ from colossalai.zero.low_level.bookkeeping import BucketStore
 from .optimizer import update
 
 
-def speed_up(optimizer, dp_size: int) -> None:
-    """Apply to a boosted optimizer, in place, if it is one of these."""
+def speed_up(optimizer, dp_size: int, own_update: bool = True) -> None:
+    """Apply to a boosted optimizer, in place, if it is one of these. Without `own_update` HybridAdam makes the update."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        in_bf16 = isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
-        if dp_size == 1 and in_bf16 and not _is_model_parallel(optimizer):
+        own_update = own_update and isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
+        if own_update and dp_size == 1 and not _is_model_parallel(optimizer):
             _reduce_nothing(optimizer)
         else:
             _bucket_a_group(optimizer)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
-        in_bf16 = isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
+        own_update = own_update and isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
     else:
         return
-    if in_bf16:
+    if own_update:
         optimizer.step = MethodType(_step, optimizer)
 
 

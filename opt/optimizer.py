@@ -154,10 +154,10 @@ _COLOSSALAI_KERNELS = {loader: loader.REGISTRY for loader in (FusedOptimizerLoad
 
 
 def use_adam_kernel(name: str) -> None:
-    """Whose arithmetic the next HybridAdam has: "torch", PyTorch's fused AdamW, or "colossalai".
+    """Whose arithmetic the next HybridAdam has: "torch", PyTorch's fused AdamW or its equal (see update), or "colossalai".
 
     ColossalAI 0.5.0 compiles its own kernels at first use: minutes, and an error without nvcc of torch's CUDA version.
-    PyTorch's go in at its extension point, the loaders' registries.
+    The others go in at its extension point, the loaders' registries.
     """
     for loader, kernel in ((FusedOptimizerLoader, _MultiTensorAdam), (CPUAdamLoader, _CpuAdam)):
         # Alone, not beside ColossalAI's kernels: the loader warns about every choice that it has to make.

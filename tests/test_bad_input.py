@@ -15,6 +15,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from args import UserError, resolve, train_parser
+
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, run
 
 SCRIPT = REPO / "opt_train_demo.py"
@@ -280,3 +282,20 @@ def test_every_process_ends(broken, tmp_path):
     assert (done.stdout + done.stderr).count("no text to train on") == 1
     assert re.search(r"exitcode *: 2 ", done.stderr)  # torchrun's report of the first process to end
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--plugin gemini", "gemini"),
+        ("--plugin torch_ddp --grad_checkpoint", "--grad_checkpoint"),
+        ("--plugin low_level_zero --precision fp16", "bf16"),
+        ("--plugin hybrid_parallel --adam_kernel colossalai", "--adam_kernel"),
+    ],
+)
+def test_what_a_cuda_graph_cannot_record(flags, says):
+    """As on a GPU: only the argument check looks at these."""
+    args = train_parser().parse_args(["--cuda_graph", *flags.split()])
+    with pytest.raises(UserError, match=says):
+        resolve(args, "cuda", True)
+    assert resolve(train_parser().parse_args(["--cuda_graph", "--plugin", "low_level_zero"]), "cuda", True).precision == "bf16"
