@@ -257,3 +257,23 @@ def assert_picture(file):
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(content) > 10_000
+
+
+def test_curves_are_compared_and_kept(tmp_path):
+    """Two ways to the same losses; and no run is made again."""
+    model = REPO / "sample" / "opt-tiny"
+    flags = ["--model_name_or_path", model, "--dataset", REPO / "sample" / "netflix_sample.csv", "--steps", 3, "--out", tmp_path]
+    techniques = ["--techniques", "--precision fp32", "--plugin low_level_zero"]
+    done = run(REPO / "benchmarks" / "curves.py", *flags, *techniques, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "curves.md").read_text().splitlines()
+    header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
+    table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert list(table) == ["--precision fp32", "--plugin low_level_zero"]
+    assert float(table["--plugin low_level_zero"]["largest difference"]) < 1e-3
+    assert 5 < float(table["--precision fp32"]["last loss"]) < 9 and float(table["--precision fp32"]["real tokens/s"].replace(",", "")) > 0
+    assert_picture(tmp_path / "curves.png")
+
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}
+    assert run(REPO / "benchmarks" / "curves.py", *flags, *techniques).returncode == 0
+    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}

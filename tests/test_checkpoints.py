@@ -227,6 +227,20 @@ def test_disk_full_while_saving(tmp_path):
     assert len(sums) == 2 and all(present.count(digest) == 2 for digest in sums), "the old one is whole"
 
 
+def test_disk_full_at_the_end(tmp_path):
+    """On a file system of 4 MB the model of 6 MB is not written, and one line says why."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace (unshare -rm)")
+    script = f"mount -t tmpfs -o size=4m tmpfs {tmp_path} && {shlex.quote(sys.executable)} opt_train_demo.py"
+    script += f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path {tmp_path} --batch_size 4 --max_train_steps 2"
+    script += f"; echo code=$?; ls {tmp_path}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")]
+    assert len(errors) == 1 and "No space left on device" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert "code=1" in done.stdout and "model.safetensors" not in done.stdout.split("code=1")[1]
+
+
 class Started:
     """A run in the background, of the sample model, that can be sent signals."""
 
