@@ -49,7 +49,8 @@ def say_once(message: str) -> None:
             return
         except OSError:  # no such directory, or a full disk: rather twice than never
             pass
-    print(line, file=sys.stderr, flush=True)
+    # The first process's progress bar may hold the cursor in its line.
+    print("\n" * (os.environ.get("LOCAL_RANK", "0") != "0") + line, file=sys.stderr, flush=True)
 
 
 def _number(kind, low, high=None, low_open=False):
