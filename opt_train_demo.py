@@ -9,11 +9,9 @@ Read it from top to bottom: arguments, checks, processes, data, model, optimizer
 """
 
 import itertools
-import os
 import signal
-import sys
 
-from args import train_parser
+from args import say_once, train_parser
 
 
 def main() -> None:
@@ -130,7 +128,7 @@ def give_up(skipped, here, saved) -> None:
     if here.is_main:
         way = f"the newest checkpoint is {saved}: go on from it with --resume" if saved else "there is no checkpoint: start anew"
         reason = f"{skipped} steps in a row had a loss or a gradient that is not finite"
-        print(f"{os.path.basename(sys.argv[0])}: error: {reason}; {way}, and with a lower --learning_rate", file=sys.stderr, flush=True)
+        say_once(f"error: {reason}; {way}, and with a lower --learning_rate")
     raise SystemExit(1)
 
 

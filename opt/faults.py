@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from args import UserError, say_once
 
-OUT_OF_MEMORY = 3  # exit code, by which run_benchmark.sh tells a size that does not fit from a failure
+OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Gemini without what it does for each gradient and each chunk in vain (ColossalAI 0.5.0).
 
-A gradient's memory is let go of by a deprecated way of PyTorch that takes longer than the rest of its bookkeeping; each chunk's
-norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; and bf16 gradients are searched for
-overflows, which only fp16's loss scale asks about.
+A gradient's memory is let go of by a deprecated way of PyTorch that takes a quarter of the time of its bookkeeping (profile of 24
+layers on a CPU); each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; and bf16
+gradients are searched for overflows, which only fp16's loss scale asks about.
 """
 
 import torch

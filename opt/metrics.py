@@ -28,7 +28,7 @@ class Recorder:
         self.is_main, self._pending, self._shown = is_main, [], time.perf_counter()
         self._scales_loss, self._start_step = args.precision == "fp16", start_step
         self.skipped_in_a_row = 0  # steps without an update, up to the last that was written; known to the main process
-        self.total_tokens, self._started, self._last = 0, time.perf_counter(), time.perf_counter()
+        self._last = time.perf_counter()
         self.path = directory / "metrics.jsonl"
         if not is_main:
             return
@@ -53,7 +53,6 @@ class Recorder:
             line["grad_norm"] = grad_norm
         line |= {"tokens": tokens, "tokens_per_second": tokens / (now - self._last), "seconds": now - self._last}
         self._last = now
-        self.total_tokens += tokens
         self._pending.append(line)
         if now - self._shown > 1 or step == self._start_step + 1:
             self.flush()

@@ -20,7 +20,7 @@ from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import BucketStore
 
-from .optimizer import update
+from .optimizer import MOMENTS, adam_state, update
 
 
 def speed_up(optimizer, dp_size: int, own_update: bool = True) -> None:
@@ -88,22 +88,15 @@ def _step(self, closure=None) -> None:
     for group, share in zip(self.optim.param_groups, shares, strict=True):
         if not share.parameters:
             continue
-        states = [_state(self.optim, master) for master in share.masters]
+        states = [adam_state(self.optim, master, master.shape) for master in share.masters]
         for state in states:
             state["step"] += 1
-        moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        moments = ([state[name] for state in states] for name in MOMENTS)
         tensors = share.grads, share.masters, *moments, share.outputs
         update(*tensors, divisor, group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"])
     self.optim._opt_called = True  # or the schedule warns: it watches HybridAdam.step
     if is_zero:
         _gather(self)
-
-
-def _state(adam, master: torch.Tensor) -> dict:
-    state = adam.state[master]
-    if not state:
-        state |= {"step": 0, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-    return state
 
 
 @dataclass

@@ -164,6 +164,17 @@ def use_adam_kernel(name: str) -> None:
         loader.REGISTRY = [kernel] if name == "torch" else _COLOSSALAI_KERNELS[loader]
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size | tuple) -> dict:
+    """HybridAdam's state of the parameter `key`, of `shape`; made if the first update, which would make it, has not come yet."""
+    state = adam.state[key]
+    if not state:
+        state |= {"step": 0, **{name: torch.zeros(shape, device=key.device) for name in MOMENTS}}
+    return state
+
+
 def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_kernel: str = "torch") -> HybridAdam:
     """HybridAdam over `model`'s parameters, in decay_groups."""
     use_adam_kernel(adam_kernel)

@@ -18,10 +18,11 @@ from colossalai.zero import GeminiDDP
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
 from .build import Built
+from .optimizer import MOMENTS, adam_state
 from .weights import TIED_HEAD
 
 # Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are that copy rounded.
-WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
+WEIGHTS = "weights"
 KINDS = (WEIGHTS, *MOMENTS)
 
 
@@ -49,7 +50,9 @@ class TrainingState:
         self._pieces = list(find(built.model, built.optimizer))
         for piece in self._pieces:
             if piece.size:
-                self._make(piece.key, piece.size)
+                # Adam makes its state at the first update; what is saved or loaded before that has to be there. Gemini's keys are
+                # empty between updates.
+                adam_state(self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,))
 
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole fp32 tensors (host memory, copies) of one of KINDS. A collective.
@@ -93,13 +96,6 @@ class TrainingState:
     def updates(self, number: int) -> None:
         for state in self._adam.state.values():
             state["step"] = number
-
-    def _make(self, key: torch.Tensor, size: int) -> None:
-        """Adam makes its state at the first update; what is saved or loaded before that has to be there."""
-        state = self._adam.state[key]
-        if not state:
-            shape = key.shape if key.numel() else (size,)  # Gemini's keys are empty between updates
-            state |= {"step": 0, **{name: torch.zeros(shape, device=key.device) for name in MOMENTS}}
 
     def _own(self, piece: _Piece, kind: str) -> torch.Tensor:
         """This process's piece, flat; a view, to be written through."""

@@ -61,6 +61,8 @@ def kill_all(process: subprocess.Popen) -> None:
         for member in family:
             if member.is_running():
                 member.kill()
+        process.wait()
+        psutil.wait_procs(family)
 
 
 def train(output, *arguments, nproc=None, env=None, timeout=180):

@@ -21,6 +21,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from args import UserError
 from opt import checkpoints, data
 
+from . import conftest
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, metrics, run, train
 
 HYBRID = ("--plugin", "hybrid_parallel")
@@ -39,6 +40,10 @@ RUNS = {
     "tp=2": (2, (*HYBRID, "--tp_size", 2), 0),
     "pp=2, bf16": (2, (*HYBRID, "--pp_size", 2, "--precision", "bf16"), 0),
     "tp=2 x pp=2": (4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 0),
+    # The loss scales of fp16, each plugin's own.
+    "low_level_zero, fp16": (2, ("--plugin", "low_level_zero", "--precision", "fp16"), 0),
+    "gemini, fp16": (2, ("--plugin", "gemini", "--precision", "fp16"), 0),
+    "tp=2, fp16": (2, (*HYBRID, "--tp_size", 2, "--precision", "fp16"), 0),
     "dp=2, ZeRO 1, tp=2": (4, (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16"), 0),
 }
 SHORT = ("torch_ddp, accumulated", "low_level_zero, stage 2, bf16", "gemini, offloaded, accumulated", "tp=2 x pp=2")
@@ -245,12 +250,9 @@ class Started:
     """A run in the background, of the sample model, that can be sent signals."""
 
     def __init__(self, output, *arguments, nproc=None):
-        launcher = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else [])
         given = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", output, "--no_save", *arguments)
         self.metrics = Path(output) / "metrics.jsonl"
-        self.process = subprocess.Popen(
-            [*launcher, "opt_train_demo.py", *map(str, given)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        self.process = conftest.start(REPO / "opt_train_demo.py", *given, nproc=nproc)
 
     def wait_for_step(self, step: int) -> None:
         """Until metrics.jsonl has it."""

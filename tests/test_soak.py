@@ -2,27 +2,23 @@
 
 import json
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, metrics
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, kill_all, losses, metrics, start
 
 STEPS, SAVE_STEPS, KILLS = 2000, 25, 20
 # Two processes; 4 rows a step.
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "opt_train_demo.py", "--no_save"]
-COMMAND += ["--model_name_or_path", str(SAMPLE_MODEL), "--dataset", str(SAMPLE_DATA), "--batch_size", "2", "--max_length", "32"]
-COMMAND += ["--num_epoch", "20", "--max_train_steps", str(STEPS), "--learning_rate", "1e-3", "--save_steps", str(SAVE_STEPS)]
+FLAGS = ["--no_save", "--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--batch_size", 2, "--max_length", 32]
+FLAGS += ["--num_epoch", 20, "--max_train_steps", STEPS, "--learning_rate", 1e-3, "--save_steps", SAVE_STEPS]
 
 
-def start(output, *more):
+def go(output, *more):
     with open(output.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([*COMMAND, "--output_path", str(output), *more], cwd=REPO, stdout=log, stderr=log)
+        return start(REPO / "opt_train_demo.py", *FLAGS, "--output_path", output, *more, nproc=2, stdout=log, stderr=log)
 
 
 def newest_step(output) -> int:
@@ -30,19 +26,10 @@ def newest_step(output) -> int:
     return int(pointer.read_text().strip().removeprefix("step-")) if pointer.exists() else 0
 
 
-def kill_all(process) -> None:
-    """SIGKILL to torchrun and its processes."""
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.send_signal(signal.SIGKILL)
-    process.wait()
-    psutil.wait_procs(family[1:])
-
-
 @pytest.mark.long
 def test_soak(tmp_path):
     through, killed = tmp_path / "through", tmp_path / "killed"
-    process, memory = start(through), []  # memory: (step, bytes that the workers hold together)
+    process, memory = go(through), []  # memory: (step, bytes that the workers hold together)
     while process.poll() is None:
         time.sleep(1)
         try:
@@ -54,14 +41,14 @@ def test_soak(tmp_path):
 
     chance = random.Random(0)
     for kill in range(KILLS):
-        process, before = start(killed, "--resume", "auto"), newest_step(killed)
+        process, before = go(killed, "--resume", "auto"), newest_step(killed)
         limit = STEPS * (kill + 1) / (KILLS + 2)  # the kills are spread over the run
         while process.poll() is None and newest_step(killed) < max(before + 1, limit):
             time.sleep(0.02)
         assert process.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
         time.sleep(chance.uniform(0, 2))
         kill_all(process)
-    assert start(killed, "--resume", "auto").wait() == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    assert go(killed, "--resume", "auto").wait() == 0, (tmp_path / "killed.log").read_text()[-3000:]
 
     assert [line["step"] for line in metrics(killed)] == [line["step"] for line in metrics(through)]
     assert len(losses(killed)) == STEPS and losses(killed) == losses(through)
