@@ -130,16 +130,27 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before it calls step().
     find_norm: Callable[[], float] | None = None
 
-    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None):
-        """One update; none if `grad_norm`, or what find_norm gives, is not finite."""
+    def grad_norm(self) -> torch.Tensor:
+        """The L2 norm of all gradients of this process, a scalar on the device."""
+        return torch.stack(torch._foreach_norm(self._gradients())).norm()
+
+    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None, max_norm: float = math.inf):
+        """One update, of gradients scaled down from `grad_norm` to `max_norm`; none if `grad_norm`, or what find_norm gives, is
+        not finite."""
         norm = self.find_norm() if self.find_norm else grad_norm
         if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
-            # Decided on the device, see update(): to ask for the norm here would make the host wait for it in each step.
-            self._dummy_overflow_buf = norm.float() * 0 + 1
-        elif norm is not None and not math.isfinite(norm):
-            return None
+            # Scaled and decided in the kernel, see update(): no pass over the gradients, and no wait for the norm.
+            self._dummy_overflow_buf = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)
+        elif norm is not None:
+            if not math.isfinite(norm):
+                return None
+            if norm > max_norm:
+                torch._foreach_mul_(self._gradients(), max_norm / (norm + 1e-6))
         self._div_scale = div_scale
         return super().step(closure, div_scale)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def torch_adam_update(self, data, grad, *args, **kwargs):
         if self._div_scale > 0:

@@ -1,5 +1,6 @@
 """--plugin to Booster: the only place that knows ColossalAI's plugin classes."""
 
+import math
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Parallel:
     pp_size: int
     is_last_stage: bool
     can_defer_sync: bool  # whether gradients of several batches may be reduced once, at the last
-    clips_outside: bool = False  # whether gradients are clipped by the training step, not by the plugin's optimizer
+    clips_in_step: bool = False  # whether the optimizer's step() takes max_norm and returns the gradient's norm
     # Whether optimizer.get_grad_norm() is the gradient's norm: in fp16 it still has the loss scale in it.
     knows_grad_norm: bool = False
     graphed: GraphedBackward | None = None  # replays forward and backward, with --cuda_graph
@@ -77,9 +78,9 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
     world |= {"pp_rank": 0, "pp_size": 1, "is_last_stage": True}
 
     if args.plugin in ("torch_ddp", "torch_ddp_fp16"):
-        precision = None if args.precision == "fp32" else AutocastPrecision(DTYPES[args.precision], device.type)
+        precision = AutocastPrecision(DTYPES[args.precision], device.type)
         plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
-        return Parallel(Booster(plugin=plugin, mixed_precision=precision), **world, can_defer_sync=world["dp_size"] > 1, clips_outside=True)
+        return Parallel(Booster(plugin=plugin, mixed_precision=precision), **world, can_defer_sync=world["dp_size"] > 1, clips_in_step=True)
 
     if args.plugin == "low_level_zero":
         plugin = LowLevelZeroPlugin(
@@ -142,7 +143,7 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
 
 
 class AutocastPrecision(MixedPrecision):
-    """fp32 weights, forward under autocast; with a gradient scaler for fp16.
+    """fp32 weights, forward under autocast to `dtype`, gradients clipped by the update; with a loss scaler for fp16.
 
     Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, and its 'fp16' scales on CUDA only.
     """
@@ -151,26 +152,32 @@ class AutocastPrecision(MixedPrecision):
         self.dtype, self.device_type = dtype, device_type
 
     def configure(self, model, optimizer=None, criterion=None):
-        inner = model.unwrap()
-        # Inside DDP, not around it: TorchDDPPlugin.no_sync accepts its own wrapper alone.
-        inner.forward = torch.autocast(self.device_type, dtype=self.dtype)(inner.forward)
-        if optimizer is not None and self.dtype == torch.float16:
-            optimizer = _ScaledOptimizer(optimizer, self.device_type)
+        if self.dtype != torch.float32:
+            inner = model.unwrap()
+            # Inside DDP, not around it: TorchDDPPlugin.no_sync accepts its own wrapper alone.
+            inner.forward = torch.autocast(self.device_type, dtype=self.dtype)(inner.forward)
+        if optimizer is not None:
+            scaler = torch.amp.GradScaler(self.device_type, init_scale=2.0**16, enabled=self.dtype == torch.float16)
+            optimizer = _ClippingOptimizer(optimizer.optim, scaler)
         return model, optimizer, criterion
 
 
-class _ScaledOptimizer(OptimizerWrapper):
-    def __init__(self, optim, device_type: str):
+class _ClippingOptimizer(OptimizerWrapper):
+    """HybridAdam behind a loss scaler, which passes everything on if it is not enabled."""
+
+    def __init__(self, optim, scaler: torch.amp.GradScaler):
         super().__init__(optim)
-        self.scaler = torch.amp.GradScaler(device_type, init_scale=2.0**16)
+        self.scaler = scaler
 
     def backward(self, loss, inputs=None, retain_graph=False, **kwargs):
         self.scaler.scale(loss).backward(inputs=inputs, retain_graph=retain_graph, **kwargs)
 
-    def clip_grad_by_norm(self, max_norm, *args, **kwargs):
-        self.scaler.unscale_(self.optim)
-        return super().clip_grad_by_norm(max_norm, *args, **kwargs)
-
-    def step(self, grad_norm=None):
-        self.scaler.step(self.optim)  # skips by itself, by what unscale_ has found
+    def step(self, max_norm: float = 0.0) -> torch.Tensor | None:
+        """One update, of gradients scaled down to `max_norm` if that is over 0; then returns their norm before that."""
+        norm = None
+        if max_norm > 0:
+            self.scaler.unscale_(self.optim)
+            norm = self.optim.grad_norm()
+        self.scaler.step(self.optim, grad_norm=norm, max_norm=max_norm or math.inf)  # in fp16 it skips by what unscale_ has found
         self.scaler.update()
+        return norm

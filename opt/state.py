@@ -172,6 +172,8 @@ def _scaler(optimizer):
     """The loss scaler and where it keeps what changes. ColossalAI 0.5.0's own state_dict leaves its counters out."""
     if hasattr(optimizer, "scaler"):
         scaler = optimizer.scaler
+        if not scaler.is_enabled():
+            return None, {}
         if scaler._scale is None:
             scaler._lazy_init_scale_growth_tracker(get_accelerator().get_current_device())
         return scaler, {"scale": "_scale", "torch_growth_tracker": "_growth_tracker"}

@@ -26,14 +26,11 @@ def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Bat
         with parallel.accumulate(model, optimizer, is_last_batch=i == len(batches) - 1):
             loss = _forward(parallel, model, batch, parallel.dp_size / targets, optimizer)
         share += loss / parallel.dp_size
-    grad_norm = None
-    if max_norm > 0 and parallel.clips_outside:
-        grad_norm = optimizer.clip_grad_by_norm(max_norm)
-        optimizer.step(grad_norm=grad_norm)
+    if parallel.clips_in_step:
+        grad_norm = optimizer.step(max_norm)
     else:
         optimizer.step()
-    if parallel.knows_grad_norm:
-        grad_norm = optimizer.get_grad_norm()
+        grad_norm = optimizer.get_grad_norm() if parallel.knows_grad_norm else None
     schedule.step()
     if parallel.graphed:
         parallel.graphed.zero_grad()
