@@ -6,7 +6,6 @@ or the device is checked in opt/plan.py.
 
 import argparse
 import hashlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -91,8 +90,7 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
     g.add_argument(
         "--fused_loss",
         action="store_true",
-        help="compute the loss without the whole logits, by Liger's fused linear cross-entropy (pip install liger-kernel): less "
-        "memory; on a GPU, not with --tp_size over 1; default off",
+        help="compute the loss and its gradients without the whole logits: less memory, and faster; not with --tp_size over 1; default off",
     )
     g.add_argument(
         "--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off"
@@ -326,14 +324,12 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
     if args.cuda_graph:
         if device_type != "cuda" or gemini:
             raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
-        if args.fused_loss or args.grad_checkpoint:
-            raise UserError("--cuda_graph cannot record --fused_loss or --grad_checkpoint, which ask the host in between: leave one out")
+        if args.grad_checkpoint:
+            raise UserError("--cuda_graph cannot record --grad_checkpoint, which asks the host in between: leave one out")
         if (hybrid or zero) and (args.precision != "bf16" or args.adam_kernel != "torch"):
             raise UserError(f"--cuda_graph with {args.plugin} is for --precision bf16 and --adam_kernel torch: leave one out")
-    if args.fused_loss and (device_type != "cuda" or args.tp_size > 1):
-        raise UserError("--fused_loss needs a GPU and a vocabulary in one piece (--tp_size 1): leave it out")
-    if args.fused_loss and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("--fused_loss needs Liger: pip install liger-kernel, or leave it out")
+    if args.fused_loss and args.tp_size > 1:
+        raise UserError("--fused_loss needs a vocabulary in one piece (--tp_size 1): leave it out")
 
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0

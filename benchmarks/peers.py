@@ -136,12 +136,13 @@ def build_model(args, here, config, contents):
 
 def use_fused_loss(model, dtype) -> None:
     """Let `model` compute its loss by Liger's fused linear cross-entropy, in `dtype`, without the whole logits."""
-    from opt.modeling import fused_linear_cross_entropy
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
 
     def forward(input_ids, labels):
         hidden = model.model(input_ids=input_ids).last_hidden_state[:, :-1].flatten(0, 1).to(dtype)
-        targets = labels[:, 1:].flatten()
-        return {"loss": fused_linear_cross_entropy(hidden, model.lm_head.weight, targets) / targets.numel()}
+        return {"loss": loss(model.lm_head.weight.to(dtype), hidden, labels[:, 1:].flatten())}
 
     model.forward = forward
 

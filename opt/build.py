@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from . import graphs, launch, mixed_precision, modeling, optimizer, plugins, step, weights
+from . import gemini, graphs, launch, mixed_precision, modeling, optimizer, plugins, step, weights
 
 
 @dataclass
@@ -41,6 +41,7 @@ def build(
     adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam = parallel.boost(model, adam)
+    gemini.speed_up(model)
     mixed_precision.speed_up(adam, parallel.dp_size, own_update=args.adam_kernel == "torch")
     if parallel.knows_grad_norm:
         adam.optim.find_norm = adam.get_grad_norm

@@ -19,7 +19,7 @@ import torch
 
 from args import UserError
 
-from .modeling import IGNORE
+from .losses import IGNORE
 
 WIKITEXT = "wikitext-2-raw"
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}

@@ -1,6 +1,5 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -10,6 +9,8 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from .launch import has_triton
 
 
 class _TorchExtension:
@@ -75,8 +76,8 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
         step: the number of this update, from 1. `decoupled`: AdamW's weight decay; False adds it to the gradient, as Adam does.
     """
     device = params[0].device
-    if device.type == "cuda" and _has_own_kernel(device):
-        from .adam_kernel import adamw
+    if device.type == "cuda" and has_triton(device):
+        from .kernels import adamw
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
         adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, decoupled)
@@ -102,21 +103,6 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
     )
     for output, param in zip(outputs or [], params, strict=bool(outputs)):
         output.copy_(param.view_as(output))
-
-
-@functools.cache
-def _has_own_kernel(device: torch.device) -> bool:
-    """Whether opt/adam_kernel.py runs here: Triton builds kernels with the host's C compiler and Python's headers."""
-    try:
-        from .adam_kernel import adamw
-
-        grads, params, exp_avgs, exp_avg_sqs = ([torch.zeros(1, device=device)] for _ in range(4))
-        adamw(grads, params, exp_avgs, exp_avg_sqs, None, torch.ones((), device=device), 0.0, 0.9, 0.999, 1e-8, 0.0, 1)
-        return True
-    except Exception as error:  # from a missing package to the C compiler's own
-        reason = str(error).strip().split("\n")[0]
-        print(f"Triton cannot build a kernel here ({type(error).__name__}: {reason:.200}): PyTorch's AdamW instead, somewhat slower")
-        return False
 
 
 class HybridAdam(colossalai_optimizer.HybridAdam):

@@ -21,7 +21,6 @@ from colossalai.booster.plugin import (
 )
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 
-from . import gemini
 from .graphs import GraphedBackward
 from .modeling import DTYPES, OPTPolicy
 
@@ -93,7 +92,6 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
         return Parallel(Booster(plugin=plugin), **world, can_defer_sync=args.zero_stage == 1, knows_grad_norm=knows_grad_norm)
 
     if args.plugin == "gemini":
-        gemini.speed_up()
         plugin = GeminiPlugin(
             precision=args.precision,
             placement_policy="static",

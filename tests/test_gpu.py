@@ -12,8 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_fused_loss_is_the_plain_loss():
-    pytest.importorskip("liger_kernel", reason="--fused_loss is Liger's, an optional package")
-    from opt.modeling import fused_linear_cross_entropy
+    from opt.losses import fused_linear_cross_entropy
 
     torch.manual_seed(0)
     hidden = torch.randn(300, 64, device="cuda", requires_grad=True)

@@ -1,4 +1,4 @@
-"""One step of AdamW over many tensors in one kernel (Triton): 16-bit gradients in, fp32 state, 16-bit weights out.
+"""GPU kernels, in Triton: AdamW over many tensors at once, and the cross-entropy with its gradient in the logits' place.
 
 PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an fp32 copy that means a pass over
 memory to widen the gradients, one to scale them, and one to narrow the weights, beside the update itself. The update is
@@ -124,3 +124,43 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
         [n for n in sizes for _ in range(-(-n // BLOCK))],
     ]
     return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _cross_entropy(logits, targets, losses, stride, COLUMNS: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    if target == IGNORE:
+        tl.store(losses + row, 0.0)
+        for start in range(0, COLUMNS, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            tl.store(logits + offsets, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=offsets < COLUMNS)
+        return
+    target_logit = tl.load(logits + target).to(tl.float32)  # before any thread writes there
+    highest = float("-inf")
+    total = 0.0
+    for start in range(0, COLUMNS, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        block = tl.load(logits + offsets, mask=offsets < COLUMNS, other=float("-inf")).to(tl.float32)
+        before = highest
+        highest = tl.maximum(highest, tl.max(block))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(block - highest))
+    log_total = highest + tl.log(total)
+    tl.store(losses + row, log_total - target_logit)
+    for start in range(0, COLUMNS, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        valid = offsets < COLUMNS
+        block = tl.load(logits + offsets, mask=valid, other=0.0).to(tl.float32)
+        gradient = tl.exp(block - log_total) - tl.where(offsets == target, 1.0, 0.0)
+        tl.store(logits + offsets, gradient.to(logits.dtype.element_ty), mask=valid)
+
+
+def cross_entropy(logits, targets, losses, ignore: int) -> None:
+    """Each row's cross-entropy into `losses` (rows,), fp32, 0 where the target is `ignore`; its gradient over the logits.
+
+    `logits`: (rows, columns), any floating-point dtype, read from memory twice and written once; `targets`: (rows,), int64.
+    """
+    _cross_entropy[(logits.shape[0],)](
+        logits, targets, losses, logits.stride(0), COLUMNS=logits.shape[1], IGNORE=ignore, BLOCK=4096, num_warps=8
+    )

@@ -1,0 +1,86 @@
+"""The next-token cross-entropy where the logits are not one tensor: in chunks of tokens, or with the vocabulary over processes."""
+
+import torch
+import torch.distributed as dist
+from colossalai.shardformer.layer._operation import reduce_forward
+from torch.nn import functional as F
+
+from . import light_imports  # noqa: F401  before colossalai
+from .launch import has_triton
+
+IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
+CHUNK = 2048  # tokens whose logits exist at a time: 0.2 GB in bf16
+
+
+def fused_linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of `hidden_states @ weight.T`, without the logits as a whole.
+
+    hidden_states: (tokens, width); weight: (vocabulary, width); targets: (tokens,), -100 for none.
+    """
+    if torch.overrides.has_torch_function_unary(weight):
+        # Gemini's parameters have their values only inside a torch function, which announces them; an autograd function is none.
+        return torch.overrides.handle_torch_function(fused_linear_cross_entropy, (weight,), hidden_states, weight, targets)
+    device, dtype = weight.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return _LinearCrossEntropy.apply(hidden_states.to(dtype), weight.to(dtype), targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are computed with the loss, chunk by chunk, where the logits are: as in Liger (arXiv:2410.10989), which takes
+    so many smaller chunks that the GPU waits for the host (OPT-125m), and asks the device for the number of targets."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets):
+        losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
+        learns = any(ctx.needs_input_grad)
+        grads = (torch.empty_like(hidden_states), torch.zeros_like(weight)) if learns else ()
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = hidden_states[part] @ weight.t()
+            _cross_entropy(logits, targets[part], losses[part])
+            if learns:
+                torch.mm(logits, weight, out=grads[0][part])
+                grads[1].addmm_(logits.t(), hidden_states[part])
+        ctx.save_for_backward(*grads)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(g * grad for g in ctx.saved_tensors), None
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+    """Put each row's cross-entropy into `losses`, and its gradient over `logits`: (tokens, vocabulary)."""
+    if logits.is_cuda and has_triton(logits.device):
+        from .kernels import cross_entropy
+
+        cross_entropy(logits, targets, losses, IGNORE)
+        return
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    losses.copy_(F.nll_loss(log_probabilities, targets, ignore_index=IGNORE, reduction="none"))
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), gradient.new_full((len(targets), 1), -1.0))
+    logits.copy_(gradient.masked_fill_((targets == IGNORE).unsqueeze(1), 0.0))
+
+
+def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Summed cross-entropy of logits whose vocabulary is split over `group`, in fp32, the same on all its processes.
+
+    Args:
+        logits: (tokens, columns), this process's columns, `first` the first of them in the whole vocabulary.
+        targets: (tokens,), ids in the whole vocabulary or -100.
+
+    As in Megatron-LM (arXiv:1909.08053, section 3): a maximum, a sum of exponentials and the target's logit cross the
+    processes, never the logits.
+    """
+    logits = logits.float()
+    highest = logits.detach().max(dim=1).values
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    logits = logits - highest.unsqueeze(1)
+    here = (targets >= first) & (targets < first + logits.shape[1])
+    own = logits.gather(1, torch.where(here, targets - first, 0).unsqueeze(1)).squeeze(1)
+    # reduce_forward: the sum over the processes forward, and backward each process's own share of the gradient.
+    total = reduce_forward(logits.exp().sum(1), group)
+    target_logit = reduce_forward(torch.where(here, own, 0.0), group)
+    return torch.where(targets == IGNORE, 0.0, total.log() - target_logit).sum()
