@@ -46,7 +46,7 @@ def build(
     if parallel.knows_grad_norm:
         adam.optim.find_norm = adam.get_grad_norm
     if args.compile:
-        modeling.compile_layers(model.unwrap())
+        modeling.compile_layers(model.unwrap(), saves_memory=not args.cuda_graph)  # recorded steps are short ones
     # After boost: only now does the plugin know this process's share of each tensor.
     weights.place(model, adam, contents)
     model.train()

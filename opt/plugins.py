@@ -92,16 +92,17 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
         return Parallel(Booster(plugin=plugin), **world, can_defer_sync=args.zero_stage == 1, knows_grad_norm=knows_grad_norm)
 
     if args.plugin == "gemini":
+        alone = world["dp_size"] == 1 and args.offload_optim_frac == 0
         plugin = GeminiPlugin(
             precision=args.precision,
             placement_policy="static",
             offload_optim_frac=args.offload_optim_frac,
-            # One process saves nothing by letting go of parameters that it will gather from itself.
-            shard_param_frac=0.0 if world["dp_size"] == 1 and not args.offload_optim_frac else 1.0,
             enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
-            # Under 32 Mi parameters, the default, Gemini shards nothing, and then ColossalAI 0.5.0 adds up accumulated
-            # gradients world_size times (tests/test_training.py, gemini with accumulation).
-            min_chunk_size_m=min(32, num_parameters / 2**20 / 4),
+            # A model of fewer parameters than a chunk holds is kept whole: one process saves nothing by letting go of parameters
+            # that it will gather from itself (see gemini.speed_up). Of several processes the chunks must be smaller than any model
+            # (the default is 32 Mi), or ColossalAI 0.5.0 adds up accumulated gradients world_size times (tests/test_training.py,
+            # gemini with accumulation).
+            min_chunk_size_m=num_parameters / 2**20 + 1 if alone else min(32, num_parameters / 2**20 / 4),
             # Pinned memory and a reduction stream exist beside a GPU only.
             enable_async_reduce=on_gpu and world["dp_size"] > 1,
             pin_memory=on_gpu,
