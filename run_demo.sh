@@ -18,7 +18,12 @@ fi
 say() { echo "run_demo: $*"; }
 
 # ---- what is there
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+read -r gpus bf16 < <("$python" - <<'PY'
+import torch
+gpus = torch.cuda.device_count()
+print(gpus, int(gpus > 0 and torch.cuda.get_device_capability() >= (8, 0)))
+PY
+)
 hub=${HF_ENDPOINT:-https://huggingface.co}
 if timeout 5 "$python" - "$hub" 2>/dev/null <<'PY'
 import sys, urllib.request
@@ -50,8 +55,10 @@ elif [ $((processes % 4)) = 0 ]; then
   plugin=hybrid_parallel tp=2 pp=2 why="a multiple of 4 processes"
 elif [ "$processes" = 2 ]; then
   plugin=hybrid_parallel tp=2 why="2 processes"
+elif [ "$processes" = 1 ] && [ "$bf16" = 1 ]; then
+  plugin=low_level_zero why="one GPU: the fastest there, see the README's table"
 elif [ "$processes" = 1 ]; then
-  plugin=torch_ddp why="one process: the fastest there, see the README's table"
+  plugin=torch_ddp why="one process"
 else
   plugin=torch_ddp why="$processes processes: not to be divided into tp 2 x pp 2"
 fi
@@ -66,8 +73,9 @@ else
   flags+=(--batch_size "${BS:-32}" --learning_rate "${LR:-5e-5}" --num_epoch "${EPOCH:-10}")
 fi
 if [ "$gpus" -gt 0 ] && [ "$processes" = 1 ] && [ -z "${HOSTFILE:-}" ] && [ "$plugin" != gemini ]; then
-  flags+=(--cuda_graph) # short rows: the GPU would wait for the host
-  if command -v "${CC:-cc}" >/dev/null; then flags+=(--compile); fi # which Triton needs
+  flags+=(--fused_loss)
+  # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded.
+  if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then flags+=(--cuda_graph); fi
 fi
 flags+=("$@")
 

@@ -72,7 +72,7 @@ def memory_advice(args: Namespace) -> str:
         advice.append("--grad_checkpoint")
     if args.batch_size > 1:
         advice.append(f"--batch_size under {args.batch_size} with more --gradient_accumulation_steps")
-    if on_gpu and args.tp_size == 1 and not args.fused_loss:
+    if args.tp_size == 1 and not args.fused_loss:
         advice.append("--fused_loss")
     if on_gpu and not (args.plugin == "gemini" and args.offload_optim_frac == 1):
         advice.append("--plugin gemini --offload_optim_frac 1")

@@ -38,7 +38,7 @@ RUNS = {
     "torch_ddp_fp16": Run(
         2, ("--plugin", "torch_ddp_fp16", "--batch_size", 8, "--max_train_steps", 3, "--warmup_ratio", WARMUP / 3), near=0.02, steps=3
     ),
-    "low_level_zero": Run(2, ("--plugin", "low_level_zero", "--batch_size", 8)),
+    "low_level_zero": Run(2, ("--plugin", "low_level_zero", "--batch_size", 8, "--fused_loss")),
     # --scale_lr doubles the rate for two data-parallel ranks, and leaves it alone for two tensor-parallel ones.
     "low_level_zero, stage 2": Run(
         2, ("--plugin", "low_level_zero", "--zero_stage", 2, "--batch_size", 8, "--scale_lr", "--learning_rate", LEARNING_RATE / 2)
@@ -49,16 +49,16 @@ RUNS = {
     "tp=2, zero 1, bf16": Run(2, (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 16), near=0.02),
     "pp=2 x dp=2, zero 1, bf16": Run(4, (*HYBRID, "--pp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 8), near=0.02),
     "tp=2 x pp=2, bf16": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--precision", "bf16", "--batch_size", 16), near=0.02),
-    "gemini": Run(2, ("--plugin", "gemini", "--batch_size", 8), near=0.02),
+    "gemini": Run(2, ("--plugin", "gemini", "--batch_size", 8, "--fused_loss"), near=0.02),
     "gemini, fp16": Run(
         2,
         ("--plugin", "gemini", "--precision", "fp16", "--batch_size", 8, "--max_train_steps", 3, "--warmup_ratio", WARMUP / 3),
         near=0.02,
         steps=3,
     ),
-    "gemini, compiled, alone": Run(None, ("--plugin", "gemini", "--batch_size", 16, "--compile"), near=0.02),
+    "gemini, compiled, alone": Run(None, ("--plugin", "gemini", "--batch_size", 16, "--compile", "--fused_loss"), near=0.02),
     "tp=2": Run(2, (*HYBRID, "--tp_size", 2, "--batch_size", 16, "--scale_lr")),
-    "pp=2": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 16)),
+    "pp=2": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 16, "--fused_loss")),
     "tp=2 x pp=2": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--batch_size", 16)),
     "pp=2 x dp=2": Run(4, (*HYBRID, "--pp_size", 2, "--batch_size", 8)),
     "torch_ddp, accumulated": Run(2, ("--plugin", "torch_ddp", "--batch_size", 4, "--gradient_accumulation_steps", 2)),
