@@ -9,7 +9,7 @@ from . import light_imports  # noqa: F401  before colossalai
 from .launch import has_triton
 
 IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
-CHUNK = 2048  # tokens whose logits exist at a time: 0.2 GB in bf16
+CHUNK = 1024  # tokens whose logits exist at a time: 0.1 GB in bf16
 
 
 def fused_linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -42,12 +42,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if learns:
                 torch.mm(logits, weight, out=grads[0][part])
                 grads[1].addmm_(logits.t(), hidden_states[part])
-        ctx.save_for_backward(*grads)
+        ctx.grads = grads
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
-        return *(g * grad for g in ctx.saved_tensors), None
+        grads, ctx.grads = ctx.grads, None  # scaled in place: there is no second backward
+        return *(g.mul_(grad) for g in grads), None
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
