@@ -151,6 +151,12 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "default off",
     )
     g.add_argument(
+        "--fp8",
+        action="store_true",
+        help="multiply the decoder layers' matrices in 8-bit floats, scaled tensor by tensor, the rest stays in --precision: faster "
+        "together with --compile; on a GPU of compute capability 8.9 or later, not in fp32, not with --tp_size over 1; default off",
+    )
+    g.add_argument(
         "--cuda_graph",
         action="store_true",
         help="record forward and backward of each shape of batch once and replay them: small steps no longer wait for the host; "
@@ -330,6 +336,9 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
             raise UserError(f"--cuda_graph with {args.plugin} is for --precision bf16 and --adam_kernel torch: leave one out")
     if args.fused_loss and args.tp_size > 1:
         raise UserError("--fused_loss needs a vocabulary in one piece (--tp_size 1): leave it out")
+
+    if args.fp8 and (args.precision == "fp32" or args.tp_size > 1):
+        raise UserError("--fp8 goes with --precision bf16 or fp16 and with layers in one piece (--tp_size 1): change that, or leave it out")
 
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0

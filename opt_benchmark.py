@@ -126,6 +126,7 @@ def summarize(args, here, config, measured, matmul_rate) -> dict:
         "compile": args.compile,
         "cuda_graph": args.cuda_graph,
         "fused_loss": args.fused_loss,
+        "fp8": args.fp8,
         "offload_optim_frac": args.offload_optim_frac,
         "dropout": config.dropout,
         "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},

@@ -29,6 +29,7 @@ TECHNIQUES = [
     "--plugin low_level_zero",
     "--plugin low_level_zero --cuda_graph",
     "--plugin low_level_zero --compile --fused_loss",
+    "--plugin low_level_zero --compile --fused_loss --fp8",
     "--plugin hybrid_parallel --compile --fused_loss",
     "--plugin gemini",
     "--plugin gemini --compile --fused_loss",

@@ -44,7 +44,14 @@ def main() -> None:
     add_run_arguments(parser.add_argument_group("training"), seed=42)
     # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
     parser.set_defaults(
-        plugin="torch_ddp", tp_size=None, pp_size=None, num_microbatches=None, zero_stage=None, offload_optim_frac=None, cuda_graph=False
+        plugin="torch_ddp",
+        tp_size=None,
+        pp_size=None,
+        num_microbatches=None,
+        zero_stage=None,
+        offload_optim_frac=None,
+        cuda_graph=False,
+        fp8=False,
     )
     args = parser.parse_args()
     if args.fused_loss and args.engine == "hf_trainer":

@@ -56,6 +56,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the GPU has fp8 matrix units (compute capability 8.9, Ada, and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether opt/kernels.py runs here: Triton builds kernels with the host's C compiler and Python's headers."""

@@ -53,6 +53,11 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.fused_loss = False
         self.layers_are_functions = False  # see run_layer
 
+    @property
+    def own_layers(self) -> nn.ModuleList:
+        """The decoder layers of this process's pipeline stage."""
+        return self.model.decoder.layers[self.stage.start : self.stage.end]
+
     def forward(self, input_ids=None, labels=None, hidden_states=None) -> dict[str, torch.Tensor]:
         """One pass over rows padded on the right.
 
@@ -74,7 +79,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
             hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions)
 
-        for layer in decoder.layers[self.stage.start : self.stage.end]:
+        for layer in self.own_layers:
             parameters = tuple(layer.parameters()) if self.layers_are_functions else ()
             hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, *parameters)
 
@@ -287,5 +292,5 @@ def compile_layers(model: OPTForCausalLM, saves_memory: bool) -> None:
     """
     is_autocast = next(model.parameters()).dtype == torch.float32
     functorch.activation_memory_budget = (0.98 if is_autocast else 0.9) if saves_memory else 1.0
-    for layer in model.model.decoder.layers[model.stage.start : model.stage.end]:
+    for layer in model.own_layers:
         layer.compile()

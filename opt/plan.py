@@ -21,7 +21,7 @@ from args import UserError, resolve
 
 from . import data, modeling, weights
 from .export import is_one_file, output_directory
-from .launch import Place, has_bf16
+from .launch import Place, has_bf16, has_fp8
 from .presets import PRESETS, preset_config
 
 DEFAULT_MAX_LENGTH = 512
@@ -87,6 +87,8 @@ def check_first_loss(loss: float, setup: Setup) -> None:
 
 
 def _check_processes(args: Namespace, here: Place) -> None:
+    if args.fp8 and not has_fp8(here.device):
+        raise UserError("--fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later: leave it out")
     resolve(args, here.device.type, has_bf16(here.device))
     if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
@@ -222,7 +224,7 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
     lines = {
         "device": device,
         "plugin": plugin,
-        "precision": args.precision,
+        "precision": args.precision + ", the layers' matrix products in fp8" * args.fp8,
         "model": f"{args.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M parameters",
         "weights": origin,
         "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, {counts.truncated:,} cut at {args.max_length} tokens",
