@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from . import fp8, gemini, graphs, launch, mixed_precision, modeling, optimizer, plugins, step, weights
+from . import fp8, gemini, graphs, launch, mixed_precision, modeling, optimizer, plugins, state, step, weights
 
 
 @dataclass
@@ -50,10 +50,12 @@ def build(
     if args.compile:
         modeling.compile_layers(model.unwrap(), saves_memory=not args.cuda_graph)  # recorded steps are short ones
     # After boost: only now does the plugin know this process's share of each tensor.
-    weights.place(model, adam, contents)
+    weights.place(model, contents)
     model.train()
+    shapes = {name: torch.Size(contents.shape(name)) for name in contents}
+    built = Built(parallel, model, adam, schedule, shapes)
+    state.fill_copies(built, contents)
     if args.cuda_graph:
         run = partial(step.forward_backward, parallel.booster, model, adam)
         parallel.graphed = graphs.GraphedBackward(run, list(model.parameters()))
-    shapes = {name: torch.Size(contents.shape(name)) for name in contents}
-    return Built(parallel, model, adam, schedule, shapes)
+    return built

@@ -36,7 +36,7 @@ from .control import Control
 from .data import Position, Rows
 from .export import flush_to_disk
 from .launch import Place
-from .optimizer import set_step
+from .optimizer import MOMENTS, set_step
 from .state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
 
 _MANIFEST, _WRITING, _REMOVING = "manifest.json", ".writing-", ".removing-"
@@ -62,11 +62,11 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def restore(self, checkpoint: "Checkpoint") -> None:
-        """Put a checkpoint's state into a run that was built with its weights.
+        """Put a checkpoint's state into a run that was built with its weights, in fp32 where Adam updates them.
 
         The random-number state is taken up where the number of processes is the same; otherwise dropout starts from the seed.
         """
-        for kind in KINDS:
+        for kind in MOMENTS:
             self._state.load(kind, checkpoint.tensors(kind))
         self._state.updates = checkpoint.state["updates"]
         set_step(self._built.schedule, checkpoint.position.step)

@@ -7,6 +7,7 @@ sizes: others can take it up.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,11 @@ from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
-from .build import Built
 from .optimizer import MOMENTS, adam_state
 from .weights import TIED_HEAD
+
+if TYPE_CHECKING:
+    from .build import Built
 
 # Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are that copy rounded.
 WEIGHTS = "weights"
@@ -42,7 +45,7 @@ class _Piece:
 class TrainingState:
     """Reads and writes the fp32 weights and Adam's state of a boosted model."""
 
-    def __init__(self, built: Built):
+    def __init__(self, built: "Built"):
         self._parallel, self._shapes, self._adam = built.parallel, built.shapes, built.optimizer
         while isinstance(self._adam, OptimizerWrapper):
             self._adam = self._adam.optim
@@ -124,6 +127,16 @@ class TrainingState:
         part = whole.new_zeros(shape)
         part.narrow(split, 0, there).copy_(whole.narrow(split, first, there))
         return part
+
+
+def fill_copies(built: "Built", weights: Mapping[str, torch.Tensor]) -> None:
+    """Where there are fp32 copies of 16-bit weights, fill them from the whole `weights`, in the precision that these have.
+
+    ColossalAI 0.5.0 makes them of the 16-bit weights (update_master_params, and Gemini's shards). Updates too small to show in those then wait for one
+    another: after one step OPT-350m, from scratch at a learning rate of 5e-6, had a loss of 10.82 instead of 10.74.
+    """
+    if isinstance(built.optimizer, (LowLevelZeroOptimizer, MixedPrecisionOptimizer)) or isinstance(built.model, GeminiDDP):
+        TrainingState(built).load(WEIGHTS, weights)
 
 
 def _split_dim(part, whole) -> int | None:

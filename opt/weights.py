@@ -235,8 +235,8 @@ def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.dev
     return weights
 
 
-def place(model: nn.Module, optimizer, weights: Weights) -> None:
-    """Fill the boosted `model` (and the optimizer's master copy) from `weights`, a tensor at a time.
+def place(model: nn.Module, weights: Weights) -> None:
+    """Fill the boosted `model` from `weights`, a tensor at a time; fp32 copies of 16-bit weights are state.fill_copies' work.
 
     ColossalAI's parallel layers and GeminiDDP know how to take their part of a whole tensor in `_load_from_state_dict`.
     Raises RuntimeError if any parameter of this process was left without its weights.
@@ -250,8 +250,6 @@ def place(model: nn.Module, optimizer, weights: Weights) -> None:
         missing += [name for name in model.name2param if name not in weights]
     else:
         _fill(model.unwrap(), weights, "", missing, errors)
-        if hasattr(optimizer, "update_master_params"):
-            optimizer.update_master_params(model)
     if missing or errors:
         raise RuntimeError(f"weights did not load: missing {missing[:3]}, {errors[:3]}")
 

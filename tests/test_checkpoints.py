@@ -102,6 +102,43 @@ def test_resumed_run_is_the_uninterrupted_one(name, model, tmp_path):
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    "nproc, flags",
+    [
+        (2, ("--plugin", "low_level_zero", "--precision", "bf16")),
+        (2, (*HYBRID, "--tp_size", 2, "--precision", "bf16")),
+        (2, (*HYBRID, "--pp_size", 2, "--zero_stage", 1, "--precision", "fp16")),
+        (2, ("--plugin", "gemini")),
+        (None, ("--plugin", "gemini", "--precision", "fp16")),
+    ],
+    ids=["low_level_zero", "tp=2", "pp=2, ZeRO 1, fp16", "gemini", "gemini alone, fp16"],
+)
+def test_adam_starts_from_the_given_weights_not_from_rounded_ones(nproc, flags, tmp_path):
+    """Seen in a checkpoint after a step with a learning rate of 0."""
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    shutil.copytree(SAMPLE_MODEL, model)
+    given = OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL))
+    given.save_pretrained(model)
+    common = (
+        "--model_name_or_path",
+        model,
+        "--learning_rate",
+        0,
+        "--max_train_steps",
+        1,
+        "--eval_fraction",
+        0,
+        "--save_steps",
+        1,
+        "--no_save",
+    )
+    train(tmp_path / "output", *common, *flags, nproc=nproc)
+    saved = checkpoints.find("auto", tmp_path / "output").tensors("weights")
+    for name, parameter in given.named_parameters():
+        assert torch.equal(saved[name].float(), parameter.data), name
+
+
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory) -> Path:
     """A folder with a run of torch_ddp on two processes, fp32, dropout off: 16 rows a step, four steps an epoch."""

@@ -24,7 +24,9 @@ def fp8_is_missing() -> bool:
     return False
 
 
-needs_fp8 = pytest.mark.skipif(fp8_is_missing(), reason="torch._scaled_mm is missing here: it needs PyTorch 2.11 on a CPU, 8.9 on a GPU")
+needs_fp8 = pytest.mark.skipif(
+    fp8_is_missing(), reason="torch._scaled_mm does not run here: PyTorch 2.11's runs on a CPU, 2.5's on a GPU of compute capability 8.9"
+)
 
 
 def linear(size_in=IN, size_out=OUT, bias=True, dtype=torch.bfloat16) -> nn.Linear:
@@ -50,7 +52,7 @@ def inputs(module, *shape) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_scale, grad_scale", [(1, 1), (1000, 1e-3), (1e-3, 1000)])
 def test_products_are_those_of_fp32(dtype, x_scale, grad_scale):
-    """Whatever the factors' sizes: rounding to 3 bits (e4m3) makes an error of 2.6 % of a factor's norm, to 2 bits (e5m2) 5.3 %."""
+    """Whatever the factors' sizes: rounding to 3 bits (e4m3) makes an error of 2.6 % of a factor's norm, to 2 bits (e5m2) of 5.3 %."""
     module = linear(dtype=dtype)
     assert type(module) is Float8Linear
     module.bias.data *= x_scale  # the output is not to be the bias alone
