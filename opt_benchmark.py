@@ -85,7 +85,7 @@ def time_steps(args, here, train_step) -> Measured:
 
     from opt import launch, metrics
 
-    timer, first_step = metrics.StepTimer(here.device), None
+    timer, first_step = metrics.StepTimer(), None
     for i in range(args.warmup_steps + args.repeats * args.max_train_steps):
         if (i - args.warmup_steps) % args.max_train_steps == 0:
             dist.barrier()

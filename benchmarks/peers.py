@@ -283,7 +283,7 @@ def hf_trainer(args, here, model, batches) -> Measured:
 
     from opt import launch, metrics
 
-    timer = metrics.StepTimer(here.device)
+    timer = metrics.StepTimer()
     steps = args.warmup_steps + args.repeats * args.max_train_steps
 
     class Clock(TrainerCallback):

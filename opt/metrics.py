@@ -20,7 +20,8 @@ from .launch import seconds_since_launch
 class Recorder:
     """Writes one JSON line a step. Created on every process; the main one writes.
 
-    Losses stay on the device until they are shown, about once a second: reading one makes the host wait for the GPU.
+    Losses stay on the device until they are shown, about once a second: reading one makes the host wait for the GPU. A step lasts
+    from the end of the one before to its own end, on the device.
     """
 
     def __init__(self, args: Namespace, directory: Path, is_main: bool, total_steps: int, start_step: int = 0, before: bytes = b""):
@@ -28,7 +29,7 @@ class Recorder:
         self.is_main, self._pending, self._shown = is_main, [], time.perf_counter()
         self._scales_loss, self._start_step = args.precision == "fp16", start_step
         self.skipped_in_a_row = 0  # steps without an update, up to the last that was written; known to the main process
-        self._last = time.perf_counter()
+        self._last = _mark()
         self.path = directory / "metrics.jsonl"
         if not is_main:
             return
@@ -47,12 +48,12 @@ class Recorder:
         dist.all_reduce(share)
         if not self.is_main:
             return
-        now = time.perf_counter()
+        now, mark = time.perf_counter(), _mark()
         line = {"step": step, "epoch": round(epoch, 4), "loss": share, "lr": lr}
         if grad_norm is not None:
             line["grad_norm"] = grad_norm
-        line |= {"tokens": tokens, "tokens_per_second": tokens / (now - self._last), "seconds": now - self._last}
-        self._last = now
+        line |= {"tokens": tokens, "tokens_per_second": None, "seconds": (self._last, mark)}
+        self._last = mark
         self._pending.append(line)
         if now - self._shown > 1 or step == self._start_step + 1:
             self.flush()
@@ -62,6 +63,8 @@ class Recorder:
         if not self.is_main or not self._pending:
             return
         for line in self._pending:
+            line["seconds"] = _seconds(*line["seconds"])
+            line["tokens_per_second"] = line["tokens"] / line["seconds"]
             line = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in line.items()}
             self._note_skip(line)
             self._write(line)
@@ -89,7 +92,7 @@ class Recorder:
         if self.is_main:
             self._write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        self._last = time.perf_counter()  # the evaluation's time is not the next step's
+        self._last = _mark()  # the evaluation's time is not the next step's
 
     def __enter__(self):
         return self
@@ -140,7 +143,7 @@ def matmul_flops(device: torch.device) -> float:
     on_gpu = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    timer = StepTimer(device)
+    timer = StepTimer()
     for _ in range(13):
         timer.start()
         a @ b
@@ -148,32 +151,38 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * n**3 / statistics.median(timer.seconds()[3:])
 
 
-class StepTimer:
-    """Times stretches of work on the device: by CUDA events, or by the clock on a CPU, which computes in order."""
+def _mark() -> torch.cuda.Event | float:
+    """Now, on the device: a CUDA event, or the clock on a CPU, which computes in order. The host may be many steps ahead."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+
+def _seconds(start, stop) -> float:
+    """From one mark to a later one; waits for the device to come by."""
+    if isinstance(start, float):
+        return stop - start
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000
+
+
+class StepTimer:
+    """Times stretches of work on the device."""
+
+    def __init__(self):
         self._marks = []
 
-    def _mark(self):
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def start(self) -> None:
-        self._marks.append([self._mark()])
+        self._marks.append([_mark()])
 
     def stop(self) -> None:
-        self._marks[-1].append(self._mark())
+        self._marks[-1].append(_mark())
 
     def seconds(self) -> list[float]:
         """The length of each stretch; waits for the device."""
-        if not self._on_gpu:
-            return [stop - start for start, stop in self._marks]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) / 1000 for start, stop in self._marks]
+        return [_seconds(*marks) for marks in self._marks]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
