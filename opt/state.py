@@ -51,11 +51,6 @@ class TrainingState:
             self._adam = self._adam.optim
         find = _gemini_pieces if isinstance(built.model, GeminiDDP) else _pieces
         self._pieces = list(find(built.model, built.optimizer))
-        for piece in self._pieces:
-            if piece.size:
-                # Adam makes its state at the first update; what is saved or loaded before that has to be there. Gemini's keys are
-                # empty between updates.
-                adam_state(self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,))
 
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole fp32 tensors (host memory, copies) of one of KINDS. A collective.
@@ -102,7 +97,11 @@ class TrainingState:
 
     def _own(self, piece: _Piece, kind: str) -> torch.Tensor:
         """This process's piece, flat; a view, to be written through."""
-        return piece.weights if kind == WEIGHTS else self._adam.state[piece.key][kind].view(-1)
+        if kind == WEIGHTS:
+            return piece.weights
+        # Adam makes its state at the first update; what is saved or loaded before that has to be there. Gemini's keys are empty
+        # between updates.
+        return adam_state(self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,))[kind].view(-1)
 
     def _flat(self, piece: _Piece, kind: str) -> torch.Tensor:
         """The parameter on this tensor-parallel rank, flat, put together from all pieces; a copy."""
