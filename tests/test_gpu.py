@@ -40,7 +40,7 @@ def test_fused_loss_is_the_plain_loss():
         ["--plugin", "torch_ddp", "--compile"],
         ["--plugin", "gemini", "--compile"],
         ["--plugin", "torch_ddp", "--cuda_graph"],
-        ["--plugin", "low_level_zero", "--cuda_graph"],
+        ["--plugin", "low_level_zero", "--cuda_graph", "--fused_loss"],
         ["--plugin", "hybrid_parallel", "--cuda_graph", "--compile"],
         ["--plugin", "torch_ddp_fp16"],
         ["--plugin", "torch_ddp", "--fp8"],
