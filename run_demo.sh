@@ -20,8 +20,9 @@ say() { echo "run_demo: $*"; }
 # ---- what is there
 read -r gpus bf16 < <("$python" - <<'PY'
 import torch
+from opt.launch import has_bf16
 gpus = torch.cuda.device_count()
-print(gpus, int(gpus > 0 and torch.cuda.get_device_capability() >= (8, 0)))
+print(gpus, int(has_bf16(torch.device("cuda" if gpus else "cpu"))))
 PY
 )
 hub=${HF_ENDPOINT:-https://huggingface.co}

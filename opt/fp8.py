@@ -7,6 +7,8 @@ in PyTorch 2.5 and later is the product itself, not a pair (seen with 2.11; it c
 import torch
 from torch import nn
 
+from .launch import product_dtype
+
 UNIT = 16  # the kernel takes matrices whose sizes are multiples of this
 
 
@@ -31,7 +33,7 @@ class Float8Linear(nn.Linear):
         """(..., in_features) -> (..., out_features), in autocast's dtype or else the input's."""
         if x.shape[:-1].numel() % UNIT:  # an epoch's last batch may be smaller; the weight's gradient is a sum over tokens
             return super().forward(x)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = product_dtype(x)
         out = _Float8Product.apply(x.flatten(0, -2).to(dtype), self.weight)
         if self.bias is not None:
             out = out + self.bias.to(dtype)

@@ -45,6 +45,7 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
     model.remove_hooks()
     model.remove_hooks = lambda: None  # it would be called again at the end
     model.hooks = []
+    model.unwrap().layers_are_functions = False
     for parameter in model.parameters():
         parameter.__class__ = nn.Parameter  # ColoParameter's only use is to call the hooks
 

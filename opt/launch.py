@@ -56,6 +56,12 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What matrix products of `tensor` are computed in: autocast's dtype where it is on, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether the GPU has fp8 matrix units (compute capability 8.9, Ada, and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

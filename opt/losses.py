@@ -6,7 +6,7 @@ from colossalai.shardformer.layer._operation import reduce_forward
 from torch.nn import functional as F
 
 from . import light_imports  # noqa: F401  before colossalai
-from .launch import has_triton
+from .launch import has_triton, product_dtype
 
 IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
 CHUNK = 1024  # tokens whose logits exist at a time: 0.1 GB in bf16
@@ -20,9 +20,7 @@ def fused_linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor
     if torch.overrides.has_torch_function_unary(weight):
         # Gemini's parameters have their values only inside a torch function, which announces them; an autograd function is none.
         return torch.overrides.handle_torch_function(fused_linear_cross_entropy, (weight,), hidden_states, weight, targets)
-    device, dtype = weight.device.type, hidden_states.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(hidden_states)
     return _LinearCrossEntropy.apply(hidden_states.to(dtype), weight.to(dtype), targets)
 
 

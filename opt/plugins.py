@@ -1,6 +1,5 @@
 """--plugin to Booster: the only place that knows ColossalAI's plugin classes."""
 
-import math
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -177,6 +176,6 @@ class _ClippingOptimizer(OptimizerWrapper):
         if max_norm > 0:
             self.scaler.unscale_(self.optim)
             norm = self.optim.grad_norm()
-        self.scaler.step(self.optim, grad_norm=norm, max_norm=max_norm or math.inf)  # in fp16 it skips by what unscale_ has found
+        self.scaler.step(self.optim, grad_norm=norm, max_norm=max_norm)  # in fp16 it skips by what unscale_ has found
         self.scaler.update()
         return norm
