@@ -207,6 +207,12 @@ def train_parser() -> argparse.ArgumentParser:
         help="longest row in tokens, start and end tokens included; default 512 or the model's positions if fewer",
     )
     g.add_argument(
+        "--padding_free",
+        action=argparse.BooleanOptionalAction,
+        help="put a batch's rows one after the other instead of padding them to the longest, with attention and positions for each "
+        "row alone; not with --pp_size over 1; default on where rows are on average under 0.9 of the longest",
+    )
+    g.add_argument(
         "--eval_fraction",
         type=_number(float, 0, 0.9),
         default=0.05,
@@ -346,6 +352,8 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
         raise UserError("low_level_zero is ZeRO stage 1 or 2: for stage 0 use --plugin torch_ddp")
     if hybrid and args.zero_stage > 0 and args.precision == "fp32":
         raise UserError("hybrid_parallel has no ZeRO in fp32: use --zero_stage 0 or --precision bf16")
+    if args.pp_size > 1 and getattr(args, "padding_free", None):
+        raise UserError("--padding_free does not go with pipeline stages, which cut a batch between its rows: leave it out")
     if args.pp_size == 1:
         if args.num_microbatches is not None:
             raise UserError("--num_microbatches needs pipeline stages: set --pp_size 2 or more, or leave it out")

@@ -33,6 +33,7 @@ def run(args) -> None:
         launch.start(here, args.mem_cap, args.timeout_minutes)
     read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
     dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
+    args.padding_free = plan.is_padding_free(args, dataset)
 
     if not args.dry_run:
         launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
@@ -67,8 +68,9 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
     parallel, model = built.parallel, built.model
 
     spread = (args.batch_size, parallel.dp_rank, parallel.dp_size, setup.config.pad_token_id)
-    train_batches = Batches(dataset.train, *spread, seed=args.seed)
-    eval_batches = Batches(dataset.held_out, *spread, seed=None)
+    train_batches = Batches(dataset.train, *spread, seed=args.seed, padding_free=args.padding_free)
+    eval_batches = Batches(dataset.held_out, *spread, seed=None, padding_free=args.padding_free)
+    model.unwrap().longest_row = dataset.longest
 
     output = export.output_directory(args.output_path)
     saver = checkpoints.Saver(output, built, here, control, args, dataset.train)

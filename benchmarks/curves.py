@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 TECHNIQUES = [
+    "--precision fp32 --no-padding_free",
     "--precision fp32",
     "--precision bf16",
     "--compile",
@@ -30,6 +31,7 @@ TECHNIQUES = [
     "--plugin low_level_zero",
     "--plugin low_level_zero --cuda_graph",
     "--plugin low_level_zero --cuda_graph --fused_loss",
+    "--plugin low_level_zero --cuda_graph --fused_loss --no-padding_free",
     "--plugin low_level_zero --compile --fused_loss",
     "--plugin low_level_zero --compile --fused_loss --fp8",
     "--plugin hybrid_parallel --compile --fused_loss",

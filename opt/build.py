@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from . import fp8, gemini, graphs, launch, mixed_precision, modeling, optimizer, plugins, state, step, weights
+from . import fp8, gemini, graphs, launch, linear, mixed_precision, modeling, optimizer, plugins, state, step, weights
 
 
 @dataclass
@@ -47,6 +47,8 @@ def build(
         adam.optim.find_norm = adam.get_grad_norm
     if args.fp8:
         fp8.use_fp8(model.unwrap().own_layers)
+    elif here.device.type == "cuda" and not args.compile:
+        linear.speed_up(model.unwrap().own_layers)
     if args.compile:
         modeling.compile_layers(model.unwrap(), saves_memory=not args.cuda_graph)  # recorded steps are short ones
     # After boost: only now does the plugin know this process's share of each tensor.

@@ -1,7 +1,7 @@
 """Text -> tokens -> batches.
 
 One process a node reads the texts, tokenizes them once and writes two flat arrays into a cache; every process maps those
-into memory. A batch is a set of rows padded on the right to its own longest row.
+into memory. A batch is a set of rows, one after the other, or padded on the right to its own longest row.
 """
 
 import hashlib
@@ -70,6 +70,11 @@ class Dataset:
     held_out: Rows
     counts: Counts
     source: str  # where the texts came from, in words
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of all."""
+        return int(max(rows.lengths.max(initial=0) for rows in (self.train, self.held_out)))
 
 
 def load_tokenizer(directory: Path):
@@ -286,8 +291,8 @@ class Batches:
     """The batches of one data-parallel rank: an epoch's rows in a seeded order, each row once, the same number of
     batches on every rank. The last one is filled up with rows that have no target."""
 
-    def __init__(self, rows: Rows, batch_size: int, dp_rank: int, dp_size: int, pad_id: int, seed: int | None):
-        self.rows, self.batch_size, self.pad_id = rows, batch_size, pad_id
+    def __init__(self, rows: Rows, batch_size: int, dp_rank: int, dp_size: int, pad_id: int, seed: int | None, padding_free: bool = False):
+        self.rows, self.batch_size, self.pad_id, self.padding_free = rows, batch_size, pad_id, padding_free
         self.dp_rank, self.dp_size, self.seed = dp_rank, dp_size, seed
 
     def __len__(self):
@@ -310,9 +315,12 @@ class Batches:
             own = [self.rows[j] for j in everyone[self.dp_rank :: self.dp_size]]
             # Every rank knows every row's length: no rank has to ask the others what they hold.
             tokens = int(lengths[everyone].sum())
-            # No pads beyond the longest row of all: the model may have no positions there.
-            length = min(-(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max()))
-            inputs = collate(own, self.batch_size, length, self.pad_id)
+            if self.padding_free:
+                inputs = pack(own, self.batch_size, int(lengths.max()), self.pad_id)
+            else:
+                # No pads beyond the longest row of all: the model may have no positions there.
+                length = min(-(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max()))
+                inputs = collate(own, self.batch_size, length, self.pad_id)
             yield Batch(inputs, targets=tokens - len(everyone), tokens=tokens, rows=len(everyone))
 
     def steps(self, start: "Position", num_epoch: int, accumulated: int) -> Iterator[tuple["Position", list["Batch"]]]:
@@ -343,7 +351,7 @@ class Position:
 class Batch:
     """One rank's rows of a step, and what the rows of all ranks hold together."""
 
-    inputs: dict[str, torch.Tensor]  # input_ids and labels, (batch, length), on the host
+    inputs: dict[str, torch.Tensor]  # what collate or pack gives, on the host
     targets: int  # tokens that the loss is summed over: all but each row's first, over all data-parallel ranks
     tokens: int  # real tokens, over all data-parallel ranks
     rows: int  # over all data-parallel ranks
@@ -356,6 +364,24 @@ def collate(rows: list[np.ndarray], batch_size: int, length: int, pad_id: int) -
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = labels[i, : len(row)] = row
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+
+def pack(rows: list[np.ndarray], batch_size: int, longest: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows one after the other: {input_ids, labels}, both (1, tokens), and cu_seqlens, (batch_size + 2,) int32, where rows begin.
+
+    The first token of a row has the label -100, as no token before it predicts it. A last row of pads, shorter than `longest`,
+    rounds `tokens` up so that few different shapes occur: to a multiple of up to an eighth of them.
+    """
+    tokens = sum(map(len, rows))
+    unit = min(1 << int(np.log2(max(tokens // 8, 1))), longest // 16 * 16 or longest)  # 16: what the products in fp8 take
+    input_ids = np.full((1, -(-max(tokens, 1) // unit) * unit), pad_id)
+    cu_seqlens = np.full(batch_size + 2, tokens, np.int32)
+    cu_seqlens[-1] = input_ids.shape[1]
+    np.cumsum([0, *map(len, rows)], out=cu_seqlens[: len(rows) + 1])
+    input_ids[0, :tokens] = np.concatenate([np.empty(0, np.int32), *rows])
+    labels = np.where(np.arange(input_ids.shape[1]) < tokens, input_ids, IGNORE)
+    labels[0, cu_seqlens[: len(rows)]] = IGNORE
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), "cu_seqlens": torch.from_numpy(cu_seqlens)}
 
 
 class SyntheticBatches:

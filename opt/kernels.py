@@ -164,3 +164,84 @@ def cross_entropy(logits, targets, losses, ignore: int) -> None:
     _cross_entropy[(logits.shape[0],)](
         logits, targets, losses, logits.stride(0), COLUMNS=logits.shape[1], IGNORE=ignore, BLOCK=4096, num_warps=8
     )
+
+
+@triton.jit
+def _places(cu_seqlens, heads, DIM: tl.constexpr, LENGTH: tl.constexpr):
+    """This program's row and head: where its elements lie, which of them exist, and which keys a query sees."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(cu_seqlens + row)
+    token = tl.arange(0, LENGTH)
+    places = ((start + token) * heads + head).to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    exists = (token < tl.load(cu_seqlens + row + 1) - start)[:, None]
+    return places, exists, token[:, None] >= token[None, :]
+
+
+@triton.jit
+def _softmax(q, k, scale, sees):
+    scores = tl.where(sees, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _short_attention(q, k, v, out, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
+    places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
+    q = tl.load(q + places, mask=exists, other=0.0)
+    k = tl.load(k + places, mask=exists, other=0.0)
+    v = tl.load(v + places, mask=exists, other=0.0)
+    weights = _softmax(q, k, scale, sees)
+    tl.store(out + places, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=exists)
+
+
+@triton.jit
+def _short_attention_backward(grad, q, k, v, q_grad, k_grad, v_grad, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
+    places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
+    q = tl.load(q + places, mask=exists, other=0.0)
+    k = tl.load(k + places, mask=exists, other=0.0)
+    weights = _softmax(q, k, scale, sees)
+    v = tl.load(v + places, mask=exists, other=0.0)
+    grad = tl.load(grad + places, mask=exists, other=0.0)
+    tl.store(v_grad + places, tl.dot(tl.trans(weights.to(v.dtype)), grad).to(v.dtype), mask=exists)
+    weights_grad = tl.dot(grad, tl.trans(v))
+    scores_grad = weights * (weights_grad - tl.sum(weights * weights_grad, 1)[:, None]) * scale
+    scores_grad = scores_grad.to(v.dtype)
+    tl.store(q_grad + places, tl.dot(scores_grad, k).to(v.dtype), mask=exists)
+    tl.store(k_grad + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists)
+
+
+def fits_short_attention(longest: int, head_dim: int) -> bool:
+    """Whether a GPU's multiprocessor can hold a row and head: 97 KiB of shared memory at most, of 99 (Ada) to 227 (Hopper)."""
+    length = triton.next_power_of_2(longest)
+    return length <= 128 and 16 <= head_dim == triton.next_power_of_2(head_dim) and length * head_dim <= 8192
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal attention within short rows, each row and head one program, forward and backward.
+
+    (q, k, v, cu_seqlens, longest) -> (tokens, heads, head_dim): q, k, v of that shape in 16 bits; row i is the tokens
+    [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention().
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, longest):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, cu_seqlens)
+        ctx.longest = longest
+        _launch(_short_attention, q, (q, k, v, out), cu_seqlens, longest)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, cu_seqlens = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        _launch(_short_attention_backward, q, (grad.contiguous(), q, k, v, *grads), cu_seqlens, ctx.longest)
+        return *grads, None, None
+
+
+def _launch(kernel, q, tensors, cu_seqlens, longest):
+    _, heads, dim = q.shape
+    length = max(16, triton.next_power_of_2(longest))
+    grid = (len(cu_seqlens) - 1, heads)
+    kernel[grid](*tensors, cu_seqlens, heads, dim**-0.5, DIM=dim, LENGTH=length, num_warps=4 if length <= 64 else 8)

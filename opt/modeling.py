@@ -1,7 +1,8 @@
 """The OPT model: transformers' modules and names, with a forward that every plugin and pipeline stage shares.
 
-The forward takes no attention mask. Rows are padded on the right and attention is causal, so no real token ever sees a
-pad; what the pads compute is kept out of the loss by labels of -100. So every plugin runs the causal attention kernel.
+The forward takes no attention mask. Where rows are padded, it is on the right, and attention is causal, so no real token ever sees
+a pad; what the pads compute is kept out of the loss by labels of -100. So every plugin runs the causal attention kernel. Rows that
+follow one another without pads have attention and positions of their own (opt/attention.py).
 """
 
 import json
@@ -22,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import no_init_weights
-from transformers.models.opt.modeling_opt import OPTAttention, OPTSdpaAttention
+from transformers.models.opt.modeling_opt import OPTAttention
 
 from args import UserError
 
+from .attention import Attention, PackedRows, locate
 from .losses import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,19 +54,24 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.recompute_activations = False
         self.fused_loss = False
         self.layers_are_functions = False  # see run_layer
+        self.longest_row = 0  # of packed rows, see forward
+        for layer in self.model.decoder.layers:
+            layer.self_attn.__class__ = Attention
 
     @property
     def own_layers(self) -> nn.ModuleList:
         """The decoder layers of this process's pipeline stage."""
         return self.model.decoder.layers[self.stage.start : self.stage.end]
 
-    def forward(self, input_ids=None, labels=None, hidden_states=None) -> dict[str, torch.Tensor]:
-        """One pass over rows padded on the right.
+    def forward(self, input_ids=None, labels=None, hidden_states=None, cu_seqlens=None) -> dict[str, torch.Tensor]:
+        """One pass over rows padded on the right, or over rows that follow one another.
 
         Args:
             input_ids: (batch, length), read by the first pipeline stage.
             labels: (batch, length), the same tokens, -100 where there is no loss; shifted here; read by the last stage.
             hidden_states: (batch, length, hidden), from the stage before.
+            cu_seqlens: (rows + 1,) int32, if batch is 1 and holds packed rows: where each begins, and the length. None of them has
+                more than `longest_row` tokens. Not with pipeline stages.
 
         Returns:
             {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last stage;
@@ -72,16 +79,17 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             can be averaged without bias.
         """
         decoder = self.model.decoder
+        rows = None if cu_seqlens is None else locate(cu_seqlens, input_ids.shape[1], self.longest_row)
         if self.stage.is_first:
             hidden_states = decoder.embed_tokens(input_ids)
             if decoder.project_in is not None:
                 hidden_states = decoder.project_in(hidden_states)
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-            hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions)
+            positions = rows.position if rows else torch.arange(input_ids.shape[1], device=input_ids.device)
+            hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions.unsqueeze(0))
 
         for layer in self.own_layers:
             parameters = tuple(layer.parameters()) if self.layers_are_functions else ()
-            hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, *parameters)
+            hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, rows, *parameters)
 
         if not self.stage.is_last:
             return {"hidden_states": hidden_states}
@@ -105,19 +113,21 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
 
 
-def run_layer(layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+def run_layer(
+    layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, rows: PackedRows | None, *parameters: torch.Tensor
+) -> torch.Tensor:
     """A decoder layer's output; with `recompute` its activations are computed a second time in backward.
 
     `parameters`: under Gemini the layer's own, in their order. It fetches parameters around each torch function that they go
     through, and a layer as one function has them fetched once, not with each of its 8 operations.
     """
     if torch.overrides.has_torch_function(parameters):
-        return torch.overrides.handle_torch_function(run_layer, parameters, layer, recompute, hidden_states, *parameters)
+        return torch.overrides.handle_torch_function(run_layer, parameters, layer, recompute, hidden_states, rows, *parameters)
     hidden_states = hidden_states.as_subclass(torch.Tensor)
 
     def run(hidden_states):
         with _replaced_parameters(layer, parameters):
-            return layer(hidden_states)[0]
+            return layer(hidden_states, attention_mask=rows)[0]
 
     return checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
 
@@ -137,7 +147,7 @@ def _replaced_parameters(layer: nn.Module, tensors: tuple[torch.Tensor, ...]):
 
 
 class OPTPolicy(OPTForCausalLMPolicy):
-    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with transformers' SDPA attention and our forward.
+    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with our attention and forward.
 
     ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU, and its pipeline forward
     builds a 4-D mask, calls torch.cuda and reduces the loss in the model's dtype.
@@ -150,7 +160,7 @@ class OPTPolicy(OPTForCausalLMPolicy):
             policy = super().module_policy()
         finally:
             config._attn_implementation = "sdpa"
-        for base, ours in ((OPTAttention, OPTSdpaAttention), (transformers.OPTForCausalLM, OPTForCausalLM)):
+        for base, ours in ((OPTAttention, Attention), (transformers.OPTForCausalLM, OPTForCausalLM)):
             if base in policy:
                 policy[ours] = policy.pop(base)
                 policy[ours].method_replacement = None

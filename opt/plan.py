@@ -174,6 +174,13 @@ def lock_output(output_path: str) -> None:
 _locks: list = []  # open files: closing one would release it
 
 
+def is_padding_free(args: Namespace, dataset: data.Dataset) -> bool:
+    """What --padding_free says, or else whether it can be and a tenth of the rectangle of rows or more would be pads."""
+    if args.padding_free is not None:
+        return args.padding_free
+    return args.pp_size == 1 and bool(dataset.train.lengths.mean() < 0.9 * dataset.longest)
+
+
 @dataclass
 class Schedule:
     """The run in optimizer steps."""
@@ -229,7 +236,7 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
         "weights": origin,
         "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, {counts.truncated:,} cut at {args.max_length} tokens",
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
-        "batch": f"{args.batch_size} rows x {args.gradient_accumulation_steps} accumulated x {dp_size} data-parallel = {rows} rows a step{microbatches}",
+        "batch": f"{args.batch_size} rows x {args.gradient_accumulation_steps} accumulated x {dp_size} data-parallel = {rows} rows a step{microbatches}{', without pads' * args.padding_free}",
         "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of warm-up, learning rate {plan.learning_rate:g}; evaluation every {plan.eval_steps:,}",
         "saved": f"every {args.save_steps:,} steps and after each epoch" if args.save_steps else "when a signal stops the run",
         "memory": f"about {estimate_memory(setup.config, setup.weights.num_parameters, args, dp_size) / 2**30:.1f} GiB a process (an estimate)",

@@ -239,6 +239,62 @@ def test_pads_are_in_no_loss(tmp_path):
             assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3))
+def test_rows_without_pads(lengths, batch_size, dp_size):
+    """Every row once and whole between its bounds; what fills a batch up is one row more, of pads, no longer than the others."""
+    with tempfile.TemporaryDirectory() as directory:
+        rows = stored(lengths, directory)
+        seen = []
+        for batches in zip(*(data.Batches(rows, batch_size, rank, dp_size, PAD, 0, True).epoch() for rank in range(dp_size)), strict=True):
+            targets = 0
+            for batch in batches:
+                ids, labels, ends = (batch.inputs[name] for name in ("input_ids", "labels", "cu_seqlens"))
+                assert ids.shape == labels.shape == (1, ends[-1])
+                assert (len(ends), ends[0], ends.dtype) == (batch_size + 2, 0, torch.int32)
+                *own, fill = ids[0].split(ends.diff().tolist())
+                seen += [row.tolist() for row in own if len(row)]
+                assert (fill == PAD).all() and len(fill) <= max(lengths)
+                starts = {int(start) for start in ends[:-1]}
+                real = [i not in starts and i < int(ends[-2]) for i in range(int(ends[-1]))]
+                assert torch.equal(labels[0], torch.where(torch.tensor(real), ids[0], -100))
+                targets += sum(real)
+            assert {batch.targets for batch in batches} == {targets}
+        assert sorted(seen) == sorted(rows[i].tolist() for i in range(len(rows)))
+
+
+def test_few_shapes_and_few_pads(tmp_path):
+    """Of 400 batches of 32 rows of 20 to 60 tokens: a shape is a CUDA graph to record."""
+    lengths = np.random.default_rng(0).integers(20, 61, 32 * 400)
+    batches = [batch.inputs["input_ids"] for batch in data.Batches(stored(lengths, str(tmp_path)), 32, 0, 1, PAD, 0, True).epoch()]
+    assert len({ids.shape for ids in batches}) <= 10
+    assert lengths.sum() / sum(ids.numel() for ids in batches) > 0.95
+
+
+def test_packed_rows_are_strangers_to_each_other(tmp_path):
+    """The loss of each row is what it is alone, and to the last bit the same whatever its neighbours are."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16, init_std=0.5
+    )
+    model = modeling.OPTForCausalLM(config).eval()
+    model.longest_row = 9
+    rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate([7, 9, 5])]
+
+    def loss(rows, of):
+        inputs = data.pack(rows, 3, 9, PAD)
+        start, end = inputs["cu_seqlens"][of : of + 2]
+        inputs["labels"][0, :start] = inputs["labels"][0, end:] = -100
+        with torch.no_grad():
+            return model(**inputs)["loss"].item()
+
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            alone = model(**data.collate([row], 1, len(row), PAD))["loss"].item()
+        assert loss(rows, i) == pytest.approx(alone, rel=1e-5)
+        assert loss([row if j == i else (other + 7) % 60 for j, other in enumerate(rows)], i) == loss(rows, i)
+
+
 # ---- once
 
 

@@ -34,6 +34,7 @@ def test_fused_loss_is_the_plain_loss():
     "flags",
     [
         ["--plugin", "low_level_zero"],
+        ["--plugin", "low_level_zero", "--no-padding_free"],
         ["--plugin", "gemini"],
         ["--plugin", "gemini", "--offload_optim_frac", "1"],
         ["--plugin", "hybrid_parallel"],

@@ -1,0 +1,82 @@
+"""OPT's causal attention, for rows of a rectangle and for rows that follow one another without pads."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers.models.opt.modeling_opt import OPTSdpaAttention
+
+from .launch import has_triton
+
+
+class PackedRows(NamedTuple):
+    """Where rows lie that follow one another."""
+
+    cu_seqlens: torch.Tensor  # (rows + 1,) int32: where each row begins, and the number of tokens of all
+    longest: int  # no row has more tokens than this
+    position: torch.Tensor  # (tokens,) a token's place in its row
+    cell: torch.Tensor  # (tokens,) its place among the cells of a rectangle, rows x longest
+    token: torch.Tensor  # (rows x longest,) the token in each cell of that rectangle, or the number of tokens for none
+    has_kernels: bool  # whether opt/kernels.py runs there
+
+
+def locate(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> PackedRows:
+    """The rows between `cu_seqlens`, without asking the device for a value."""
+    every = torch.arange(tokens, device=cu_seqlens.device)
+    row = torch.bucketize(every, cu_seqlens[1:].long(), right=True)
+    position = every - cu_seqlens[row]
+    cell = row * longest + position
+    token = every.new_full(((len(cu_seqlens) - 1) * longest,), tokens).index_copy(0, cell, every)
+    return PackedRows(cu_seqlens, longest, position, cell, token, cu_seqlens.is_cuda and has_triton(cu_seqlens.device))
+
+
+class Attention(OPTSdpaAttention):
+    """transformers' attention, which also takes packed rows; its parameters and their names are the same."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: PackedRows | None = None, **kwargs):
+        """hidden_states (batch, length, width) -> (the same shape, None, None).
+
+        attention_mask: the name by which transformers' decoder layer hands something on. None: each row of the batch is a text.
+        Otherwise the batch is one row, and the texts follow one another in it.
+        """
+        if attention_mask is None:
+            return super().forward(hidden_states, **kwargs)
+        q, k, v = (m(hidden_states).squeeze(0).unflatten(-1, (-1, self.head_dim)) for m in (self.q_proj, self.k_proj, self.v_proj))
+        out = attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
+        return self.out_proj(out.flatten(1).unsqueeze(0)), None, None
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:
+    """Causal attention within each row: q, k, v and the result are (tokens, heads, head_dim)."""
+    head_dim = q.shape[-1]
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if rows.has_kernels and dropout == 0:
+            from .kernels import ShortAttention, fits_short_attention
+
+            if fits_short_attention(rows.longest, head_dim):
+                return ShortAttention.apply(q, k, v, rows.cu_seqlens, rows.longest)
+        if head_dim % 8 == 0 and head_dim <= 256:  # what FlashAttention takes
+            ends = (rows.cu_seqlens, rows.cu_seqlens, rows.longest, rows.longest)
+            return torch.ops.aten._flash_attention_forward(q, k, v, *ends, dropout, True, False)[0]
+    rectangle = len(rows.cu_seqlens) - 1, rows.longest
+    q, k, v = (_Take.apply(x, rows.token, rows.cell).unflatten(0, rectangle).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return _Take.apply(out.transpose(1, 2).flatten(0, 1), rows.cell, rows.token)
+
+
+class _Take(torch.autograd.Function):
+    """x[index], zeros where an index is past the end; `inverse` takes the gradients back, without adding any up."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        return _take(x, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, inverse = ctx.saved_tensors
+        return _take(grad, inverse), None, None
+
+
+def _take(x, index):
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, index)
