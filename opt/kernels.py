@@ -1,4 +1,5 @@
-"""GPU kernels, in Triton: AdamW over many tensors at once, and the cross-entropy with its gradient in the logits' place.
+"""GPU kernels, in Triton: AdamW and the norm over many tensors at once, the cross-entropy with its gradient in the logits' place,
+and the attention of short rows.
 
 PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an fp32 copy that means a pass over
 memory to widen the gradients, one to scale them, and one to narrow the weights, beside the update itself. The update is
@@ -113,6 +114,38 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
         BLOCK=BLOCK,
         num_warps=8,
     )
+
+
+@triton.jit
+def _sums_of_squares(pointers, blocks, sums, programs, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    gradients = tl.load(pointers + tl.load(blocks + program)).to(tl.pointer_type(GRADIENT))
+    offsets = tl.load(blocks + programs + program).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.load(blocks + 2 * programs + program)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+        gradients = tl.multiple_of(gradients, 16)
+    gradient = tl.load(gradients + offsets, mask=offsets < size, other=0).to(tl.float32)
+    tl.store(sums + program, tl.sum(gradient * gradient))
+
+
+def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Of all elements of contiguous tensors of one dtype on a GPU, an fp32 scalar: one kernel for what is 2 ms of the host's time
+    for OPT-350m's tensors with torch._foreach_norm."""
+    addresses, sizes, device = [g.data_ptr() for g in grads], tuple(g.numel() for g in grads), grads[0].device
+    blocks = _blocks(sizes, device)
+    sums = torch.empty(blocks.shape[1], device=device)
+    _sums_of_squares[(len(sums),)](
+        torch.tensor(addresses).to(device, non_blocking=True),
+        blocks,
+        sums,
+        len(sums),
+        GRADIENT=_TRITON_TYPES[grads[0].dtype],
+        ALIGNED=all(number % 16 == 0 for number in itertools.chain(addresses, sizes)),
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return sums.sum()
 
 
 @lru_cache

@@ -105,6 +105,15 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
         output.copy_(param.view_as(output))
 
 
+def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    """The squares of all elements of tensors of one dtype, added up in fp32: in bf16 the sum would be good to two digits."""
+    if grads[0].is_cuda and has_triton(grads[0].device):
+        from .kernels import sum_of_squares
+
+        return sum_of_squares(grads)
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
+
+
 class HybridAdam(colossalai_optimizer.HybridAdam):
     """ColossalAI's HybridAdam, which takes no step along a gradient that is not finite, and with loss scaling and clipping
     honoured for bf16 gradients in host memory.
@@ -118,7 +127,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of all gradients of this process, a scalar on the device."""
-        return torch.stack(torch._foreach_norm(self._gradients())).norm()
+        return sum_of_squares(self._gradients()).sqrt()
 
     def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None, max_norm: float = math.inf):
         """One update, of gradients scaled down from `grad_norm` to `max_norm`; none if `grad_norm`, or what find_norm gives, is
