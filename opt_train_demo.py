@@ -33,7 +33,7 @@ def run(args) -> None:
         launch.start(here, args.mem_cap, args.timeout_minutes)
     read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
     dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
-    args.padding_free = plan.is_padding_free(args, dataset)
+    args.padding_free = plan.is_padding_free(args, here, dataset)
 
     if not args.dry_run:
         launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)

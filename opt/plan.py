@@ -174,11 +174,16 @@ def lock_output(output_path: str) -> None:
 _locks: list = []  # open files: closing one would release it
 
 
-def is_padding_free(args: Namespace, dataset: data.Dataset) -> bool:
-    """What --padding_free says, or else whether it can be and a tenth of the rectangle of rows or more would be pads."""
+def is_padding_free(args: Namespace, here: Place, dataset: data.Dataset) -> bool:
+    """What --padding_free says, or else whether it pays: where a tenth or more would be pads.
+
+    On a CPU attention needs a rectangle as long as the longest row of all (see attention.attend); padded batches are as long as
+    their own, which is better where few rows are much longer than the rest.
+    """
     if args.padding_free is not None:
         return args.padding_free
-    return args.pp_size == 1 and bool(dataset.train.lengths.mean() < 0.9 * dataset.longest)
+    fill = float(dataset.train.lengths.mean()) / dataset.longest
+    return args.pp_size == 1 and fill < 0.9 and (fill > 0.4 or here.device.type == "cuda")
 
 
 @dataclass

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import OPTConfig
 
-from args import UserError
-from opt import data, modeling
+from args import UserError, train_parser
+from opt import data, modeling, plan
+from opt.launch import Place
 
 from .conftest import REPO, SAMPLE_MODEL, run, train
 from .hub import save_opt_tokenizer
@@ -293,6 +294,26 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
             alone = model(**data.collate([row], 1, len(row), PAD))["loss"].item()
         assert loss(rows, i) == pytest.approx(alone, rel=1e-5)
         assert loss([row if j == i else (other + 7) % 60 for j, other in enumerate(rows)], i) == loss(rows, i)
+
+
+@pytest.mark.parametrize(
+    "lengths, flags, device, expected",
+    [
+        ([20, 40, 60], "", "cpu", True),
+        ([56, 60, 60], "", "cuda", False),  # few pads
+        ([20, 20, 500], "", "cpu", False),  # few rows much longer than the rest
+        ([20, 20, 500], "", "cuda", True),
+        ([20, 40, 60], "--plugin hybrid_parallel --pp_size 2", "cuda", False),
+        ([20, 40, 60], "--no-padding_free", "cuda", False),
+        ([60, 60, 60], "--padding_free", "cpu", True),
+    ],
+)
+def test_where_rows_are_packed(tmp_path, lengths, flags, device, expected):
+    args = train_parser().parse_args(flags.split())
+    args.pp_size = args.pp_size or 1
+    rows = stored(lengths, str(tmp_path))
+    dataset = data.Dataset(rows, rows, data.Counts(), "")
+    assert plan.is_padding_free(args, Place(0, 1, 0, torch.device(device)), dataset) is expected
 
 
 # ---- once
