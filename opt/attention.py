@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
-from .launch import has_triton
+from .launch import has_bf16, has_triton
 
 
 class PackedRows(NamedTuple):
@@ -17,7 +17,8 @@ class PackedRows(NamedTuple):
     position: torch.Tensor  # (tokens,) a token's place in its row
     cell: torch.Tensor  # (tokens,) its place among the cells of a rectangle, rows x longest
     token: torch.Tensor  # (rows x longest,) the token in each cell of that rectangle, or the number of tokens for none
-    has_kernels: bool  # whether opt/kernels.py runs there
+    has_flash: bool  # whether the GPU is one that FlashAttention runs on
+    has_triton: bool  # whether opt/kernels.py runs there too
 
 
 def locate(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> PackedRows:
@@ -27,7 +28,8 @@ def locate(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> PackedRows:
     position = every - cu_seqlens[row]
     cell = row * longest + position
     token = every.new_full(((len(cu_seqlens) - 1) * longest,), tokens).index_copy(0, cell, every)
-    return PackedRows(cu_seqlens, longest, position, cell, token, cu_seqlens.is_cuda and has_triton(cu_seqlens.device))
+    has_flash = has_bf16(cu_seqlens.device)  # from the same generation of GPUs on
+    return PackedRows(cu_seqlens, longest, position, cell, token, has_flash, has_flash and has_triton(cu_seqlens.device))
 
 
 class Attention(OPTSdpaAttention):
@@ -49,8 +51,8 @@ class Attention(OPTSdpaAttention):
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:
     """Causal attention within each row: q, k, v and the result are (tokens, heads, head_dim)."""
     head_dim = q.shape[-1]
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        if rows.has_kernels and dropout == 0:
+    if rows.has_flash and q.dtype in (torch.float16, torch.bfloat16):
+        if rows.has_triton and dropout == 0:
             from .kernels import ShortAttention, fits_short_attention
 
             if fits_short_attention(rows.longest, head_dim):

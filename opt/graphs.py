@@ -1,7 +1,8 @@
 """Forward and backward as a CUDA graph: the GPU runs a recorded step without waiting for the host.
 
 A step of OPT-350m launches thousands of kernels. With short rows the GPU is through with each before Python has launched the
-next one; replayed from a graph they follow one another at once (one H100, 32 descriptions a step: 68 ms, and 23 ms replayed).
+next one; replayed from a graph they follow one another at once (one H100, 32 descriptions a step, low_level_zero: 59 ms, and 12 ms
+replayed).
 """
 
 from collections.abc import Callable

@@ -244,7 +244,7 @@ def _short_attention_backward(grad, q, k, v, q_grad, k_grad, v_grad, cu_seqlens,
 
 
 def fits_short_attention(longest: int, head_dim: int) -> bool:
-    """Whether a GPU's multiprocessor can hold a row and head: 97 KiB of shared memory at most, of 99 (Ada) to 227 (Hopper)."""
+    """Whether a multiprocessor can hold a row and head: 97 KiB of shared memory at most, of 99 (Ada), 163 (A100) or 227 (Hopper)."""
     length = triton.next_power_of_2(longest)
     return length <= 128 and 16 <= head_dim == triton.next_power_of_2(head_dim) and length * head_dim <= 8192
 
