@@ -4,12 +4,30 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from opt.launch import has_fp8
 
 from .conftest import losses, train
 
 pytestmark = pytest.mark.gpu
+
+
+def test_fused_loss_is_the_plain_loss():
+    from opt.losses import fused_linear_cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1003, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 1003, (300,), device="cuda")
+    targets[::7] = -100
+    plain = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
+    expected = torch.autograd.grad(plain, (hidden, weight))
+    fused = fused_linear_cross_entropy(hidden, weight, targets)
+    found = torch.autograd.grad(fused, (hidden, weight))
+    assert math.isclose(fused.item(), plain.item(), rel_tol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < 5e-3
 
 
 CURVE = ["--dropout", "0", "--max_train_steps", "10", "--learning_rate", "1e-3", "--eval_fraction", "0"]

@@ -7,22 +7,19 @@ from torch.nn import functional as F
 from opt import losses
 
 
-@pytest.mark.parametrize(
-    "device, chunk, near",
-    [("cpu", 1024, 1e-6), ("cpu", 128, 1e-6), ("cpu", 1, 1e-6), pytest.param("cuda", 128, 5e-3, marks=pytest.mark.gpu)],  # tf32 there
-)
-def test_fused_loss_is_the_plain_loss(monkeypatch, device, chunk, near):
+@pytest.mark.parametrize("chunk", [1024, 128, 1])
+def test_fused_loss_is_the_plain_loss(monkeypatch, chunk):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     torch.manual_seed(0)
-    hidden, weight = (torch.randn(n, 64, device=device, requires_grad=True) for n in (300, 1003))
-    targets = torch.randint(0, 1003, (300,), device=device)
+    hidden, weight = torch.randn(300, 64, requires_grad=True), torch.randn(1003, 64, requires_grad=True)
+    targets = torch.randint(0, 1003, (300,))
     targets[::7] = -100
     plain = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
     fused = losses.fused_linear_cross_entropy(hidden, weight, targets)
-    assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
+    torch.testing.assert_close(fused, plain)
     expected, found = (torch.autograd.grad(loss * 0.5, (hidden, weight)) for loss in (plain, fused))
     for a, b in zip(found, expected, strict=True):
-        assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < near
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_loss_under_autocast_and_without_gradients():
