@@ -88,14 +88,9 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
         divisor: fp32 scalar tensor on the same device: gradients are divided by it. If it is not finite, nothing changes.
         step: updates done, this one included. `decoupled`: AdamW's weight decay; False adds it to the gradient.
     """
-    lists = [grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])]
-    addresses = [t.data_ptr() for tensors in lists for t in tensors]
-    device = params[0].device
-    sizes = tuple(p.numel() for p in params)
-    blocks = _blocks(sizes, device)
+    pointers, blocks, aligned = _tables([grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])])
     _adamw[(blocks.shape[1],)](
-        # Not pinned, but small: CUDA takes it over at once, and the host does not wait for the device.
-        torch.tensor(addresses).to(device, non_blocking=True),
+        pointers,
         blocks,
         divisor,
         lr,
@@ -110,7 +105,7 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
         GRADIENT=_TRITON_TYPES[grads[0].dtype],
         OUTPUT=_TRITON_TYPES[outputs[0].dtype] if outputs else None,
         DECOUPLED=decoupled,
-        ALIGNED=all(number % 16 == 0 for number in itertools.chain(addresses, sizes)),
+        ALIGNED=aligned,
         BLOCK=BLOCK,
         num_warps=8,
     )
@@ -132,20 +127,29 @@ def _sums_of_squares(pointers, blocks, sums, programs, GRADIENT: tl.constexpr, A
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     """Of all elements of contiguous tensors of one dtype on a GPU, an fp32 scalar: one kernel for what is 2 ms of the host's time
     for OPT-350m's tensors with torch._foreach_norm."""
-    addresses, sizes, device = [g.data_ptr() for g in grads], tuple(g.numel() for g in grads), grads[0].device
-    blocks = _blocks(sizes, device)
-    sums = torch.empty(blocks.shape[1], device=device)
+    pointers, blocks, aligned = _tables([grads])
+    sums = torch.empty(blocks.shape[1], device=blocks.device)
     _sums_of_squares[(len(sums),)](
-        torch.tensor(addresses).to(device, non_blocking=True),
+        pointers,
         blocks,
         sums,
         len(sums),
         GRADIENT=_TRITON_TYPES[grads[0].dtype],
-        ALIGNED=all(number % 16 == 0 for number in itertools.chain(addresses, sizes)),
+        ALIGNED=aligned,
         BLOCK=BLOCK,
         num_warps=8,
     )
     return sums.sum()
+
+
+def _tables(lists: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """What a kernel over many tensors reads on the device: their addresses, list after list, and what each program works on; and
+    whether all addresses and sizes are multiples of 16. The lists are equally long, of tensors with as many elements each."""
+    device, sizes = lists[0][0].device, tuple(tensor.numel() for tensor in lists[0])
+    addresses = [tensor.data_ptr() for tensors in lists for tensor in tensors]
+    # Not pinned, but small: CUDA takes it over at once, and the host does not wait for the device.
+    pointers = torch.tensor(addresses).to(device, non_blocking=True)
+    return pointers, _blocks(sizes, device), all(number % 16 == 0 for number in itertools.chain(addresses, sizes))
 
 
 @lru_cache
