@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
+from . import linear
 from .launch import has_bf16, has_triton
 
 
@@ -43,25 +44,25 @@ class Attention(OPTSdpaAttention):
         """
         if attention_mask is None:
             return super().forward(hidden_states, **kwargs)
-        q, k, v = (m(hidden_states).squeeze(0).unflatten(-1, (-1, self.head_dim)) for m in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
+        qkv = linear.side_by_side([self.q_proj, self.k_proj, self.v_proj], hidden_states.squeeze(0))
+        out = attend(qkv.unflatten(-1, (3, -1, self.head_dim)), attention_mask, self.dropout if self.training else 0.0)
         return self.out_proj(out.flatten(1).unsqueeze(0)), None, None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:
-    """Causal attention within each row: q, k, v and the result are (tokens, heads, head_dim)."""
-    head_dim = q.shape[-1]
-    if rows.has_flash and q.dtype in (torch.float16, torch.bfloat16):
+def attend(qkv: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:
+    """Causal attention within each row: queries, keys and values (tokens, 3, heads, head_dim) -> (tokens, heads, head_dim)."""
+    head_dim = qkv.shape[-1]
+    if rows.has_flash and qkv.dtype in (torch.float16, torch.bfloat16):
         if rows.has_triton and dropout == 0:
             from .kernels import ShortAttention, fits_short_attention
 
             if fits_short_attention(rows.longest, head_dim):
-                return ShortAttention.apply(q, k, v, rows.cu_seqlens, rows.longest)
+                return ShortAttention.apply(qkv, rows.cu_seqlens, rows.longest)
         if head_dim % 8 == 0 and head_dim <= 256:  # what FlashAttention takes
             ends = (rows.cu_seqlens, rows.cu_seqlens, rows.longest, rows.longest)
-            return torch.ops.aten._flash_attention_forward(q, k, v, *ends, dropout, True, False)[0]
+            return torch.ops.aten._flash_attention_forward(*qkv.unbind(1), *ends, dropout, True, False)[0]
     rectangle = len(rows.cu_seqlens) - 1, rows.longest
-    q, k, v = (_Take.apply(x, rows.token, rows.cell).unflatten(0, rectangle).transpose(1, 2) for x in (q, k, v))
+    q, k, v = _Take.apply(qkv, rows.token, rows.cell).unflatten(0, rectangle).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return _Take.apply(out.transpose(1, 2).flatten(0, 1), rows.cell, rows.token)
 

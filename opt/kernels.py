@@ -205,13 +205,15 @@ def cross_entropy(logits, targets, losses, ignore: int) -> None:
 
 @triton.jit
 def _places(cu_seqlens, heads, DIM: tl.constexpr, LENGTH: tl.constexpr):
-    """This program's row and head: where its elements lie, which of them exist, and which keys a query sees."""
+    """This program's row and head: where its queries lie and its results, which of them exist, and which keys a query sees."""
     row, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_seqlens + row)
     token = tl.arange(0, LENGTH)
-    places = ((start + token) * heads + head).to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    element = tl.arange(0, DIM)[None, :]
+    places = ((start + token) * 3 * heads + head).to(tl.int64)[:, None] * DIM + element
+    out_places = ((start + token) * heads + head).to(tl.int64)[:, None] * DIM + element
     exists = (token < tl.load(cu_seqlens + row + 1) - start)[:, None]
-    return places, exists, token[:, None] >= token[None, :]
+    return places, out_places, exists, token[:, None] >= token[None, :]
 
 
 @triton.jit
@@ -222,29 +224,29 @@ def _softmax(q, k, scale, sees):
 
 
 @triton.jit
-def _short_attention(q, k, v, out, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
-    places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
-    q = tl.load(q + places, mask=exists, other=0.0)
-    k = tl.load(k + places, mask=exists, other=0.0)
-    v = tl.load(v + places, mask=exists, other=0.0)
+def _short_attention(qkv, out, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
+    places, out_places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
+    q = tl.load(qkv + places, mask=exists, other=0.0)
+    k = tl.load(qkv + heads * DIM + places, mask=exists, other=0.0)
+    v = tl.load(qkv + 2 * heads * DIM + places, mask=exists, other=0.0)
     weights = _softmax(q, k, scale, sees)
-    tl.store(out + places, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=exists)
+    tl.store(out + out_places, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=exists)
 
 
 @triton.jit
-def _short_attention_backward(grad, q, k, v, q_grad, k_grad, v_grad, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
-    places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
-    q = tl.load(q + places, mask=exists, other=0.0)
-    k = tl.load(k + places, mask=exists, other=0.0)
+def _short_attention_backward(qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
+    places, out_places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
+    q = tl.load(qkv + places, mask=exists, other=0.0)
+    k = tl.load(qkv + heads * DIM + places, mask=exists, other=0.0)
     weights = _softmax(q, k, scale, sees)
-    v = tl.load(v + places, mask=exists, other=0.0)
-    grad = tl.load(grad + places, mask=exists, other=0.0)
-    tl.store(v_grad + places, tl.dot(tl.trans(weights.to(v.dtype)), grad).to(v.dtype), mask=exists)
+    v = tl.load(qkv + 2 * heads * DIM + places, mask=exists, other=0.0)
+    grad = tl.load(grad + out_places, mask=exists, other=0.0)
+    tl.store(qkv_grad + 2 * heads * DIM + places, tl.dot(tl.trans(weights.to(v.dtype)), grad).to(v.dtype), mask=exists)
     weights_grad = tl.dot(grad, tl.trans(v))
     scores_grad = weights * (weights_grad - tl.sum(weights * weights_grad, 1)[:, None]) * scale
     scores_grad = scores_grad.to(v.dtype)
-    tl.store(q_grad + places, tl.dot(scores_grad, k).to(v.dtype), mask=exists)
-    tl.store(k_grad + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists)
+    tl.store(qkv_grad + places, tl.dot(scores_grad, k).to(v.dtype), mask=exists)
+    tl.store(qkv_grad + heads * DIM + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists)
 
 
 def fits_short_attention(longest: int, head_dim: int) -> bool:
@@ -256,29 +258,29 @@ def fits_short_attention(longest: int, head_dim: int) -> bool:
 class ShortAttention(torch.autograd.Function):
     """Causal attention within short rows, each row and head one program, forward and backward.
 
-    (q, k, v, cu_seqlens, longest) -> (tokens, heads, head_dim): q, k, v of that shape in 16 bits; row i is the tokens
+    (qkv, cu_seqlens, longest) -> (tokens, heads, head_dim): qkv (tokens, 3, heads, head_dim) in 16 bits; row i is the tokens
     [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention().
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, longest):
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+    def forward(ctx, qkv, cu_seqlens, longest):
+        qkv = qkv.contiguous()
+        out = torch.empty_like(qkv[:, 0])
+        ctx.save_for_backward(qkv, cu_seqlens)
         ctx.longest = longest
-        _launch(_short_attention, q, (q, k, v, out), cu_seqlens, longest)
+        _launch(_short_attention, (qkv, out), cu_seqlens, longest)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, cu_seqlens = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        _launch(_short_attention_backward, q, (grad.contiguous(), q, k, v, *grads), cu_seqlens, ctx.longest)
-        return *grads, None, None
+        qkv, cu_seqlens = ctx.saved_tensors
+        qkv_grad = torch.empty_like(qkv)
+        _launch(_short_attention_backward, (qkv, qkv_grad, grad.contiguous()), cu_seqlens, ctx.longest)
+        return qkv_grad, None, None
 
 
-def _launch(kernel, q, tensors, cu_seqlens, longest):
-    _, heads, dim = q.shape
+def _launch(kernel, tensors, cu_seqlens, longest):
+    heads, dim = tensors[0].shape[2:]
     length = max(16, triton.next_power_of_2(longest))
     grid = (len(cu_seqlens) - 1, heads)
     kernel[grid](*tensors, cu_seqlens, heads, dim**-0.5, DIM=dim, LENGTH=length, num_warps=4 if length <= 64 else 8)
