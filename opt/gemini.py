@@ -3,8 +3,8 @@
 One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there it works without Gemini's
 hooks. Otherwise a decoder layer, which is one operation (see modeling.run_layer), hands over all its gradients at once: ColossalAI
 takes them one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy for longer than the GPU
-computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; and bf16
-gradients are searched for overflows, which only fp16's loss scale asks about.
+computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; bf16 gradients
+are searched for overflows, which only fp16's loss scale asks about; and the host waits for each chunk that comes from its memory.
 """
 
 from types import MethodType
@@ -20,6 +20,7 @@ from colossalai.zero.gemini.chunk import Chunk
 
 _Original = param_op_hook.PreFwdPostBwd
 _finds_overflow = Chunk.has_inf_or_nan.fget
+_shard_move = Chunk.shard_move
 
 
 def speed_up(model: nn.Module) -> None:
@@ -29,6 +30,7 @@ def speed_up(model: nn.Module) -> None:
     gemini_ddp.free_storage = _free_storage
     Chunk.set_l2_norm = _set_l2_norm
     Chunk.has_inf_or_nan = property(_has_inf_or_nan)
+    Chunk.shard_move = _move_shard
     if not model.chunk_manager.reuse_fp16_chunk:
         return  # gradients that accumulate have chunks of their own, and one more state to go through
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
@@ -122,3 +124,9 @@ def _set_l2_norm(self) -> None:
 
 def _has_inf_or_nan(self):
     return _finds_overflow(self) if self.dtype == torch.float16 else False
+
+
+def _move_shard(self, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None:
+    """To the GPU the host only sends it on its way: the memory that it comes from is written to again by the update, which waits for
+    the gradients. (Its gradient is waited for.)"""
+    _shard_move(self, device, force_copy, non_blocking or device.type == "cuda")

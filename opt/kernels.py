@@ -32,7 +32,6 @@ def _adamw(
     programs,
     GRADIENT: tl.constexpr,
     OUTPUT: tl.constexpr,
-    DECOUPLED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -61,10 +60,7 @@ def _adamw(
         weight = tl.load(weights + offsets, mask=valid, other=0)
         first = tl.load(firsts + offsets, mask=valid, other=0)
         second = tl.load(seconds + offsets, mask=valid, other=0)
-        if DECOUPLED:
-            weight -= lr * weight_decay * weight
-        else:
-            gradient += weight_decay * weight
+        weight -= lr * weight_decay * weight
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient * gradient
         weight -= lr / correction1 * first / (tl.sqrt(second) / correction2_root + eps)
@@ -78,7 +74,7 @@ def _adamw(
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, decoupled=True) -> None:
+def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step) -> None:
     """Update in place on the GPU.
 
     Args:
@@ -86,7 +82,7 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
         params, exp_avgs, exp_avg_sqs: fp32 tensors, as many elements each as the gradients.
         outputs: 16-bit tensors that the updated `params` are also written to, or None.
         divisor: fp32 scalar tensor on the same device: gradients are divided by it. If it is not finite, nothing changes.
-        step: updates done, this one included. `decoupled`: AdamW's weight decay; False adds it to the gradient.
+        step: updates done, this one included.
     """
     pointers, blocks, aligned = _tables([grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])])
     _adamw[(blocks.shape[1],)](
@@ -104,7 +100,6 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
         blocks.shape[1],
         GRADIENT=_TRITON_TYPES[grads[0].dtype],
         OUTPUT=_TRITON_TYPES[outputs[0].dtype] if outputs else None,
-        DECOUPLED=decoupled,
         ALIGNED=aligned,
         BLOCK=BLOCK,
         num_warps=8,

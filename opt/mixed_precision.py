@@ -20,7 +20,7 @@ from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import BucketStore
 
-from .optimizer import MOMENTS, adam_state, sum_of_squares, update
+from .optimizer import sum_of_squares
 
 
 def speed_up(optimizer, dp_size: int, own_update: bool = True) -> None:
@@ -81,19 +81,13 @@ def _step(self, closure=None) -> None:
         return
     shares = _shares(self)
     max_norm = self._clip_grad_norm if is_zero else self.max_norm
-    divisor = None
+    divisor = 1.0
     if max_norm > 0:
         self._current_grad_norm = _grad_norm(self, shares)
         divisor = ((self._current_grad_norm + 1e-6) / max_norm).clamp(min=1.0)
     for group, share in zip(self.optim.param_groups, shares, strict=True):
-        if not share.parameters:
-            continue
-        states = [adam_state(self.optim, master, master.shape) for master in share.masters]
-        for state in states:
-            state["step"] += 1
-        moments = ([state[name] for state in states] for name in MOMENTS)
-        tensors = share.grads, share.masters, *moments, share.outputs
-        update(*tensors, divisor, group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"])
+        if share.parameters:
+            self.optim.update_group(group, share.masters, share.grads, share.outputs, divisor)
     self.optim._opt_called = True  # or the schedule warns: it watches HybridAdam.step
     if is_zero:
         _gather(self)

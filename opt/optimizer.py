@@ -1,6 +1,7 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from .launch import has_triton
 
 
-class _TorchExtension:
-    """A kernel in the form that ColossalAI's KernelLoader registers; chosen over its own, which want a compiler."""
+class _NoKernel:
+    """What ColossalAI's KernelLoader finds instead of its own kernels, which want a compiler and which HybridAdam asks for when it is
+    made: ours updates by update()."""
 
-    name = "torch_fused_adamw"
+    name = "none"
     priority = 100
+    multi_tensor_adam = None
 
     def is_available(self):
         return True
@@ -28,44 +31,11 @@ class _TorchExtension:
     def load(self):
         return self
 
-
-class _MultiTensorAdam(_TorchExtension):
-    """FusedOptimizerLoader's kernel: one step of Adam(W) on lists of CUDA tensors."""
-
-    @staticmethod
-    def multi_tensor_adam(chunk_size, noop, tensor_lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, div_scale=-1):
-        """Update in place. `tensor_lists`: [grads, params, exp_avgs, exp_avg_sqs]; grads may be bf16 or fp16 beside fp32
-        params (Gemini) and are divided by `noop` if that is a float tensor (see HybridAdam.step; ColossalAI's own is an int), or
-        by `div_scale` where that is over 0. `mode` 1 is AdamW, 0 is L2 in the gradient."""
-        _check_bias_correction(bias_correction)
-        is_divisor = noop is not None and noop.is_floating_point()
-        divisor = noop if is_divisor else _divisor(div_scale, tensor_lists[1][0].device)
-        update(*tensor_lists, None, divisor, lr, beta1, beta2, eps, weight_decay, step, mode == 1)
+    def CPUAdamOptimizer(self, *args):
+        pass
 
 
-class _CpuAdam(_TorchExtension):
-    """CPUAdamLoader's kernel: one step of Adam(W) on one tensor in host memory."""
-
-    def CPUAdamOptimizer(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
-        self.adamw_mode = adamw_mode
-        return self
-
-    def step(self, step, lr, beta1, beta2, eps, weight_decay, bias_correction, param, grad, exp_avg, exp_avg_sq, div_scale):
-        _check_bias_correction(bias_correction)
-        lists = [grad], [param], [exp_avg], [exp_avg_sq]
-        update(*lists, None, _divisor(div_scale, param.device), lr, beta1, beta2, eps, weight_decay, step, self.adamw_mode)
-
-
-def _check_bias_correction(asked_for) -> None:
-    if not asked_for:
-        raise NotImplementedError("the bias is always corrected: use --adam_kernel colossalai")
-
-
-def _divisor(div_scale: float, device: torch.device) -> torch.Tensor | None:
-    return torch.full((), float(div_scale), device=device) if div_scale > 0 else None
-
-
-def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, decoupled=True) -> None:
+def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step) -> None:
     """One step of AdamW in place; on a GPU in one kernel for all tensors.
 
     Args:
@@ -73,36 +43,51 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
         params, exp_avgs, exp_avg_sqs: fp32 tensors with as many elements each.
         outputs: 16-bit tensors that take the updated `params` as well, or None.
         divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not finite, nothing changes.
-        step: the number of this update, from 1. `decoupled`: AdamW's weight decay; False adds it to the gradient, as Adam does.
+        step: the number of this update, from 1.
     """
     device = params[0].device
     if device.type == "cuda" and has_triton(device):
         from .kernels import adamw
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
-        adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, decoupled)
+        adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step)
         return
-    torch_update = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    torch_update(
-        params,
-        [g.to(p.dtype).view_as(p) for g, p in zip(grads, params, strict=True)],
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        # The kernel reads the step after it was counted up, as a tensor per parameter, on the parameters' device.
-        [torch.full((), float(step), device=device)] * len(params),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=divisor,
-        found_inf=None if divisor is None else (~divisor.isfinite()).float(),
-    )
+    # The kernel reads the step after it was counted up, as a tensor, on the parameters' device.
+    counted = torch.full((), float(step), device=device)
+    found_inf = None if divisor is None else (~divisor.isfinite()).float()
+    for lists in _calls([params, grads, exp_avgs, exp_avg_sqs]):
+        params_, grads_, *moments = lists
+        torch._fused_adamw_(
+            params_,
+            [g.to(p.dtype).view_as(p) for g, p in zip(grads_, params_, strict=True)],
+            *moments,
+            [],
+            [counted] * len(params_),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+            found_inf=found_inf,
+        )
     for output, param in zip(outputs or [], params, strict=bool(outputs)):
         output.copy_(param.view_as(output))
+
+
+PIECE = 2**20  # elements: 4 MiB in fp32, which the cores' caches hold between them
+
+
+def _calls(lists: list[list[torch.Tensor]]) -> list[list[list[torch.Tensor]]]:
+    """`lists` as it is, for one call; cut into pieces, for a call each, if 16-bit gradients in host memory are to be widened: a pass
+    over memory less, and no fp32 copy of them all."""
+    params, grads = lists[:2]
+    if grads[0].device.type != "cpu" or grads[0].dtype == params[0].dtype:
+        return [lists]
+    pieces = ([piece for tensor in tensors for piece in tensor.view(-1).split(PIECE)] for tensors in lists)
+    return [[[piece] for piece in of_each] for of_each in zip(*pieces, strict=True)]
 
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
@@ -115,11 +100,9 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 class HybridAdam(colossalai_optimizer.HybridAdam):
-    """ColossalAI's HybridAdam, which takes no step along a gradient that is not finite, and with loss scaling and clipping
-    honoured for bf16 gradients in host memory.
+    """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is not finite.
 
-    In 0.5.0 `step(div_scale=...)` does not reach `torch_adam_update`, the path of Gemini's offloaded bf16 gradients.
-    tests/test_optimizer.py shows it.
+    In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen passes over it, without `div_scale`.
     """
 
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before it calls step().
@@ -129,23 +112,55 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         """The L2 norm of all gradients of this process, a scalar on the device."""
         return sum_of_squares(self._gradients()).sqrt()
 
+    @torch.no_grad()
     def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None, max_norm: float = math.inf):
-        """One update, of gradients scaled down from `grad_norm` to `max_norm`; none if `grad_norm`, or what find_norm gives, is
-        not finite."""
+        """One update, of gradients divided by `div_scale`, if that is over 0, and scaled down from `grad_norm` to `max_norm`; none if
+        `grad_norm`, or what find_norm gives, is not finite."""
         norm = self.find_norm() if self.find_norm else grad_norm
-        if isinstance(norm, torch.Tensor) and norm.is_cuda and FusedOptimizerLoader.REGISTRY == [_MultiTensorAdam]:
-            # Scaled and decided in the kernel, see update(): no pass over the gradients, and no wait for the norm.
-            self._dummy_overflow_buf = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)
+        divisor = div_scale if div_scale > 0 else 1.0
+        if isinstance(norm, torch.Tensor) and norm.is_cuda:  # update() decides: the host does not wait for the norm
+            divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0) * divisor
         elif norm is not None:
             if not math.isfinite(norm):
-                return None
-            if norm > max_norm:
-                torch._foreach_mul_(self._gradients(), max_norm / (norm + 1e-6))
-        self._div_scale = div_scale
-        return super().step(closure, div_scale)
+                return
+            divisor *= max(1.0, (float(norm) + 1e-6) / max_norm)
+        for group in self.param_groups:
+            by_device = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_device[parameter.device].append(parameter)
+            for parameters in by_device.values():
+                self.update_group(group, parameters, [p.grad for p in parameters], None, divisor)
+
+    def update_group(self, group: dict, params: list, grads: list, outputs: list | None, divisor: torch.Tensor | float) -> None:
+        """update() of parameters of `group`, on one device, and of their state."""
+        states = [adam_state(self, param, param.shape) for param in params]
+        for state in states:
+            state["step"] += 1
+        moments = ([state[name] for state in states] for name in MOMENTS)
+        if not isinstance(divisor, torch.Tensor):
+            divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
+        update(
+            grads, params, *moments, outputs, divisor, group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"]
+        )
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+class CompiledHybridAdam(HybridAdam):
+    """The same with ColossalAI's kernels, and with `div_scale` honoured for bf16 gradients in host memory too."""
+
+    @torch.no_grad()
+    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None, max_norm: float = math.inf):
+        """See HybridAdam.step."""
+        norm = self.find_norm() if self.find_norm else grad_norm
+        if norm is not None and not math.isfinite(norm):
+            return
+        if norm is not None and norm > max_norm:
+            torch._foreach_mul_(self._gradients(), max_norm / (norm + 1e-6))
+        self._div_scale = div_scale
+        colossalai_optimizer.HybridAdam.step(self, closure, div_scale)
 
     def torch_adam_update(self, data, grad, *args, **kwargs):
         if self._div_scale > 0:
@@ -153,23 +168,10 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         super().torch_adam_update(data, grad, *args, **kwargs)
 
 
-gemini_optimizer._AVAIL_OPTIM_LIST.add(HybridAdam)  # Gemini asks for one of these very classes, not for a subclass
+gemini_optimizer._AVAIL_OPTIM_LIST |= {HybridAdam, CompiledHybridAdam}  # Gemini asks for one of these very classes, not for a subclass
 
 
 _COLOSSALAI_KERNELS = {loader: loader.REGISTRY for loader in (FusedOptimizerLoader, CPUAdamLoader)}
-
-
-def use_adam_kernel(name: str) -> None:
-    """Whose arithmetic the next HybridAdam has: "torch", PyTorch's fused AdamW or its equal (see update), or "colossalai".
-
-    ColossalAI 0.5.0 compiles its own kernels at first use: minutes, and an error without nvcc of torch's CUDA version.
-    The others go in at its extension point, the loaders' registries.
-    """
-    for loader, kernel in ((FusedOptimizerLoader, _MultiTensorAdam), (CPUAdamLoader, _CpuAdam)):
-        # Alone, not beside ColossalAI's kernels: the loader warns about every choice that it has to make.
-        loader.REGISTRY = [kernel] if name == "torch" else _COLOSSALAI_KERNELS[loader]
-
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -182,9 +184,16 @@ def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size
 
 
 def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_kernel: str = "torch") -> HybridAdam:
-    """HybridAdam over `model`'s parameters, in decay_groups."""
-    use_adam_kernel(adam_kernel)
-    return HybridAdam(decay_groups(model, weight_decay), lr=learning_rate)
+    """HybridAdam over `model`'s parameters, in decay_groups.
+
+    `adam_kernel`: "torch", update(); or "colossalai", whose kernels 0.5.0 compiles at first use: minutes, and an error without nvcc of
+    torch's CUDA version.
+    """
+    for loader, kernels in _COLOSSALAI_KERNELS.items():
+        # Alone, not beside ColossalAI's kernels: the loader warns about every choice that it has to make.
+        loader.REGISTRY = [_NoKernel] if adam_kernel == "torch" else kernels
+    hybrid_adam = HybridAdam if adam_kernel == "torch" else CompiledHybridAdam
+    return hybrid_adam(decay_groups(model, weight_decay), lr=learning_rate)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
