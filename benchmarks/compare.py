@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py                                             everything: hours on one GPU
     python benchmarks/compare.py --models 350m --batch_sizes 16 64 --minutes 9
-    python benchmarks/compare.py --engines "gemini --offload_optim_frac 1" deepspeed_offload --reference deepspeed_offload
+    python benchmarks/compare.py --engines "gemini --compile --fused_loss --offload_optim_frac 1" deepspeed_offload --reference deepspeed_offload
     python benchmarks/compare.py --minutes 0                                 only the table and the plot of what is there
 
 Arguments that are not its own go to every process: --max_train_steps 10 --warmup_steps 5 --dropout 0. Killed and started
@@ -37,7 +37,7 @@ DEFAULT_ENGINES = [
     "hf_trainer",
     "deepspeed_zero2",
     "deepspeed_zero3",
-    "gemini --offload_optim_frac 1",
+    "gemini --compile --fused_loss --offload_optim_frac 1",
     "deepspeed_offload",
 ]
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from . import light_imports  # noqa: F401  before colossalai
@@ -55,12 +55,14 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
     # The kernel reads the step after it was counted up, as a tensor, on the parameters' device.
     counted = torch.full((), float(step), device=device)
     found_inf = None if divisor is None else (~divisor.isfinite()).float()
-    for lists in _calls([params, grads, exp_avgs, exp_avg_sqs]):
-        params_, grads_, *moments = lists
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])]
+    widens = device.type == "cpu" and grads[0].dtype != params[0].dtype
+    for params_, grads_, exp_avgs_, exp_avg_sqs_, *outputs_ in _pieces(lists) if widens else [lists]:
         torch._fused_adamw_(
             params_,
             [g.to(p.dtype).view_as(p) for g, p in zip(grads_, params_, strict=True)],
-            *moments,
+            exp_avgs_,
+            exp_avg_sqs_,
             [],
             [counted] * len(params_),
             lr=lr,
@@ -73,21 +75,19 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
             grad_scale=divisor,
             found_inf=found_inf,
         )
-    for output, param in zip(outputs or [], params, strict=bool(outputs)):
-        output.copy_(param.view_as(output))
+        if outputs_:
+            torch._foreach_copy_(*outputs_, [p.view_as(output) for p, output in zip(params_, *outputs_, strict=True)])
 
 
 PIECE = 2**20  # elements: 4 MiB in fp32, which the cores' caches hold between them
 
 
-def _calls(lists: list[list[torch.Tensor]]) -> list[list[list[torch.Tensor]]]:
-    """`lists` as it is, for one call; cut into pieces, for a call each, if 16-bit gradients in host memory are to be widened: a pass
-    over memory less, and no fp32 copy of them all."""
-    params, grads = lists[:2]
-    if grads[0].device.type != "cpu" or grads[0].dtype == params[0].dtype:
-        return [lists]
-    pieces = ([piece for tensor in tensors for piece in tensor.view(-1).split(PIECE)] for tensors in lists)
-    return [[[piece] for piece in of_each] for of_each in zip(*pieces, strict=True)]
+def _pieces(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
+    """`lists`, a piece of one tensor of each at a time: 16-bit gradients in host memory are widened where they are used, with fewer
+    passes over memory than one after the other, and no fp32 copy of them all."""
+    for tensors in zip(*lists, strict=True):
+        for pieces in zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True):
+            yield [[piece] for piece in pieces]
 
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:

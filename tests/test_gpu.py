@@ -48,6 +48,7 @@ def reference(tmp_path_factory) -> list[float]:
         ["--plugin", "low_level_zero", "--no-padding_free"],
         ["--plugin", "gemini"],
         ["--plugin", "gemini", "--offload_optim_frac", "1"],
+        ["--plugin", "gemini", "--offload_optim_frac", "0.5", "--batch_size", "16", "--gradient_accumulation_steps", "2"],
         ["--plugin", "hybrid_parallel"],
         ["--plugin", "torch_ddp", "--compile"],
         ["--plugin", "gemini", "--compile"],
@@ -89,7 +90,11 @@ def test_step_along_nan_is_skipped_on_the_device():
     assert not any(torch.equal(a, b) for a, b in zip(*states[2:], strict=True)) and all(t.isfinite().all() for t in states[3])
 
 
-@pytest.mark.parametrize("flags", [["--plugin", "torch_ddp"], ["--plugin", "low_level_zero"], ["--plugin", "gemini"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [["--plugin", "torch_ddp"], ["--plugin", "low_level_zero"], ["--plugin", "gemini"], ["--plugin", "gemini", "--offload_optim_frac", "1"]],
+    ids=" ".join,
+)
 def test_resume_on_a_gpu(tmp_path, flags):
     """Dropout on: the device's random numbers go on where they were."""
     common = [*flags, "--max_train_steps", "12", "--learning_rate", "1e-3", "--eval_fraction", "0", "--save_steps", "6", "--no_save"]
