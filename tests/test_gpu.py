@@ -92,7 +92,12 @@ def test_step_along_nan_is_skipped_on_the_device():
 
 @pytest.mark.parametrize(
     "flags",
-    [["--plugin", "torch_ddp"], ["--plugin", "low_level_zero"], ["--plugin", "gemini"], ["--plugin", "gemini", "--offload_optim_frac", "1"]],
+    [
+        ["--plugin", "torch_ddp"],
+        ["--plugin", "low_level_zero"],
+        ["--plugin", "gemini"],
+        ["--plugin", "gemini", "--offload_optim_frac", "1"],
+    ],
     ids=" ".join,
 )
 def test_resume_on_a_gpu(tmp_path, flags):
