@@ -1,0 +1,55 @@
+"""The README's ways to start two processes: each trains the same. On two GPUs if they are there, otherwise on the CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opt.launch import free_port
+
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, start, train
+
+FLAGS = ["--plugin", "low_level_zero", "--precision", "fp32", "--batch_size", "4", "--dropout", "0", "--max_train_steps", "6"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+GPUS = torch.cuda.device_count() > 1
+
+
+def devices(*numbers) -> dict[str, str]:
+    """The environment of processes that are to use these GPUs; and as many threads as torchrun gives to each of several."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers)) if GPUS else "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> list[dict]:
+    """What torchrun's two processes on one node record."""
+    output = tmp_path_factory.mktemp("torchrun")
+    train(output, *FLAGS, nproc=2, env=devices(0, 1))
+    assert losses(output)[-1] < losses(output)[0] - 0.01
+    return metrics(output)
+
+
+def runs_of_two_nodes(port):
+    """A launcher on each of two nodes, here on one host, which find one another by torchrun's rendezvous."""
+    launcher = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+    return [(launcher, devices(node)) for node in (0, 1)]
+
+
+def runs_of_colossalai(port):
+    launcher = [sys.executable, "-c", "from colossalai.cli import cli; cli()", "run", "--nproc_per_node", "2", "--master_port", str(port)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it calls `torchrun`, by its name
+    return [(launcher, devices(0, 1) | {"PATH": path})]
+
+
+@pytest.mark.parametrize("way", [runs_of_two_nodes, runs_of_colossalai], ids=["two nodes", "colossalai run"])
+def test_two_processes_train_the_same(tmp_path, reference, way):
+    """Losses, norms and evaluations, but for the last digits: sums over memory that lies elsewhere are rounded otherwise."""
+    flags = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path, *FLAGS]
+    started = [start(REPO / "opt_train_demo.py", *flags, launcher=launcher, env=env) for launcher, env in way(free_port())]
+    for done in [finish(process, 180) for process in started]:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    timing = {"seconds", "tokens_per_second"}
+    found, expected = ([{k: v for k, v in line.items() if k not in timing} for line in lines] for lines in (metrics(tmp_path), reference))
+    assert found == [pytest.approx(line, abs=1e-4 if GPUS else 1e-5) for line in expected]
+    assert (tmp_path / "model.safetensors").is_file()
