@@ -37,6 +37,14 @@ def start(script, *arguments, nproc=None, env=None, launcher=None, **streams) ->
     return subprocess.Popen(command, cwd=REPO, env=os.environ | (env or {}), **streams)
 
 
+def colossalai_run(nproc: int, port: int) -> dict:
+    """What start() is to be given for `colossalai run`: its launcher and environment."""
+    launcher = [sys.executable, "-c", "from colossalai.cli import cli; cli()", "run", "--nproc_per_node", str(nproc)]
+    # Its launcher calls `torchrun`, by its name.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"launcher": [*launcher, "--master_port", str(port)], "env": {"PATH": path}}
+
+
 def finish(process: subprocess.Popen, timeout) -> subprocess.CompletedProcess:
     """Wait for a process of start(); after `timeout` seconds end it, with all that it has started, and fail with its output."""
     try:

@@ -1,6 +1,5 @@
 """Processes that die, hang or run out of memory, two runs in one place, weights that did not load: the run ends, and says why."""
 
-import os
 import re
 import signal
 import socket
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, OPTConfig
 
 from opt.launch import free_port
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, kill_all, metrics, run, start
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, colossalai_run, finish, kill_all, metrics, run, start
 
 SCRIPT = REPO / "opt_train_demo.py"
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -42,10 +41,7 @@ class Run:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", str(self.port)]
             self.started = [self._start(flags, launcher=launcher)]
         else:
-            launcher = [sys.executable, "-c", "from colossalai.cli import cli; cli()", "run", "--nproc_per_node", str(nproc)]
-            # Its launcher calls `torchrun`, by its name.
-            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-            self.started = [self._start(flags, launcher=[*launcher, "--master_port", str(self.port)], env={"PATH": path})]
+            self.started = [self._start(flags, **colossalai_run(nproc, self.port))]
 
     def _start(self, flags, env=None, launcher=None):
         file = open(self.output / f"printed{len(self._files)}", "w+")

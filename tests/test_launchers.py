@@ -1,15 +1,13 @@
 """The README's ways to start two processes: each trains the same. On two GPUs if they are there, otherwise on the CPU."""
 
-import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from opt.launch import free_port
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, start, train
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, colossalai_run, finish, losses, metrics, start, train
 
 FLAGS = ["--plugin", "low_level_zero", "--precision", "fp32", "--batch_size", "4", "--dropout", "0", "--max_train_steps", "6"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -37,9 +35,8 @@ def runs_of_two_nodes(port):
 
 
 def runs_of_colossalai(port):
-    launcher = [sys.executable, "-c", "from colossalai.cli import cli; cli()", "run", "--nproc_per_node", "2", "--master_port", str(port)]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it calls `torchrun`, by its name
-    return [(launcher, devices(0, 1) | {"PATH": path})]
+    way = colossalai_run(2, port)
+    return [(way["launcher"], devices(0, 1) | way["env"])]
 
 
 @pytest.mark.parametrize("way", [runs_of_two_nodes, runs_of_colossalai], ids=["two nodes", "colossalai run"])
