@@ -37,6 +37,7 @@ def speed_up(model: nn.Module, optimizer, own_update: bool = True) -> None:
     Chunk.set_l2_norm = _set_l2_norm
     Chunk.has_inf_or_nan = property(_has_inf_or_nan)
     if own_update:
+        optimizer.own_parameters = _own_parameters(optimizer)
         optimizer.step = MethodType(_step, optimizer)
     if not model.chunk_manager.reuse_fp16_chunk:
         return  # gradients that accumulate have chunks of their own, and one more state to go through
@@ -156,7 +157,7 @@ def _step(self, *args, **kwargs) -> None:
         if chunks.reuse_fp16_chunk:  # the gradients lie where the weights were
             self._update_fp16_params()
     else:
-        for chunk, groups in _own_parameters(self).items():
+        for chunk, groups in self.own_parameters.items():
             for group, parameters in groups:
                 outputs = [chunk.payload[slice(*self.param_to_range[p])] for p in parameters]  # where the gradients are, or were
                 self.optim.update_group(group, parameters, [p.grad for p in parameters], outputs, divisor if divisor > 0 else 1.0)
