@@ -105,8 +105,9 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
             torch.cuda.set_per_process_memory_fraction(min(1.0, mem_cap_gib * 2**30 / total), here.device)
     else:
         use_cpu()
-        # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores idle.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores idle, beside GPUs as well: an
+    # offloaded Adam works on them.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     timeout = timedelta(minutes=timeout_minutes)
     if here.device.type == "cuda":
