@@ -41,9 +41,8 @@ def build(
     adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam = parallel.boost(model, adam)
-    own_update = args.adam_kernel == "torch"
-    gemini.speed_up(model, adam, own_update)
-    mixed_precision.speed_up(adam, parallel.dp_size, own_update)
+    gemini.speed_up(model)
+    mixed_precision.speed_up(adam, parallel.dp_size, own_update=args.adam_kernel == "torch")
     if parallel.knows_grad_norm:
         adam.optim.find_norm = adam.get_grad_norm
     if args.fp8:

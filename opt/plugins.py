@@ -103,7 +103,7 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
             # gemini with accumulation).
             min_chunk_size_m=num_parameters / 2**20 + 1 if alone else min(32, num_parameters / 2**20 / 4),
             # Pinned memory and a reduction stream exist beside a GPU only.
-            enable_async_reduce=on_gpu and not alone,
+            enable_async_reduce=on_gpu and world["dp_size"] > 1,
             pin_memory=on_gpu,
             initial_scale=2**16,
             max_norm=max_norm,
