@@ -18,24 +18,27 @@ from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMix
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
 from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from colossalai.zero.low_level import LowLevelZeroOptimizer
-from colossalai.zero.low_level.bookkeeping import BucketStore
 
+from . import reduction
 from .optimizer import sum_of_squares
 
 
-def speed_up(optimizer, dp_size: int, own_update: bool = True) -> None:
-    """Apply to a boosted optimizer, in place, if it is one of these. Without `own_update` HybridAdam makes the update."""
+def speed_up(model, optimizer, dp_size: int, own_update: bool = True) -> None:
+    """Apply to a boosted optimizer of `model`, in place, if it is one of these. Without `own_update` HybridAdam makes the update."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
-        if own_update and dp_size == 1 and not _is_model_parallel(optimizer):
-            _reduce_nothing(optimizer)
+        if not own_update or _is_model_parallel(optimizer):
+            reduction.bucket_a_group(optimizer)
+        elif dp_size == 1:
+            reduction.reduce_nothing(optimizer)
         else:
-            _bucket_a_group(optimizer)
+            optimizer.reduction = reduction.LayerReduction(optimizer, model.unwrap())
     elif isinstance(optimizer, MixedPrecisionOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
     else:
         return
     if own_update:
+        optimizer.own_parts = {}
         optimizer.step = MethodType(_step, optimizer)
 
 
@@ -46,31 +49,6 @@ def _is_model_parallel(optimizer) -> bool:
 def _size(optimizer, group: str) -> int:
     group = getattr(optimizer, group, None)  # LowLevelZeroOptimizer has none, hybrid_parallel's optimizers may
     return 1 if group is None else dist.get_world_size(group)
-
-
-def _reduce_nothing(optimizer: LowLevelZeroOptimizer) -> None:
-    """Leave gradients where backward puts them: there is no other process to reduce them with."""
-    for hook in optimizer.grad_handles:
-        hook.remove()
-    optimizer._overlap_communication = False  # nor a stream to wait for
-    optimizer._partition_grads = False
-    optimizer._reduce_grad = lambda partition_grad: None
-
-
-def _bucket_a_group(optimizer: LowLevelZeroOptimizer) -> None:
-    """Give each parameter group a gradient bucket of its own.
-
-    There is one for all, reduced whenever a gradient comes from another group than the last: with biases and matrices in
-    different groups that is an all-reduce a parameter, 292 a step for OPT-350m.
-    """
-    for group, parameters in optimizer._working_param_groups.items():
-        if group == 0:
-            continue  # keeps the one that is there
-        for process_group in list(optimizer.pg_to_param_list):
-            own = [p for p in parameters if optimizer.param_to_pg[p] is process_group]
-            store = BucketStore(process_group, optimizer._reduce_bucket_size)
-            optimizer.pg_to_bucket_store[(process_group, group)] = store
-            optimizer.pid_to_bucket_store |= {id(p): store for p in own}
 
 
 @torch.no_grad()
@@ -128,19 +106,22 @@ def _shares(optimizer) -> list[_Share]:
 
 
 def _reduced_grad(optimizer: LowLevelZeroOptimizer, working: torch.Tensor, group: int) -> torch.Tensor | None:
+    if hasattr(optimizer, "reduction"):
+        return optimizer.reduction.grads.pop(working, None)
     store = optimizer.pid_to_grad_store[id(working)]
     by_rank = store.get_partitioned_gradients_by_param_id(group, id(working))
     if not by_rank:
-        return working.grad  # see _reduce_nothing
+        return working.grad  # see reduction.reduce_nothing
     return by_rank[0 if optimizer._partition_grads else store.local_rank]
 
 
 def _own_part(optimizer: LowLevelZeroOptimizer, working: torch.Tensor) -> torch.Tensor:
-    store = optimizer.pid_to_grad_store[id(working)]
-    padded = optimizer._working_param_to_padded_working_param[working]
-    if store.world_size == 1:  # hundreds of times a step, and a chunk takes the host 10 us
-        return padded
-    return padded.view(-1).chunk(store.world_size)[store.local_rank]
+    """The part of a weight that this process updates: a view, made once, or the host would be busy with them for milliseconds a step."""
+    if working not in optimizer.own_parts:
+        store = optimizer.pid_to_grad_store[id(working)]
+        padded = optimizer._working_param_to_padded_working_param[working]
+        optimizer.own_parts[working] = padded.view(-1).chunk(store.world_size)[store.local_rank]
+    return optimizer.own_parts[working]
 
 
 def _gather(optimizer: LowLevelZeroOptimizer) -> None:

@@ -8,6 +8,7 @@ follow one another without pads have attention and positions of their own (opt/a
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +55,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.recompute_activations = False
         self.fused_loss = False
         self.layers_are_functions = False  # see run_layer
+        # Called with (layer, gradient of its input) when backward has all gradients of a layer's parameters.
+        self.on_layer_grads = None
         self.longest_row = config.max_position_embeddings  # of packed rows, see forward; less makes attention faster
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention
@@ -88,6 +91,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions.unsqueeze(0))
 
         for layer in self.own_layers:
+            if self.on_layer_grads and hidden_states.requires_grad:
+                hidden_states.register_hook(partial(self.on_layer_grads, layer))
             parameters = tuple(layer.parameters()) if self.layers_are_functions else ()
             hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, rows, *parameters)
 

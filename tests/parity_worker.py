@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 from args import resolve, train_parser
 from opt import data, launch, modeling, step, weights
@@ -41,6 +42,29 @@ def first_losses(args, here, rows: str) -> list[float]:
         dist.all_reduce(share)
         losses.append(share.item())
     return losses
+
+
+def gradients(args, here, rows: str) -> dict[str, float]:
+    """By parameter, how far what opt/reduction.py keeps after two backwards is from twice the mean gradient over all processes, in
+    parts of that gradient's norm; the worst of the processes. Each process has rows of its own."""
+    trained = built(args, here)
+    model, optimizer, booster = trained.model, trained.optimizer, trained.parallel.booster
+    rows = data.Rows(Path(rows), "train")
+    inputs = next(iter(data.Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())).inputs
+    named = dict(model.unwrap().named_parameters())
+    wanted = torch.autograd.grad(model(**inputs)["loss"], list(named.values()))  # which runs no hook of a parameter
+    for _ in range(2):
+        booster.backward(model(**inputs)["loss"], optimizer)
+    distances = torch.zeros(len(named))
+    for i, (parameter, grad) in enumerate(zip(named.values(), wanted, strict=True)):
+        whole = grad.flatten().float()
+        dist.all_reduce(whole)
+        own = optimizer.reduction.grads[parameter]
+        padded = F.pad(2 * whole / here.world_size, (0, len(own) * here.world_size - len(whole)))
+        distances[i] = (own - padded.chunk(here.world_size)[here.rank]).norm() / padded.norm()
+    dist.all_reduce(distances, dist.ReduceOp.MAX)
+    assert not any(p.grad is not None for p in named.values())
+    return dict(zip(named, distances.tolist(), strict=True))
 
 
 def memory(args, here) -> dict[str, list[int]]:
@@ -107,7 +131,7 @@ def main(cases, results) -> None:
     found = {}
     for name, case in json.loads(Path(cases).read_text()).items():
         args = resolve(train_parser().parse_args(case.pop("flags")), here.device.type, launch.has_bf16(here.device))
-        wanted = {"first_losses": first_losses, "memory": memory, "export": export}[case.pop("wanted")]
+        wanted = {"first_losses": first_losses, "gradients": gradients, "memory": memory, "export": export}[case.pop("wanted")]
         found[name] = wanted(args, here, **case)
         if here.is_main:
             Path(results).write_text(json.dumps(found))

@@ -253,3 +253,15 @@ def test_initial_weights_are_distributed_as_transformers_own():
 
 def test_without_weights_it_says_that_it_trains_from_scratch(tmp_path):
     assert f"none in {SAMPLE_MODEL}: it trains from scratch" in train(tmp_path / "out", "--dry_run").stdout
+
+
+def test_gradients_reduced_by_layer_are_the_mean_over_three_processes(tmp_path, checkpoints, rows):
+    """Most tensors do not divide by three; the two backwards without an update between them add up. In bf16."""
+    plugins = {"stage 2": ("low_level_zero", "--zero_stage", 2), "hybrid": ("hybrid_parallel", "--zero_stage", 1)}
+    cases = {}
+    for model in MODELS:
+        for setting, flags in plugins.items():
+            flags = ("--model_name_or_path", checkpoints[model, "Hub"], "--plugin", *flags, "--precision", "bf16", "--dropout", 0)
+            cases[model, setting] = {"wanted": "gradients", "rows": rows.directory, "flags": flags}
+    for key, distances in run_worker(tmp_path, 3, cases, {"CUDA_VISIBLE_DEVICES": ""}).items():
+        assert len(distances) > 60 and max(distances.values()) < 0.01, key

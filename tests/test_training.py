@@ -45,6 +45,9 @@ RUNS = {
     ),
     # bf16 weights with fp32 copies have an update of their own (opt/mixed_precision.py), with one process and with several.
     "low_level_zero, bf16": Run(2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 8), near=0.02),
+    "low_level_zero, bf16, accumulated": Run(
+        2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 4, "--gradient_accumulation_steps", 2), near=0.02
+    ),
     "low_level_zero, bf16, alone": Run(None, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 16), near=0.02),
     "tp=2, zero 1, bf16": Run(2, (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 16), near=0.02),
     "pp=2 x dp=2, zero 1, bf16": Run(4, (*HYBRID, "--pp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 8), near=0.02),
