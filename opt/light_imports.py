@@ -4,11 +4,15 @@ colossalai 0.5.0 imports bitsandbytes for its GaLore optimizers and for quantiza
 torch.compile, which loads the compiler at once; transformers imports scikit-learn, where that is installed, for assisted
 generation. On an H100's host these three took 4.1, 2.3 and 2.6 s. To see whether this can go:
 python -X importtime -c "import opt.build".
+
+Its import also sets CUDA_DEVICE_MAX_CONNECTIONS to 1, for a way of overlapping that OPT's policy does not use. Then all streams
+share one queue: what follows a collective that waits for the one before waits as well, which holds up backward. It stays as it was.
 """
 
 import functools
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 
@@ -49,6 +53,7 @@ def _compile_at_first_call(function=None, **options):
 
 
 _compile = torch.compile
+_connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 if "bitsandbytes" not in sys.modules:
     transformers.utils.import_utils._sklearn_available = False
     finder = _Finder()
@@ -63,3 +68,7 @@ if "bitsandbytes" not in sys.modules:
         # Whoever asks for bitsandbytes from now on gets the real one.
         for name in [n for n in sys.modules if n.split(".")[0] == "bitsandbytes"]:
             del sys.modules[name]
+if _connections is None:
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+else:
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = _connections

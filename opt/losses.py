@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
+from . import light_imports  # noqa: F401  before colossalai
 from colossalai.shardformer.layer._operation import reduce_forward
 from torch.nn import functional as F
 
-from . import light_imports  # noqa: F401  before colossalai
 from .launch import has_triton, product_dtype
 
 IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers

@@ -7,13 +7,12 @@ the process that updates them, that is a tenth of the host's work and half of wh
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import BucketStore
-from torch import nn
 from torch.nn import functional as F
-
-from . import light_imports  # noqa: F401  before colossalai
 
 
 class LayerReduction:
@@ -47,17 +46,18 @@ class LayerReduction:
         if not parameters:
             return
         size = dist.get_world_size(self.group)
-        parts = [self._padded(p).chunk(size) for p in parameters]
-        flat = torch.cat([part[rank] for rank in range(size) for part in parts])
+        # One row for each process: its part of every gradient.
+        grads = [self._padded(p).view(size, -1) for p in parameters]
+        parts = torch.cat(grads, dim=1)
         for parameter in parameters:
             parameter.grad = None
         self._stream.wait_stream(get_accelerator().current_stream())
-        if flat.is_cuda:
-            flat.record_stream(self._stream)
+        if parts.is_cuda:
+            parts.record_stream(self._stream)
         with get_accelerator().stream(self._stream):
-            own = flat.new_empty(len(flat) // size)
-            dist.reduce_scatter_tensor(own, flat.div_(size), group=self.group)
-            for parameter, part in zip(parameters, own.split([len(part[0]) for part in parts]), strict=True):
+            own = parts.new_empty(parts.shape[1])
+            dist.reduce_scatter_tensor(own, parts.div_(size).view(-1), group=self.group)
+            for parameter, part in zip(parameters, own.split([grad.shape[1] for grad in grads]), strict=True):
                 if parameter in self.grads:
                     self.grads[parameter].add_(part)
                 else:

@@ -1,5 +1,7 @@
 """The README's ways to start two processes: each trains the same. On two GPUs if they are there, otherwise on the CPU."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -50,3 +52,13 @@ def test_two_processes_train_the_same(tmp_path, reference, way):
     found, expected = ([{k: v for k, v in line.items() if k not in timing} for line in lines] for lines in (metrics(tmp_path), reference))
     assert found == [pytest.approx(line, abs=1e-4 if GPUS else 1e-5) for line in expected]
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("connections", [None, "3"])
+def test_colossalai_is_imported_without_its_side_effects(connections):
+    """Neither bitsandbytes and the compiler, nor one queue on the GPU for all streams."""
+    code = "import opt.plan, opt.build, os, sys; print('bitsandbytes' in sys.modules, os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'))"
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    env |= {"CUDA_DEVICE_MAX_CONNECTIONS": connections} if connections else {}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", str(connections)]
