@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -175,12 +176,16 @@ def _texts(dataset: str, column: str) -> tuple[object, str, Callable[[], dict[st
         file = Path(dataset)
         if file.suffix not in _LOADERS:
             raise UserError(f"--dataset {dataset}: a file must end in {', '.join(_LOADERS)}")
-        if file.stat().st_size == 0:
+        content = file.read_bytes()
+        if not content:
             raise UserError(f"--dataset {dataset} is an empty file")
+        if _LOADERS[file.suffix] == "json" and not re.match(rb"(\xef\xbb\xbf)?\s*[{[]", content):
+            # Not left to the reader: pyarrow 26 crashes where "null" comes first.
+            raise UserError(f"--dataset {dataset} cannot be read: it must hold JSON objects in UTF-8, one a line or in a list")
         if file.suffix == ".txt":
             column = "text"
         tables = None
-        identity, source = hashlib.sha256(file.read_bytes()).hexdigest(), f"local file {dataset}"
+        identity, source = hashlib.sha256(content).hexdigest(), f"local file {dataset}"
     elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1 or os.path.isdir(dataset):
         raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
     else:

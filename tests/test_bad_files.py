@@ -240,6 +240,8 @@ DATA = {
     "blank lines.csv": b"\n" * 500,
     "blank lines.txt": b"\n \n\t\n" * 100,
     "a number.json": b"7",
+    "null.json": b"null",
+    "null first.jsonl": b' null\n{"description": "One."}\n',
     "strings.json": b'["a", "b"]',
     "nested.json": b'{"data": {"description": ["a"]}}',
     "cut.json": b'[{"description": "One."}, {"descr',
