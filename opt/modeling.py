@@ -28,7 +28,7 @@ from transformers.models.opt.modeling_opt import OPTAttention
 
 from args import UserError
 
-from .attention import Attention, PackedRows, locate
+from .attention import Attention, PackedRows, locate, share_input
 from .losses import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -182,6 +182,9 @@ class OPTPolicy(OPTForCausalLMPolicy):
         if stages is not None:
             start, end = stages.get_stage_index(stages.distribute_layers(model.config.num_hidden_layers))
             model.stage = Stage(start, end, stages.is_first_stage(), stages.is_last_stage())
+        if model.tp_group is not None:
+            for layer in model.own_layers:
+                share_input(layer.self_attn, model.tp_group)
         return model
 
 
