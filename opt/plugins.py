@@ -42,11 +42,26 @@ class Parallel:
     # Whether optimizer.get_grad_norm() is the gradient's norm: in fp16 it still has the loss scale in it.
     knows_grad_norm: bool = False
     graphed: GraphedBackward | None = None  # replays forward and backward, with --cuda_graph
+    _shape: torch.Size | None = None  # see expect_shape
 
     @property
     def counts_loss(self) -> bool:
         """Whether this process speaks for its data-parallel rank when losses are added up over all processes."""
         return self.is_last_stage and self.tp_rank == 0
+
+    def expect_shape(self, shape: torch.Size | None) -> None:
+        """Before a batch goes through the pipeline: let a stage tell the next about micro-batches of this shape once, with the first,
+        or with each if `shape` is None, for micro-batches that may differ.
+
+        ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host waits for the GPU each time. Our batches
+        are as long as their longest row.
+        """
+        schedule = self.booster.plugin.scheduler
+        if shape is None or shape != self._shape:
+            schedule.send_tensor_metadata = schedule.send_grad_metadata = True
+            schedule.tensor_metadata_recv = schedule.grad_metadata_recv = None
+        schedule.enable_metadata_cache = shape is not None
+        self._shape = shape
 
     def accumulate(self, model, optimizer, is_last_batch: bool):
         """The context for the backward of one of several batches per step."""
@@ -119,8 +134,6 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
         max_norm=max_norm,
         overlap_communication=on_gpu,
         custom_policy=OPTPolicy(),
-        # With the cache, a stage expects every batch to have the first one's shape; ours are as long as their longest row.
-        enable_metadata_cache=False,
         # The vocabulary is padded to a multiple of this times tp_size.
         make_vocab_size_divisible_by=1,
     )

@@ -60,6 +60,8 @@ def _forward(parallel: Parallel, model, batch: Batch, weight: float, optimizer=N
     if parallel.pp_size > 1:
         # The schedule takes the mean over the micro-batches; ours is a sum.
         microbatches = parallel.booster.plugin.scheduler.num_microbatches
+        # Of a batch to be evaluated the last micro-batch may have fewer rows.
+        parallel.expect_shape(batch.inputs["input_ids"].shape if optimizer is not None else None)
         result = parallel.booster.execute_pipeline(
             iter([batch.inputs]),
             model,
