@@ -159,7 +159,7 @@ def engine_of(result: dict) -> str:
 
 def references(results: list[dict], reference: str) -> dict:
     """Tokens per second of the reference, by what has to be equal for a ratio."""
-    return {_work(r): r["tokens_per_second"] for r in results if engine_of(r) == reference and "status" not in r}
+    return {_work(r): r["tokens_per_second"] for r in results if engine_of(r) == reference and report.status(r) == "ok"}
 
 
 def _work(result: dict) -> tuple:
@@ -205,10 +205,11 @@ def draw(results: list[dict], reference: str, picture: Path) -> None:
             for r in results:
                 if (r["model"], r["world_size"], r["batch_size"]) != (model, world_size, size):
                     continue
-                y, rate = engines.index(engine_of(r)), r.get("tokens_per_second")
-                if rate is None:
-                    panel.text(0, y, f" {r['status'][:40]}", va="center", fontsize=6, color="gray")
+                y, status = engines.index(engine_of(r)), report.status(r)
+                if status != "ok":
+                    panel.text(0, y, f" {status[:40]}", va="center", fontsize=6, color="gray")
                     continue
+                rate = r["tokens_per_second"]
                 color = "black" if engine_of(r) == reference else f"C{_is_peer(engine_of(r)):d}"
                 panel.barh(y, rate / 1000, color=color, alpha=0.8)
                 ends = [rate / 1000 * r["step_seconds"]["median"] / block for block in r["repeats"]]
@@ -223,7 +224,7 @@ def draw(results: list[dict], reference: str, picture: Path) -> None:
         line[0].set_ylim(len(engines) - 0.5, -0.5)
     for panel in axes[-1]:
         panel.set_xlabel("thousand tokens/s", fontsize=8)
-    figure.suptitle(f"ColossalAI's plugins (blue), peers (orange), {reference} (black); red: the repeats", fontsize=9)
+    figure.suptitle(f"ColossalAI's plugins (blue), peers (orange)\n{reference} (black); red: the repeats", fontsize=9)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 

@@ -9,6 +9,7 @@ benchmarks/compare.py makes its table with the same functions.
 import argparse
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ COLUMNS = {
     "precision": lambda r: r.get("precision", ""),
     "gpus": lambda r: r["world_size"],
     "batch": lambda r: r["batch_size"],
-    "status": lambda r: r.get("status", "ok"),
+    "status": lambda r: status(r),
     "ms/step": lambda r: f"{r['step_seconds']['median'] * 1000:.1f}",
     "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
     "tokens/s/gpu": lambda r: f"{r['tokens_per_second_per_gpu']:.0f}",
@@ -29,6 +30,11 @@ COLUMNS = {
     "peak GiB": lambda r: f"{peak_bytes(r) / GIB:.2f}",
     "loss": lambda r: f"{r['loss']:.4f}",
 }
+
+
+def status(result: dict) -> str:
+    """What became of a combination: "ok" if it was measured and has trained."""
+    return result.get("status") or ("ok" if math.isfinite(result["loss"]) else f"loss is {result['loss']}")
 
 
 def peak_bytes(result: dict) -> int:
@@ -95,7 +101,7 @@ def draw(results: list[dict], directory: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    good = [r for r in results if "status" not in r]
+    good = [r for r in results if status(r) == "ok"]
     if not good:
         return
     panels = sorted({(r["model"], r["world_size"]) for r in good})

@@ -182,7 +182,7 @@ def test_peak_memory_grows_with_batch_size(sweep, comparison):
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A folder of results as the scripts write them, one of them a failure."""
+    """A folder of results as the scripts write them, one of them a failure, and one measured but wrong."""
     for model, speed in (("125m", 4.0), ("350m", 1.0)):
         for plugin, faster in (("torch_ddp", 1.0), ("deepspeed_zero2", 0.5), ("fsdp2 --fused_loss", 2.0)):
             for batch_size in (8, 16):
@@ -191,6 +191,7 @@ def recorded(tmp_path):
     log = tmp_path / "x.log"
     log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
     report.write_failed(tmp_path / "failed.json", log, 1, "350m", "gemini", 16, 1)
+    (tmp_path / "nan.json").write_text(json.dumps(recorded_result("350m", "gemini", 8, 10_000) | {"loss": float("nan")}))
     return tmp_path
 
 
@@ -226,15 +227,16 @@ def test_tables_and_plots_from_recorded_results(recorded):
     assert done.returncode == 0, done.stderr
     with open(recorded / "results.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == 13
+    assert len(rows) == 14
     found = {(row["model"], row["plugin"], row["batch"]): row for row in rows}
     row = found["125m", "torch_ddp", "8"]
     assert (row["tokens/s"], row["peak GiB"], row["loss"], row["MFU"]) == ("200000", "8.00", "10.8765", "0.250")
     assert found["350m", "gemini", "16"]["status"] == "out of memory"
     assert found["350m", "gemini", "16"]["tokens/s"] == ""
+    assert found["350m", "gemini", "8"]["status"] == "loss is nan"
     markdown = (recorded / "results.md").read_text().splitlines()
     assert markdown[0] == "NVIDIA H100; torch 2.11.0; commit abc"
-    assert len([line for line in markdown if line.startswith("|")]) == 15
+    assert len([line for line in markdown if line.startswith("|")]) == 16
     assert "out of memory" in done.stdout
     assert_picture(recorded / "throughput.png")
     assert_picture(recorded / "memory.png")
@@ -246,7 +248,7 @@ def test_comparison_from_recorded_results(recorded):
     assert done.returncode == 0, done.stderr
     with open(recorded / "comparison.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert [row["engine"] for row in rows[:3]] == ["fsdp2 --fused_loss", "torch_ddp", "deepspeed_zero2"]  # the fastest first
     assert [row["x deepspeed_zero2"] for row in rows[:3]] == ["4.00", "2.00", "1.00"]
     assert {row["spread"] for row in rows} == {"2.0%", ""}
