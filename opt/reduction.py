@@ -1,8 +1,10 @@
 """How LowLevelZeroOptimizer's gradients come together over the data-parallel processes (ColossalAI 0.5.0).
 
 ColossalAI takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it puts them into a bucket, cuts
-them, flattens the bucket and reduces the whole of it on every process. With a decoder layer's gradients taken at once, and reduced to
-the process that updates them, that is a tenth of the host's work and half of what goes over the wire.
+them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
+decoder layer's gradients are taken at once and reduced to the process that updates them, half of what went over the wire, and nobody
+waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 99 to 105 ms instead of 114 (OPT-350m,
+16 x 1024 tokens; 89 for a process alone).
 """
 
 import torch
