@@ -99,8 +99,7 @@ def _take_gradients(model: GeminiDDP, parameters: list[torch.Tensor], grads: tup
             stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(stream):
             for chunk in manager.get_chunks(parameters):
-                if manager.reduce_chunk(chunk, async_op=stream is not None):
-                    chunk.wait_async_reduce()
+                if manager.reduce_chunk(chunk):
                     (chunk.cuda_global_chunk if chunk.is_gathered else chunk.cuda_shard).div_(chunk.pg_size)
                     _record(model, chunk)
                     device = model.grads_device[chunk.get_tensors()[0]]
