@@ -160,7 +160,7 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "--cuda_graph",
         action="store_true",
         help="record forward and backward of each shape of batch once and replay them: small steps no longer wait for the host; "
-        "gradients keep their memory; one GPU, not with gemini; default off",
+        "gradients keep their memory; on one GPU, not with gemini, on several with low_level_zero; default off",
     )
     g.add_argument(
         "--adam_kernel",

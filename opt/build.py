@@ -42,7 +42,7 @@ def build(
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam = parallel.boost(model, adam)
     gemini.speed_up(model)
-    mixed_precision.speed_up(model, adam, parallel.dp_size, own_update=args.adam_kernel == "torch")
+    mixed_precision.speed_up(model, adam, parallel.dp_size, own_update=args.adam_kernel == "torch", by_layer=not args.cuda_graph)
     if parallel.knows_grad_norm:
         adam.optim.find_norm = adam.get_grad_norm
     if args.fp8:

@@ -14,7 +14,7 @@ class GraphedBackward:
     """Replays `run(inputs, weight)`, which leaves gradients in `parameters` and returns the loss.
 
     A shape of batch that comes for the first time is run as it is, which prepares libraries and compiled layers for it, and recorded
-    when it comes again. For one process whose parameters are plain tensors: nothing else may happen in backward than arithmetic.
+    when it comes again. For parameters that are plain tensors: nothing else may happen in backward than arithmetic.
     """
 
     def __init__(self, run: Callable[[dict, torch.Tensor], torch.Tensor], parameters: list[torch.Tensor]):
@@ -43,6 +43,8 @@ class GraphedBackward:
             with torch.cuda.stream(self._stream):  # where it will be recorded
                 loss = self._backward(own_inputs, weight)
             torch.cuda.current_stream().wait_stream(self._stream)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         self._is_first = False
         return loss
 
@@ -54,7 +56,8 @@ class GraphedBackward:
         inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
         weight = torch.ones((), device="cuda")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # thread_local: NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             loss = self._backward(inputs, weight)
         return graph, inputs, weight, loss
 
@@ -66,6 +69,4 @@ class GraphedBackward:
         # In a few kernels: left to autograd, adding them to what is there is a kernel for each.
         gather = torch._foreach_copy_ if self._is_first else torch._foreach_add_
         gather(self._gradients, [parameter.grad for parameter in self._parameters])
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
         return loss

@@ -7,6 +7,8 @@ python -X importtime -c "import opt.build".
 
 Its import also sets CUDA_DEVICE_MAX_CONNECTIONS to 1, for a way of overlapping that OPT's policy does not use. Then all streams
 share one queue: what follows a collective that waits for the one before waits as well, which holds up backward. It stays as it was.
+And it asks for the current device and what that can do, for a default of Gemini's and for fp8 functions that nothing here calls: each
+process of a node would occupy some of the first GPU's memory, whichever its own is.
 """
 
 import functools
@@ -15,6 +17,7 @@ import importlib.machinery
 import os
 import sys
 import types
+from unittest.mock import patch
 
 import torch
 import transformers.utils.import_utils
@@ -60,8 +63,9 @@ if "bitsandbytes" not in sys.modules:
     sys.meta_path.insert(0, finder)
     torch.compile = _compile_at_first_call
     try:
-        import colossalai.booster.plugin  # noqa: F401
-        import colossalai.nn.optimizer  # noqa: F401
+        with patch.multiple(torch.cuda, current_device=lambda: 0, get_device_capability=lambda: (0, 0)):
+            import colossalai.booster.plugin  # noqa: F401
+            import colossalai.nn.optimizer  # noqa: F401
     finally:
         torch.compile = _compile
         sys.meta_path.remove(finder)

@@ -6,7 +6,6 @@ host, and a single data-parallel process has no buckets to fill. The update stay
 HybridAdam keeps it.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -23,8 +22,11 @@ from . import reduction
 from .optimizer import sum_of_squares
 
 
-def speed_up(model, optimizer, dp_size: int, own_update: bool = True) -> None:
-    """Apply to a boosted optimizer of `model`, in place, if it is one of these. Without `own_update` HybridAdam makes the update."""
+def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: bool = True) -> None:
+    """Apply to a boosted optimizer of `model`, in place, if it is one of these. Without `own_update` HybridAdam makes the update.
+
+    `by_layer`: reduce gradients while backward runs, not after it; see reduction.Reduction.
+    """
     if isinstance(optimizer, LowLevelZeroOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
         if not own_update or _is_model_parallel(optimizer):
@@ -32,13 +34,13 @@ def speed_up(model, optimizer, dp_size: int, own_update: bool = True) -> None:
         elif dp_size == 1:
             reduction.reduce_nothing(optimizer)
         else:
-            optimizer.reduction = reduction.LayerReduction(optimizer, model.unwrap())
+            optimizer.reduction = reduction.Reduction(optimizer, model.unwrap() if by_layer else None)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
     else:
         return
     if own_update:
-        optimizer.own_parts = {}
+        optimizer.rows = {}
         optimizer.step = MethodType(_step, optimizer)
 
 
@@ -57,6 +59,8 @@ def _step(self, closure=None) -> None:
     is_zero = isinstance(self, LowLevelZeroOptimizer)
     if is_zero and not self.require_grad_sync:
         return
+    if hasattr(self, "reduction"):
+        self.reduction.finish()
     shares = _shares(self)
     max_norm = self._clip_grad_norm if is_zero else self.max_norm
     divisor = 1.0
@@ -95,7 +99,7 @@ def _shares(optimizer) -> list[_Share]:
             for parameter in optimizer._working_param_groups[number]:
                 grad = _reduced_grad(optimizer, parameter, number)
                 if grad is not None:
-                    share.add(parameter, grad, optimizer.working_to_master_param[id(parameter)], _own_part(optimizer, parameter))
+                    share.add(parameter, grad, optimizer.working_to_master_param[id(parameter)], _rows(optimizer, parameter)[1])
     else:
         for group, share in zip(optimizer.optim.param_groups, shares, strict=True):
             for master in group["params"]:
@@ -115,24 +119,21 @@ def _reduced_grad(optimizer: LowLevelZeroOptimizer, working: torch.Tensor, group
     return by_rank[0 if optimizer._partition_grads else store.local_rank]
 
 
-def _own_part(optimizer: LowLevelZeroOptimizer, working: torch.Tensor) -> torch.Tensor:
-    """The part of a weight that this process updates: a view, made once, or the host would be busy with them for milliseconds a step."""
-    if working not in optimizer.own_parts:
+def _rows(optimizer: LowLevelZeroOptimizer, working: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight with a row for each process, and the row that this process updates: views, made once, or the host would be busy with
+    them for milliseconds a step."""
+    if working not in optimizer.rows:
         store = optimizer.pid_to_grad_store[id(working)]
-        padded = optimizer._working_param_to_padded_working_param[working]
-        optimizer.own_parts[working] = padded.view(-1).chunk(store.world_size)[store.local_rank]
-    return optimizer.own_parts[working]
+        rows = optimizer._working_param_to_padded_working_param[working].view(store.world_size, -1)
+        optimizer.rows[working] = rows, rows[store.local_rank]
+    return optimizer.rows[working]
 
 
 def _gather(optimizer: LowLevelZeroOptimizer) -> None:
-    """Complete the weights with the parts that the other processes have updated."""
+    """Complete the weights with the rows that the other processes have updated."""
     for process_group, parameters in optimizer.pg_to_param_list.items():
-        if dist.get_world_size(process_group) == 1:
-            continue
-        with dist._coalescing_manager(process_group) if parameters[0].is_cuda else nullcontext():
-            for working in parameters:
-                padded = optimizer._working_param_to_padded_working_param[working].view(-1)
-                dist.all_gather_into_tensor(padded, _own_part(optimizer, working), group=process_group)
+        if dist.get_world_size(process_group) > 1:
+            reduction.gather(*zip(*(_rows(optimizer, working) for working in parameters), strict=True), process_group)
 
 
 def _grad_norm(optimizer, shares: list["_Share"]) -> torch.Tensor:

@@ -92,9 +92,12 @@ def _check_processes(args: Namespace, here: Place) -> None:
     resolve(args, here.device.type, has_bf16(here.device))
     if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
-    if args.cuda_graph and here.world_size > 1:
-        raise UserError(f"--cuda_graph is for one process, not {here.world_size}: leave it out")
     model_ranks = args.tp_size * args.pp_size
+    if args.cuda_graph and here.world_size > 1 and (args.zero_stage == 0 or model_ranks > 1):
+        raise UserError(
+            f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero, where they talk to one another outside of what "
+            "is recorded: choose that, or leave it out"
+        )
     if here.world_size % model_ranks:
         raise UserError(
             f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes"

@@ -1,4 +1,4 @@
-"""How LowLevelZeroOptimizer's gradients come together over the data-parallel processes (ColossalAI 0.5.0).
+"""How LowLevelZeroOptimizer's gradients and weights come together over the data-parallel processes (ColossalAI 0.5.0).
 
 ColossalAI takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it puts them into a bucket, cuts
 them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
@@ -7,6 +7,8 @@ waits: a step of one of two processes, on one H100 with collectives that do noth
 16 x 1024 tokens; 89 for a process alone).
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,43 +16,43 @@ from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import BucketStore
-from torch.nn import functional as F
 
 
-class LayerReduction:
-    """Averages the gradients of a decoder layer as soon as backward has them, beside the backward of the layer before.
+class Reduction:
+    """Averages gradients over the processes, those of a decoder layer as soon as backward has them, beside the backward of the layer
+    before; or, where backward must not (a CUDA graph is replayed), all of them after it.
 
-    `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts it; complete after backward, on the
-    stream that backward was called in. Of several backwards without no_sync between two updates it is the sum.
+    `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts it; complete after finish(), on the
+    stream that it was called in. Of several backwards without no_sync it is the sum.
     """
 
-    def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module):
-        """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group."""
+    def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module | None):
+        """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group; None: after backward."""
         stop_hooks(optimizer)
         (self.group,) = optimizer.pg_to_param_list
         self.grads: dict[torch.Tensor, torch.Tensor] = {}
         self._optimizer, self._stream = optimizer, get_accelerator().Stream()
-        model.on_layer_grads = self._on_layer_grads
-        optimizer._reduce_grad = self._finish
+        if model is not None:
+            model.on_layer_grads = self._on_layer_grads
 
     def _on_layer_grads(self, layer: nn.Module, _) -> None:
-        if self._optimizer.require_grad_sync:
-            self._reduce(list(layer.parameters()))
+        parameters = [p for p in layer.parameters() if p.grad is not None]
+        if parameters and self._optimizer.require_grad_sync:
+            self._reduce(parameters)
 
-    def _finish(self, partition_grad) -> None:
-        """Take what is in no layer, and wait for all on the device."""
-        self._reduce(self._optimizer.pg_to_param_list[self.group])
+    def finish(self) -> None:
+        """Take what backward has left, and wait for all on the device."""
+        left = [p for p in self._optimizer.pg_to_param_list[self.group] if p.grad is not None]
+        for first, end in _runs([p.numel() for p in left]):
+            self._reduce(left[first:end])
         get_accelerator().current_stream().wait_stream(self._stream)
 
     @torch.no_grad()
     def _reduce(self, parameters: list[torch.Tensor]) -> None:
-        parameters = [p for p in parameters if p.grad is not None]
-        if not parameters:
-            return
+        """Average the gradients of `parameters`, each of which has one."""
         size = dist.get_world_size(self.group)
-        # One row for each process: its part of every gradient.
-        grads = [self._padded(p).view(size, -1) for p in parameters]
-        parts = torch.cat(grads, dim=1)
+        # A row for each process: its part of every gradient, padded with zeros as ColossalAI pads the parameter.
+        parts = torch._chunk_cat([p.grad.flatten() for p in parameters], dim=0, num_chunks=size)
         for parameter in parameters:
             parameter.grad = None
         self._stream.wait_stream(get_accelerator().current_stream())
@@ -59,26 +61,59 @@ class LayerReduction:
         with get_accelerator().stream(self._stream):
             own = parts.new_empty(parts.shape[1])
             dist.reduce_scatter_tensor(own, parts.div_(size).view(-1), group=self.group)
-            for parameter, part in zip(parameters, own.split([grad.shape[1] for grad in grads]), strict=True):
+            for parameter, part in zip(parameters, own.split([-(-p.numel() // size) for p in parameters]), strict=True):
                 if parameter in self.grads:
                     self.grads[parameter].add_(part)
                 else:
                     self.grads[parameter] = part
 
-    def _padded(self, parameter: torch.Tensor) -> torch.Tensor:
-        grad, padding = parameter.grad.reshape(-1), self._optimizer.get_param_padding_size(parameter)
-        return F.pad(grad, (0, padding)) if padding else grad
+
+@torch.no_grad()
+def gather(weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Fill `weights`, each with a row for each process of `group`, with what is in these; `own_rows`: this process's of each.
+
+    Many tensors a call: one by one, even in one call of NCCL, OPT-350m's 388 keep the host busy for milliseconds. What one call has
+    brought is put in its place while the next one is under way.
+    """
+    size, under_way = dist.get_world_size(group), []
+
+    def put_in_place() -> None:
+        work, gathered, some = under_way.pop(0)
+        work.wait()
+        torch.split_with_sizes_copy(gathered, [weight.shape[1] for weight in some], dim=1, out=some)
+
+    for first, end in _runs([weight.numel() for weight in weights]):
+        own = torch.cat(own_rows[first:end])
+        gathered = own.new_empty(size, own.numel())
+        work = dist.all_gather_into_tensor(gathered.view(-1), own, group=group, async_op=True)
+        under_way.append((work, gathered, weights[first:end]))
+        if len(under_way) > 1:
+            put_in_place()
+    put_in_place()
+
+
+RUN = 32 * 2**20  # elements
+
+
+def _runs(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Cut a list of tensors of so many elements each: (first, end) of what goes together, RUN elements or just over it."""
+    first, elements = 0, 0
+    for i, size in enumerate(sizes):
+        elements += size
+        if elements >= RUN or i == len(sizes) - 1:
+            yield first, i + 1
+            first, elements = i + 1, 0
 
 
 def reduce_nothing(optimizer: LowLevelZeroOptimizer) -> None:
     """Leave gradients where backward puts them: there is no other process to reduce them with."""
     stop_hooks(optimizer)
     optimizer._partition_grads = False
-    optimizer._reduce_grad = lambda partition_grad: None
 
 
 def stop_hooks(optimizer: LowLevelZeroOptimizer) -> None:
-    """Take away ColossalAI's hooks on parameters, and the host's wait for its stream after backward."""
+    """Take away ColossalAI's hooks on parameters, and what follows backward: the rest of the reduction, the host's wait for its stream."""
+    optimizer._reduce_grad = lambda partition_grad: None
     for hook in optimizer.grad_handles:
         hook.remove()
     optimizer._overlap_communication = False

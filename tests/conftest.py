@@ -73,11 +73,11 @@ def kill_all(process: subprocess.Popen) -> None:
         psutil.wait_procs(family)
 
 
-def train(output, *arguments, nproc=None, env=None, timeout=180):
-    """Run opt_train_demo.py on the sample, writing to `output`; fail with its own words if it fails."""
+def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env=None, timeout=180):
+    """Run opt_train_demo.py, or a `script` like it, on the sample, writing to `output`; fail with its own words if it fails."""
     given = {"--model_name_or_path": SAMPLE_MODEL, "--dataset": SAMPLE_DATA, "--output_path": output}
     flags = [part for flag, value in given.items() if flag not in arguments for part in (flag, value)]
-    done = run(REPO / "opt_train_demo.py", *flags, *arguments, nproc=nproc, env=env, timeout=timeout)
+    done = run(script, *flags, *arguments, nproc=nproc, env=env, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -55,6 +55,7 @@ def gradients(args, here, rows: str) -> dict[str, float]:
     wanted = torch.autograd.grad(model(**inputs)["loss"], list(named.values()))  # which runs no hook of a parameter
     for _ in range(2):
         booster.backward(model(**inputs)["loss"], optimizer)
+    optimizer.reduction.finish()
     distances = torch.zeros(len(named))
     for i, (parameter, grad) in enumerate(zip(named.values(), wanted, strict=True)):
         whole = grad.flatten().float()

@@ -1,6 +1,8 @@
 """What only a GPU can show; skipped without one."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,9 +10,16 @@ from torch.nn import functional as F
 
 from opt.launch import has_fp8
 
-from .conftest import losses, train
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
 
 pytestmark = pytest.mark.gpu
+
+
+def test_imports_touch_no_gpu():
+    """Or every process of a node has a context, some hundred MiB, on the first GPU."""
+    code = "import opt.build, opt.plan, torch; print(torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_fused_loss_is_the_plain_loss():
@@ -71,6 +80,30 @@ def test_loss_curve_on_a_gpu(tmp_path, reference, flags):
     found = losses(tmp_path / "found")
     assert len(found) == 10 and reference[-1] < reference[0] - 0.3
     assert found == pytest.approx(reference, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--plugin", "low_level_zero"],
+        ["--plugin", "low_level_zero", "--cuda_graph", "--compile"],
+        ["--plugin", "low_level_zero", "--cuda_graph", "--zero_stage", "2", "--batch_size", "8", "--gradient_accumulation_steps", "2"],
+        ["--plugin", "hybrid_parallel", "--cuda_graph", "--zero_stage", "1"],
+    ],
+    ids=" ".join,
+)
+def test_loss_curve_of_two_processes_on_one_gpu(tmp_path, reference, flags):
+    """Gradients come together beside backward or after a recorded one, parts of the weights after the update."""
+    rows = [] if "--batch_size" in flags else ["--batch_size", "16"]
+    train(tmp_path, *CURVE, *flags, *rows, script=REPO / "tests" / "gloo_worker.py", nproc=2)
+    assert losses(tmp_path) == pytest.approx(reference, abs=0.03)
+
+
+def test_a_cuda_graph_records_no_collective(tmp_path):
+    """Two processes under torch_ddp reduce gradients within backward."""
+    given = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--plugin", "torch_ddp", "--cuda_graph", "--dry_run"]
+    done = run(REPO / "opt_train_demo.py", *given, env={"WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "low_level_zero" in done.stderr
 
 
 def test_step_along_nan_is_skipped_on_the_device():

@@ -41,6 +41,8 @@ def reference(tmp_path_factory) -> list[float]:
         [*HYBRID, "--tp_size", "2"],
         [*HYBRID, "--pp_size", "2"],
         ["--plugin", "low_level_zero", "--compile"],
+        ["--plugin", "low_level_zero", "--cuda_graph"],
+        [*HYBRID, "--zero_stage", "1", "--cuda_graph"],
     ],
     ids=" ".join,
 )
