@@ -60,6 +60,8 @@ elif [ "$processes" = 1 ] && [ "$bf16" = 1 ]; then
   plugin=low_level_zero why="one GPU: the fastest there, see the README's table"
 elif [ "$processes" = 1 ]; then
   plugin=torch_ddp why="one process"
+elif [ "$bf16" = 1 ]; then
+  plugin=low_level_zero why="$processes processes, not to be divided into tp 2 x pp 2: it records its steps"
 else
   plugin=torch_ddp why="$processes processes: not to be divided into tp 2 x pp 2"
 fi
@@ -73,10 +75,12 @@ if [ "$model" = sample/opt-tiny ]; then # a tiny model from scratch wants many, 
 else
   flags+=(--batch_size "${BS:-32}" --learning_rate "${LR:-5e-5}" --num_epoch "${EPOCH:-10}")
 fi
-if [ "$gpus" -gt 0 ] && [ "$processes" = 1 ] && [ -z "${HOSTFILE:-}" ] && [ "$plugin" != gemini ]; then
+if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$processes${HOSTFILE:-}" = 1 ] && [ "$plugin" != gemini ]; }; }; then
   flags+=(--fused_loss)
-  # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded.
-  if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then flags+=(--cuda_graph); fi
+  # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded, and some of what a user may ask for not at all.
+  if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then
+    case " $*" in *" --grad_checkpoint"* | *" --precision"* | *" --adam_kernel"*) ;; *) flags+=(--cuda_graph) ;; esac
+  fi
 fi
 flags+=("$@")
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,3 +55,47 @@ def test_choices_are_the_users(tmp_path):
     assert "plugin low_level_zero on 1 process(es) a node (you chose it)" in done.stdout
     assert "8 rows x 1 accumulated x 1 data-parallel = 8 rows a step" in done.stdout
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+
+
+GRAPH = "--fused_loss --cuda_graph"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "arguments", "plugin", "extra"),
+    [
+        ("1 1", {}, [], "low_level_zero", GRAPH),
+        ("1 0", {}, [], "torch_ddp", GRAPH),
+        ("1 1", {}, ["--precision", "fp16"], "low_level_zero", "--fused_loss"),
+        ("1 1", {}, ["--grad_checkpoint"], "low_level_zero", "--fused_loss"),
+        ("1 1", {"PLUGIN": "gemini"}, [], "gemini", ""),
+        ("2 1", {}, [], "hybrid_parallel", "--tp_size 2 --pp_size 1"),
+        ("2 1", {"PLUGIN": "low_level_zero"}, [], "low_level_zero", GRAPH),
+        ("2 1", {"PLUGIN": "torch_ddp"}, [], "torch_ddp", ""),
+        ("3 1", {}, [], "low_level_zero", GRAPH),
+        ("3 0", {}, [], "torch_ddp", ""),
+        ("4 1", {}, [], "hybrid_parallel", "--tp_size 2 --pp_size 2"),
+    ],
+)
+def test_what_it_chooses_on_gpus(tmp_path, gpus, env, arguments, plugin, extra):
+    """As "GPUS BF16" have it: a stand-in for Python says what is there, and what it was called with instead of training."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"""#!/usr/bin/env bash
+case "$1" in
+  -) grep -q device_count && echo {gpus} ;;
+  *.py) echo "asked for: $*" ;;
+  *) case "$2" in *cli*) echo "asked for: $*" ;; *) exec {sys.executable} "$@" ;; esac ;;
+esac
+"""
+    )
+    stub.chmod(0o755)
+    done = run_demo(*arguments, PYTHON=str(stub), **env)
+    assert done.returncode == 0, done.stderr
+    trained = done.stdout.splitlines()[-1].split()
+    nproc = gpus.split()[0]
+    assert ("--dry_run" not in trained) and (nproc == "1" or f"--nproc_per_node {nproc}" in " ".join(trained))
+    at = trained.index("--plugin")
+    given = [flag for flag in trained[at + 2 :] if flag not in arguments]
+    chosen = {"--tp_size", "--pp_size", "--fused_loss", "--cuda_graph"}
+    kept = " ".join(flag for i, flag in enumerate(given) if flag in chosen or i and given[i - 1] in ("--tp_size", "--pp_size"))
+    assert (trained[at + 1], kept) == (plugin, extra)
