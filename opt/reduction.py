@@ -3,8 +3,8 @@
 ColossalAI takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it puts them into a bucket, cuts
 them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
 decoder layer's gradients are taken at once and reduced to the process that updates them, half of what went over the wire, and nobody
-waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 99 to 105 ms instead of 114 (OPT-350m,
-16 x 1024 tokens; 89 for a process alone).
+waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 91 ms instead of 114 (OPT-350m, 16 x 1024
+tokens; 89 for a process alone).
 """
 
 from collections.abc import Iterator, Sequence
