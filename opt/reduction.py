@@ -75,21 +75,20 @@ def gather(weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor], gr
     Many tensors a call: one by one, even in one call of NCCL, OPT-350m's 388 keep the host busy for milliseconds. What one call has
     brought is put in its place while the next one is under way.
     """
-    size, under_way = dist.get_world_size(group), []
-
-    def put_in_place() -> None:
-        work, gathered, some = under_way.pop(0)
-        work.wait()
-        torch.split_with_sizes_copy(gathered, [weight.shape[1] for weight in some], dim=1, out=some)
-
+    before = None
     for first, end in _runs([weight.numel() for weight in weights]):
         own = torch.cat(own_rows[first:end])
-        gathered = own.new_empty(size, own.numel())
+        gathered = own.new_empty(dist.get_world_size(group), own.numel())
         work = dist.all_gather_into_tensor(gathered.view(-1), own, group=group, async_op=True)
-        under_way.append((work, gathered, weights[first:end]))
-        if len(under_way) > 1:
-            put_in_place()
-    put_in_place()
+        if before:
+            _put_in_place(*before)
+        before = work, gathered, weights[first:end]
+    _put_in_place(*before)
+
+
+def _put_in_place(work: dist.Work, gathered: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+    work.wait()
+    torch.split_with_sizes_copy(gathered, [weight.shape[1] for weight in weights], dim=1, out=weights)
 
 
 RUN = 32 * 2**20  # elements
