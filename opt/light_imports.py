@@ -61,13 +61,14 @@ if "bitsandbytes" not in sys.modules:
     transformers.utils.import_utils._sklearn_available = False
     finder = _Finder()
     sys.meta_path.insert(0, finder)
-    torch.compile = _compile_at_first_call
     try:
-        with patch.multiple(torch.cuda, current_device=lambda: 0, get_device_capability=lambda: (0, 0)):
+        with (
+            patch.object(torch, "compile", _compile_at_first_call),
+            patch.multiple(torch.cuda, current_device=lambda: 0, get_device_capability=lambda: (0, 0)),
+        ):
             import colossalai.booster.plugin  # noqa: F401
             import colossalai.nn.optimizer  # noqa: F401
     finally:
-        torch.compile = _compile
         sys.meta_path.remove(finder)
         # Whoever asks for bitsandbytes from now on gets the real one.
         for name in [n for n in sys.modules if n.split(".")[0] == "bitsandbytes"]:
