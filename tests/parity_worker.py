@@ -44,6 +44,17 @@ def first_losses(args, here, rows: str) -> list[float]:
     return losses
 
 
+def compiled(args, here, rows: str) -> dict[str, list]:
+    """first_losses, and how many graphs compiled layers have become by then, on each process."""
+    from torch._dynamo.utils import counters  # which loads the compiler
+
+    losses = first_losses(args, here, rows)
+    graphs = torch.zeros(here.world_size, dtype=torch.int64)
+    graphs[here.rank] = counters["aot_autograd"]["ok"]
+    dist.all_reduce(graphs)
+    return {"losses": losses, "graphs": graphs.tolist()}
+
+
 def gradients(args, here, rows: str) -> dict[str, float]:
     """By parameter, how far what opt/reduction.py keeps after two backwards is from twice the mean gradient over all processes, in
     parts of that gradient's norm; the worst of the processes. Each process has rows of its own."""
@@ -132,8 +143,8 @@ def main(cases, results) -> None:
     found = {}
     for name, case in json.loads(Path(cases).read_text()).items():
         args = resolve(train_parser().parse_args(case.pop("flags")), here.device.type, launch.has_bf16(here.device))
-        wanted = {"first_losses": first_losses, "gradients": gradients, "memory": memory, "export": export}[case.pop("wanted")]
-        found[name] = wanted(args, here, **case)
+        functions = {f.__name__: f for f in (first_losses, compiled, gradients, memory, export)}
+        found[name] = functions[case.pop("wanted")](args, here, **case)
         if here.is_main:
             Path(results).write_text(json.dumps(found))
     launch.stop()

@@ -255,6 +255,17 @@ def test_without_weights_it_says_that_it_trains_from_scratch(tmp_path):
     assert f"none in {SAMPLE_MODEL}: it trains from scratch" in train(tmp_path / "out", "--dry_run").stdout
 
 
+def test_a_compiled_layer_is_one_graph_on_two_processes(tmp_path, rows):
+    """DistributedDataParallel has Dynamo cut a layer into graphs, of 1 MB of gradients and more; this one has 3 MB."""
+    model = random_model(vocab_size=1000, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=2)
+    model.save_pretrained(tmp_path)
+    flags = ("--model_name_or_path", tmp_path, "--compile", "--dropout", 0, "--learning_rate", 0, "--max_train_steps", 1)
+    case = {"wanted": "compiled", "rows": rows.directory, "flags": flags}
+    found = run_worker(tmp_path, 2, {"torch_ddp": case}, {"CUDA_VISIBLE_DEVICES": ""})["torch_ddp"]
+    assert found["graphs"] == [2, 2]  # one for the evaluation, one for the step
+    assert found["losses"] == pytest.approx([plain_loss(model, rows)] * 2, abs=1e-4)
+
+
 def test_gradients_reduced_by_layer_are_the_mean_over_three_processes(tmp_path, checkpoints, rows):
     """Most tensors do not divide by three; the two backwards without an update between them add up. In bf16."""
     plugins = {"stage 2": ("low_level_zero", "--zero_stage", 2), "hybrid": ("hybrid_parallel", "--zero_stage", 1)}
