@@ -19,6 +19,8 @@ from transformers import OPTConfig
 from benchmarks import compare
 from opt import report
 from opt.metrics import flops_per_token
+from opt.modeling import meta_model
+from opt.presets import PRESETS, preset_config
 
 from .conftest import REPO, SAMPLE_MODEL, run
 
@@ -55,6 +57,16 @@ def test_flops_are_what_pytorch_counts(sizes):
     assert ours_attention == pytest.approx(attention, rel=0.02)
     assert ours - ours_attention == pytest.approx(sum(counts.values()), rel=0.02)
     assert ours == pytest.approx(sum(counts.values()) + attention, rel=0.02)
+
+
+# The published weights' own counts; of the largest what their names say.
+PUBLISHED = {"125m": 125_239_296, "350m": 331_196_416, "1.3b": 1_315_758_080, "2.7b": 2_651_596_800, "6.7b": 6_658_473_984}
+PUBLISHED |= {"13b": 12_853_473_280, "30b": pytest.approx(30e9, rel=0.01), "66b": pytest.approx(66e9, rel=0.01)}
+PUBLISHED |= {"175b": pytest.approx(175e9, rel=0.01)}
+
+
+def test_presets_have_as_many_parameters_as_the_published_models():
+    assert {size: sum(p.numel() for p in meta_model(preset_config(size)).parameters()) for size in PRESETS} == PUBLISHED
 
 
 # ---- the sweep, with a combination that fails, killed and started again
