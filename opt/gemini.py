@@ -35,6 +35,7 @@ def speed_up(model: nn.Module) -> None:
     Chunk.shard_move = _move_shard
     if not model.chunk_manager.reuse_fp16_chunk:
         return  # gradients that accumulate have chunks of their own, and one more state to go through
+    _forget_gradients_once(model)
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
     if all(chunk.keep_gathered and chunk.pg_size == 1 for chunk in chunks):
         _do_without_hooks(model, chunks)
@@ -65,6 +66,20 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
     model.backward = MethodType(backward, model)
 
 
+def _forget_gradients_once(model: GeminiDDP) -> None:
+    """Gradients are let go of after backward, and not before forward again. ColossalAI walks over all modules for both, and setting a
+    parameter's attribute is a torch function: with one of two processes of OPT-350m's 24 layers on a CPU, 4 of the host's 48 ms a step."""
+    parameters = list(model.module.parameters())
+
+    def forget():
+        with torch._C.DisableTorchFunction():
+            for parameter in parameters:
+                parameter.grad = None
+
+    model._setup_grads_ptr = forget
+    model.module.zero_grad = lambda set_to_none: None
+
+
 def _reduce_by_layer(model: GeminiDDP) -> None:
     param_op_hook.PreFwdPostBwd = _PreForwardPostBackward
     for layer in model.unwrap().model.decoder.layers:
@@ -78,7 +93,8 @@ class _PreForwardPostBackward(_Original):
 
     @staticmethod
     def backward(ctx, *grads):
-        out = _Original.backward(ctx, *grads)
+        with torch._C.DisableTorchFunction():  # or what it asks of each parameter would be one
+            out = _Original.backward(ctx, *grads)
         model = getattr(ctx.params[0], "_gemini", None)
         if model is None:
             return out
