@@ -35,8 +35,16 @@ for n in $processes; do
   done; done; done
 done
 # Told to stop, end the measurement under way too: it would go on by itself, beside those of the next start.
-job=
-trap '[ -z "$job" ] || { kill "$job"; wait "$job"; } || true; exit 130' INT TERM
+stop() {
+  set +e
+  for job in $(jobs -rp); do
+    kill "$job" && wait "$job"
+    # coreutils 9.1's timeout, told so just as it starts its command, ends without it: the rest of its process group.
+    for _ in {1..50}; do kill -- "-$job" 2>/dev/null || break; sleep 0.1; done
+  done
+  exit 130
+}
+trap stop INT TERM
 total=${#combinations[@]} done_before=0 measured=0 begun=$SECONDS
 echo "run_benchmark: $total combinations, $gpus GPU(s), results in $out/"
 
@@ -56,9 +64,7 @@ for i in "${!combinations[@]}"; do
   status=0
   timeout --kill-after=10 "$timeout" "$python" -m torch.distributed.run --standalone --nproc_per_node "$n" \
     opt_benchmark.py "${flags[@]}" "$@" --json "$file.part" >"$out/$name.log" 2>&1 &
-  job=$!
-  wait "$job" || status=$? # bash heeds a signal in wait, not while a command runs
-  job=
+  wait $! || status=$? # bash heeds a signal in wait, not while a command runs
   if [ $status = 0 ]; then
     mv "$file.part" "$file"
   else
