@@ -33,6 +33,8 @@ def speed_up(model: nn.Module) -> None:
     Chunk.set_l2_norm = _set_l2_norm
     Chunk.has_inf_or_nan = property(_has_inf_or_nan)
     Chunk.shard_move = _move_shard
+    _prefetch_in_training(model)
+    _wait_on_device(model)
     if not model.chunk_manager.reuse_fp16_chunk:
         return  # gradients that accumulate have chunks of their own, and one more state to go through
     _forget_gradients_once(model)
@@ -64,6 +66,38 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
         self.gemini_manager.post_iter()
 
     model.backward = MethodType(backward, model)
+
+
+def _prefetch_in_training(model: GeminiDDP) -> None:
+    """Fetch ahead in training alone, in the order of the first step. ColossalAI would do so in the last operation of an evaluation as
+    well, for the backward that does not come, and takes an evaluation before the first step for a part of that."""
+    manager, policy = model.gemini_manager, model.gemini_manager.placement_policy
+    get_prefetch_chunks, pre_iter = policy.get_prefetch_chunks, manager.pre_iter
+
+    def get_in_training(**kwargs):
+        return get_prefetch_chunks(**kwargs) if model.training else []
+
+    def forget_evaluation(*args):
+        if manager.is_warmup():
+            manager.compute_list.clear()
+        pre_iter(*args)
+
+    policy.get_prefetch_chunks, manager.pre_iter = get_in_training, forget_evaluation
+
+
+def _wait_on_device(model: GeminiDDP) -> None:
+    """Let the GPU, not the host, wait for the gradients' reduction, or the host could not get ahead with the update and the next
+    forward. An update in host memory has to wait."""
+    if model.async_reduce_stream is None or any(device.type == "cpu" for device in model.grads_device.values()):
+        return
+    model.enable_async_reduce = False  # which only asks for the host's wait
+    post_backward = model._post_backward
+
+    def wait_and_check():
+        get_accelerator().current_stream().wait_stream(model.async_reduce_stream)
+        post_backward()
+
+    model._post_backward = wait_and_check
 
 
 def _forget_gradients_once(model: GeminiDDP) -> None:
