@@ -82,6 +82,7 @@ def export_model(
 
 def _whole_parameters(model: nn.Module, parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and whole, unpadded tensors of this pipeline stage; the tied head is left out. A collective."""
+    from colossalai.accelerator import get_accelerator
     from colossalai.checkpoint_io.utils import gather_distributed_param
     from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
     from colossalai.zero import GeminiDDP
@@ -90,6 +91,7 @@ def _whole_parameters(model: nn.Module, parallel: Parallel) -> Iterator[tuple[st
         for shard, _ in model.state_dict_shard(max_shard_size=1024):
             yield from ((name, tensor) for name, tensor in shard.items() if name != TIED_HEAD)
         return
+    get_accelerator().synchronize()  # weights may still be on their way from other processes, see reduction.Reduction
     for name, parameter in model.unwrap().named_parameters():
         if name == TIED_HEAD:
             continue

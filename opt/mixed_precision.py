@@ -6,6 +6,8 @@ host, and a single data-parallel process has no buckets to fill. The update stay
 HybridAdam keeps it.
 """
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -25,7 +27,7 @@ from .optimizer import sum_of_squares
 def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: bool = True) -> None:
     """Apply to a boosted optimizer of `model`, in place, if it is one of these. Without `own_update` HybridAdam makes the update.
 
-    `by_layer`: reduce gradients while backward runs, not after it; see reduction.Reduction.
+    `by_layer`: reduce gradients and gather weights while backward and forward run, not in between; see reduction.Reduction.
     """
     if isinstance(optimizer, LowLevelZeroOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
@@ -34,7 +36,7 @@ def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: 
         elif dp_size == 1:
             reduction.reduce_nothing(optimizer)
         else:
-            optimizer.reduction = reduction.Reduction(optimizer, model.unwrap() if by_layer else None)
+            optimizer.reduction = reduction.Reduction(optimizer, model.unwrap(), by_layer)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
     else:
@@ -61,18 +63,24 @@ def _step(self, closure=None) -> None:
         return
     if hasattr(self, "reduction"):
         self.reduction.finish()
-    shares = _shares(self)
+    parts = _parts(self)
+    shares = [_shares(self, part) for part in parts]
     max_norm = self._clip_grad_norm if is_zero else self.max_norm
     divisor = 1.0
     if max_norm > 0:
-        self._current_grad_norm = _grad_norm(self, shares)
+        self._current_grad_norm = _grad_norm(self, list(itertools.chain.from_iterable(shares)))
         divisor = ((self._current_grad_norm + 1e-6) / max_norm).clamp(min=1.0)
-    for group, share in zip(self.optim.param_groups, shares, strict=True):
-        if share.parameters:
-            self.optim.update_group(group, share.masters, share.grads, share.outputs, divisor)
+    for number, part in enumerate(shares):
+        for group, share in zip(self.optim.param_groups, part, strict=True):
+            if share.parameters:
+                self.optim.update_group(group, share.masters, share.grads, share.outputs, divisor)
+        if hasattr(self, "reduction"):
+            self.reduction.gather(number, *_all_rows(self, itertools.chain.from_iterable(parts[number])))
     self.optim._opt_called = True  # or the schedule warns: it watches HybridAdam.step
-    if is_zero:
-        _gather(self)
+    if is_zero and not hasattr(self, "reduction"):
+        for process_group, parameters in self.pg_to_param_list.items():
+            if dist.get_world_size(process_group) > 1:
+                reduction.gather(*_all_rows(self, parameters), process_group)
 
 
 @dataclass
@@ -91,21 +99,28 @@ class _Share:
         self.outputs.append(output)
 
 
-def _shares(optimizer) -> list[_Share]:
-    """A share for each parameter group, of the parameters that have a gradient."""
-    shares = [_Share() for _ in optimizer.optim.param_groups]
+def _parts(optimizer) -> list[list[list[torch.Tensor]]]:
+    """What is updated together, one after the other: the parameters of each group, by ZeRO the model's own, else their fp32 copies."""
+    if hasattr(optimizer, "reduction"):
+        return optimizer.reduction.parts
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        for number, share in enumerate(shares):
-            for parameter in optimizer._working_param_groups[number]:
+        return [[optimizer._working_param_groups[number] for number in range(len(optimizer.optim.param_groups))]]
+    return [[group["params"] for group in optimizer.optim.param_groups]]
+
+
+def _shares(optimizer, part: list[list[torch.Tensor]]) -> list[_Share]:
+    """A share for each parameter group of a part, of the parameters that have a gradient."""
+    shares = [_Share() for _ in part]
+    for number, (parameters, share) in enumerate(zip(part, shares, strict=True)):
+        for parameter in parameters:
+            if isinstance(optimizer, LowLevelZeroOptimizer):
                 grad = _reduced_grad(optimizer, parameter, number)
                 if grad is not None:
                     share.add(parameter, grad, optimizer.working_to_master_param[id(parameter)], _rows(optimizer, parameter)[1])
-    else:
-        for group, share in zip(optimizer.optim.param_groups, shares, strict=True):
-            for master in group["params"]:
-                parameter = optimizer.master_to_working_map[master]
-                if parameter.grad is not None:
-                    share.add(parameter, parameter.grad, master, parameter.data)
+            else:
+                working = optimizer.master_to_working_map[parameter]
+                if working.grad is not None:
+                    share.add(working, working.grad, parameter, working.data)
     return shares
 
 
@@ -129,11 +144,10 @@ def _rows(optimizer: LowLevelZeroOptimizer, working: torch.Tensor) -> tuple[torc
     return optimizer.rows[working]
 
 
-def _gather(optimizer: LowLevelZeroOptimizer) -> None:
-    """Complete the weights with the rows that the other processes have updated."""
-    for process_group, parameters in optimizer.pg_to_param_list.items():
-        if dist.get_world_size(process_group) > 1:
-            reduction.gather(*zip(*(_rows(optimizer, working) for working in parameters), strict=True), process_group)
+def _all_rows(optimizer: LowLevelZeroOptimizer, parameters: Iterable[torch.Tensor]) -> tuple[list, list]:
+    """What _rows() gives, of each."""
+    rows = [_rows(optimizer, working) for working in parameters]
+    return [whole for whole, _ in rows], [own for _, own in rows]
 
 
 def _grad_norm(optimizer, shares: list["_Share"]) -> torch.Tensor:

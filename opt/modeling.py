@@ -57,6 +57,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.layers_are_functions = False  # see run_layer
         # Called with (layer, gradient of its input) when backward has all gradients of a layer's parameters.
         self.on_layer_grads = None
+        # Called before a layer runs, with it, and with None before the first.
+        self.before_layer = None
         self.longest_row = config.max_position_embeddings  # of packed rows, see forward; less makes attention faster
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention
@@ -83,6 +85,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         """
         decoder = self.model.decoder
         rows = None if cu_seqlens is None else locate(cu_seqlens, input_ids.shape[1], self.longest_row)
+        if self.before_layer:
+            self.before_layer(None)
         if self.stage.is_first:
             hidden_states = decoder.embed_tokens(input_ids)
             if decoder.project_in is not None:
@@ -91,6 +95,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions.unsqueeze(0))
 
         for layer in self.own_layers:
+            if self.before_layer:
+                self.before_layer(layer)
             if self.on_layer_grads and hidden_states.requires_grad:
                 hidden_states.register_hook(partial(self.on_layer_grads, layer))
             parameters = tuple(layer.parameters()) if self.layers_are_functions else ()

@@ -20,20 +20,26 @@ from colossalai.zero.low_level.bookkeeping import BucketStore
 
 class Reduction:
     """Averages gradients over the processes, those of a decoder layer as soon as backward has them, beside the backward of the layer
-    before; or, where backward must not (a CUDA graph is replayed), all of them after it.
+    before; and gathers the updated weights, beside the rest of the update and the next forward. Where forward and backward cannot be
+    interrupted (a CUDA graph is replayed), both are done in between.
 
     `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts it; complete after finish(), on the
     stream that it was called in. Of several backwards without no_sync it is the sum.
+    `parts`: all parameters, in parts that are to be updated and gathered in this order, each a list for each parameter group.
     """
 
-    def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module | None):
-        """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group; None: after backward."""
+    def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module, by_layer: bool):
+        """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group."""
         stop_hooks(optimizer)
         (self.group,) = optimizer.pg_to_param_list
         self.grads: dict[torch.Tensor, torch.Tensor] = {}
-        self._optimizer, self._stream = optimizer, get_accelerator().Stream()
-        if model is not None:
-            model.on_layer_grads = self._on_layer_grads
+        self._optimizer, self._stream, self._by_layer = optimizer, get_accelerator().Stream(), by_layer
+        parts, self._part_of_layer = _parts(model)
+        groups = [set(optimizer._working_param_groups[number]) for number in range(len(optimizer.optim.param_groups))]
+        self.parts = [[[p for p in part if p in group] for group in groups] for part in parts]
+        self._weights_stream, self._arrivals = get_accelerator().Stream(), {}
+        if by_layer:
+            model.on_layer_grads, model.before_layer = self._on_layer_grads, self._await_weights
 
     def _on_layer_grads(self, layer: nn.Module, _) -> None:
         parameters = [p for p in layer.parameters() if p.grad is not None]
@@ -60,12 +66,46 @@ class Reduction:
             parts.record_stream(self._stream)
         with get_accelerator().stream(self._stream):
             own = parts.new_empty(parts.shape[1])
-            dist.reduce_scatter_tensor(own, parts.div_(size).view(-1), group=self.group)
+            averages = dist.get_backend(self.group) == "nccl"
+            operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+            dist.reduce_scatter_tensor(own, (parts if averages else parts.div_(size)).view(-1), operation, self.group)
             for parameter, part in zip(parameters, own.split([-(-p.numel() // size) for p in parameters]), strict=True):
                 if parameter in self.grads:
                     self.grads[parameter].add_(part)
                 else:
                     self.grads[parameter] = part
+
+    def gather(self, part: int, weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor]) -> None:
+        """Complete the weights of one of the parts, see gather(), before the first layer that needs them runs again."""
+        self._weights_stream.wait_stream(get_accelerator().current_stream())
+        with get_accelerator().stream(self._weights_stream):
+            gather(weights, own_rows, self.group)
+            self._arrivals[part] = get_accelerator().Event()
+            self._arrivals[part].record()
+        if not self._by_layer and part == len(self.parts) - 1:
+            get_accelerator().current_stream().wait_stream(self._weights_stream)
+
+    def _await_weights(self, layer: nn.Module | None) -> None:
+        arrival = self._arrivals.pop(self._part_of_layer[layer], None)
+        if arrival:
+            arrival.wait()
+
+
+def _parts(model: nn.Module) -> tuple[list[list[torch.Tensor]], dict[nn.Module | None, int]]:
+    """`model`'s parameters in up to four parts of about the same size in the order in which forward needs them; and which of the parts
+    a decoder layer needs, or, by None, what is outside the layers."""
+    layers = list(model.own_layers)
+    of_layers = {p for layer in layers for p in layer.parameters()}
+    units = {None: [p for p in model.parameters() if p not in of_layers]} | {layer: list(layer.parameters()) for layer in layers}
+    total = sum(p.numel() for p in model.parameters())
+    parts, part_of_unit, before = [], {}, 0
+    for unit, parameters in units.items():
+        if before * 4 >= total * len(parts):
+            parts.append([])
+        parts[-1] += parameters
+        part_of_unit[unit] = len(parts) - 1
+        before += sum(p.numel() for p in parameters)
+    return parts, part_of_unit
 
 
 @torch.no_grad()
