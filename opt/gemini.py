@@ -33,8 +33,6 @@ def speed_up(model: nn.Module) -> None:
     Chunk.set_l2_norm = _set_l2_norm
     Chunk.has_inf_or_nan = property(_has_inf_or_nan)
     Chunk.shard_move = _move_shard
-    # Thousands of times a step they are looked up, by hashes in Python that say no more than these.
-    TensorState.__hash__ = Chunk.__hash__ = object.__hash__
     _prefetch_in_training(model)
     _wait_on_device(model)
     if not model.chunk_manager.reuse_fp16_chunk:

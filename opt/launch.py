@@ -111,9 +111,6 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
 
     timeout = timedelta(minutes=timeout_minutes)
     if here.device.type == "cuda":
-        # Or a collective that runs beside backward gets one multiprocessor after another, as matrix products leave them, and holds
-        # those that it has meanwhile.
-        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         dist.init_process_group("nccl", device_id=here.device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
