@@ -119,7 +119,7 @@ def build_booster(args: Namespace, device: torch.device, num_parameters: int) ->
             min_chunk_size_m=num_parameters / 2**20 + 1 if alone else min(32, num_parameters / 2**20 / 4),
             # Pinned memory and a reduction stream exist beside a GPU only.
             enable_async_reduce=on_gpu and world["dp_size"] > 1,
-            max_prefetch=0 if alone else 3,  # chunks: as many as a layer of OPT-1.3b is in
+            max_prefetch=3 if world["dp_size"] > 1 else 0,  # chunks of 32 Mi elements or more; a layer of OPT-1.3b has 48 Mi
             pin_memory=on_gpu,
             initial_scale=2**16,
             max_norm=max_norm,
