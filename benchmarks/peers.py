@@ -134,6 +134,9 @@ def build_model(args, here, config, contents):
     # ZeRO-3 fetches each submodule's weights in hooks, between which nothing is left to compile.
     args.compile = args.compile and args.engine != "deepspeed_zero3"
     if args.compile:
+        from torch._dynamo import config as dynamo
+
+        dynamo.optimize_ddp = False  # see opt.modeling.compile_layers
         for layer in model.model.decoder.layers:
             layer.compile()
     if args.fused_loss:
@@ -177,9 +180,6 @@ def torch_amp(args, here, model):
 
     adam = torch.optim.AdamW(optimizer.decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     if here.world_size > 1:
-        from torch._dynamo import config as dynamo
-
-        dynamo.optimize_ddp = False  # it would cut each compiled layer in pieces, see opt.modeling.compile_layers
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 

@@ -7,7 +7,7 @@ HybridAdam keeps it.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -63,7 +63,7 @@ def _step(self, closure=None) -> None:
         return
     if hasattr(self, "reduction"):
         self.reduction.finish()
-    parts = _parts(self)
+    parts = _update_parts(self)
     shares = [_shares(self, part) for part in parts]
     max_norm = self._clip_grad_norm if is_zero else self.max_norm
     divisor = 1.0
@@ -99,7 +99,7 @@ class _Share:
         self.outputs.append(output)
 
 
-def _parts(optimizer) -> list[list[list[torch.Tensor]]]:
+def _update_parts(optimizer) -> list[list[list[torch.Tensor]]]:
     """What is updated together, one after the other: the parameters of each group, by ZeRO the model's own, else their fp32 copies."""
     if hasattr(optimizer, "reduction"):
         return optimizer.reduction.parts
@@ -144,10 +144,9 @@ def _rows(optimizer: LowLevelZeroOptimizer, working: torch.Tensor) -> tuple[torc
     return optimizer.rows[working]
 
 
-def _all_rows(optimizer: LowLevelZeroOptimizer, parameters: Iterable[torch.Tensor]) -> tuple[list, list]:
-    """What _rows() gives, of each."""
-    rows = [_rows(optimizer, working) for working in parameters]
-    return [whole for whole, _ in rows], [own for _, own in rows]
+def _all_rows(optimizer: LowLevelZeroOptimizer, parameters: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """All weights as _rows() gives them, and all rows that this process updates."""
+    return zip(*(_rows(optimizer, working) for working in parameters), strict=True)
 
 
 def _grad_norm(optimizer, shares: list["_Share"]) -> torch.Tensor:

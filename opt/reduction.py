@@ -37,7 +37,9 @@ class Reduction:
         parts, self._part_of_layer = _parts(model)
         groups = [set(optimizer._working_param_groups[number]) for number in range(len(optimizer.optim.param_groups))]
         self.parts = [[[p for p in part if p in group] for group in groups] for part in parts]
-        self._weights_stream, self._arrivals = get_accelerator().Stream(), {}
+        self._arrivals = {}
+        # gloo knows no average.
+        self._operation = dist.ReduceOp.AVG if dist.get_backend(self.group) == "nccl" else dist.ReduceOp.SUM
         if by_layer:
             model.on_layer_grads, model.before_layer = self._on_layer_grads, self._await_weights
 
@@ -66,9 +68,9 @@ class Reduction:
             parts.record_stream(self._stream)
         with get_accelerator().stream(self._stream):
             own = parts.new_empty(parts.shape[1])
-            averages = dist.get_backend(self.group) == "nccl"
-            operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
-            dist.reduce_scatter_tensor(own, (parts if averages else parts.div_(size)).view(-1), operation, self.group)
+            if self._operation == dist.ReduceOp.SUM:
+                parts.div_(size)
+            dist.reduce_scatter_tensor(own, parts.view(-1), self._operation, self.group)
             for parameter, part in zip(parameters, own.split([-(-p.numel() // size) for p in parameters]), strict=True):
                 if parameter in self.grads:
                     self.grads[parameter].add_(part)
@@ -77,13 +79,13 @@ class Reduction:
 
     def gather(self, part: int, weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor]) -> None:
         """Complete the weights of one of the parts, see gather(), before the first layer that needs them runs again."""
-        self._weights_stream.wait_stream(get_accelerator().current_stream())
-        with get_accelerator().stream(self._weights_stream):
+        self._stream.wait_stream(get_accelerator().current_stream())
+        with get_accelerator().stream(self._stream):
             gather(weights, own_rows, self.group)
             self._arrivals[part] = get_accelerator().Event()
             self._arrivals[part].record()
         if not self._by_layer and part == len(self.parts) - 1:
-            get_accelerator().current_stream().wait_stream(self._weights_stream)
+            get_accelerator().current_stream().wait_stream(self._stream)
 
     def _await_weights(self, layer: nn.Module | None) -> None:
         arrival = self._arrivals.pop(self._part_of_layer[layer], None)
