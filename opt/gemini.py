@@ -1,24 +1,23 @@
 """Gemini without what it does for each gradient and each chunk in vain (ColossalAI 0.5.0).
 
 One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there it works without Gemini's
-hooks. Otherwise a decoder layer, which is one operation (see modeling.run_layer), hands over all its gradients at once: ColossalAI
-takes them one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy for longer than the GPU
-computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; bf16 gradients
+hooks. Otherwise a decoder layer is fetched and reduced as a whole: ColossalAI fetches parameters around each torch function that they
+go through, and takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy for
+longer than the GPU computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; bf16 gradients
 are searched for overflows, which only fp16's loss scale asks about; and the host waits for each chunk that comes from its memory.
 """
 
+import logging
 from types import MethodType
 
 import torch
 from torch import nn
 from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
-from colossalai.tensor import param_op_hook
 from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import TensorState, gemini_ddp
 from colossalai.zero.gemini.chunk import Chunk, chunk as chunk_module
 
-_Original = param_op_hook.PreFwdPostBwd
 _finds_overflow = Chunk.has_inf_or_nan.fget
 _shard_move = Chunk.shard_move
 _reduce_chunk = Chunk.reduce
@@ -35,14 +34,13 @@ def speed_up(model: nn.Module) -> None:
     Chunk.shard_move = _move_shard
     _prefetch_in_training(model)
     _wait_on_device(model)
-    if not model.chunk_manager.reuse_fp16_chunk:
-        return  # gradients that accumulate have chunks of their own, and one more state to go through
     _forget_gradients_once(model)
+    model._logger = logging.getLogger(__name__)  # ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
-    if all(chunk.keep_gathered and chunk.pg_size == 1 for chunk in chunks):
+    if model.chunk_manager.reuse_fp16_chunk and all(chunk.keep_gathered and chunk.pg_size == 1 for chunk in chunks):
         _do_without_hooks(model, chunks)
     else:
-        _reduce_by_layer(model)
+        _work_by_layer(model)
 
 
 def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
@@ -52,7 +50,6 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
     model.remove_hooks()
     model.remove_hooks = lambda: None  # it would be called again at the end
     model.hooks = []
-    model.unwrap().layers_are_functions = False
     for parameter in model.parameters():
         parameter.__class__ = nn.Parameter  # ColoParameter's only use is to call the hooks
 
@@ -102,8 +99,7 @@ def _wait_on_device(model: GeminiDDP) -> None:
 
 def _forget_gradients_once(model: GeminiDDP) -> None:
     """Gradients are let go of after backward, and not before forward again. ColossalAI walks over all modules for both, and setting a
-    parameter's attribute is a torch function: this and the same in _PreForwardPostBackward take 4 of the host's 48 ms a step (one of two
-    processes on a CPU, 24 layers of hidden size 64)."""
+    ColoParameter's attribute is a torch function."""
     parameters = list(model.module.parameters())
 
     def forget():
@@ -115,46 +111,90 @@ def _forget_gradients_once(model: GeminiDDP) -> None:
     model.module.zero_grad = lambda set_to_none: None
 
 
-def _reduce_by_layer(model: GeminiDDP) -> None:
-    param_op_hook.PreFwdPostBwd = _PreForwardPostBackward
-    for layer in model.unwrap().model.decoder.layers:
-        for parameter in layer.parameters():
+class _Layer:
+    """A decoder layer to be fetched and reduced as a whole; its parameters are plain ones then, whose torch functions no hook asks about.
+
+    A step of one of two processes takes 36 ms of the host's time, where a hook a gradient and a fetch a torch function, one for all of a
+    layer, took 53 (on a CPU, 24 layers of hidden size 64)."""
+
+    def __init__(self, model: GeminiDDP, layer: nn.Module):
+        self._model, self._manager, self._hook = model, model.chunk_manager, model.param_op_hook
+        self._parameters = list(layer.parameters())
+        self._chunks = self._manager.get_chunks(self._parameters)
+        self._infos = [[chunk.tensors_info[p] for p in self._parameters if p in chunk.tensors_info] for chunk in self._chunks]
+        self._first_of_each = [next(p for p in self._parameters if p in chunk.tensors_info) for chunk in self._chunks]
+        self._grad_handles = [p._backward_hooks[p._grad_handle.id] for p in self._parameters]
+        for parameter in self._parameters:
             parameter._grad_handle.remove()
-            parameter._gemini = model
+            parameter.__class__ = nn.Parameter
 
+    def fetch(self) -> None:
+        """Before forward or backward goes through the layer."""
+        self._turn(TensorState.COMPUTE)
+        self._hook.pre_op(self._first_of_each)
 
-class _PreForwardPostBackward(_Original):
-    """What an operation's inputs go through; backward it has their gradients, of a decoder layer the parameters' come last."""
+    def hold(self) -> None:
+        """After forward."""
+        self._turn(TensorState.HOLD)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        with torch._C.DisableTorchFunction():  # or what it asks of each parameter would be one
-            out = _Original.backward(ctx, *grads)
-        model = getattr(ctx.params[0], "_gemini", None)
-        if model is None:
-            return out
-        _take_gradients(model, ctx.params, grads[-len(ctx.params) :])
-        return *out[: -len(ctx.params)], *[None] * len(ctx.params)
-
-
-def _take_gradients(model: GeminiDDP, parameters: list[torch.Tensor], grads: tuple[torch.Tensor, ...]) -> None:
-    """GeminiDDP.grad_handle for all parameters of a layer: their gradients take the weights' place in the chunks, and a chunk
-    that has all of its gradients is reduced."""
-    manager, stream = model.chunk_manager, model.async_reduce_stream
-    with torch._C.DisableTorchFunction():
-        torch._foreach_copy_([p.data for p in parameters], grads)
-        for parameter in parameters:
+    def reduce(self) -> None:
+        """After backward, once all gradients are there: they take the weights' place in the chunks, and a chunk that has all of its
+        gradients is reduced."""
+        self._turn(TensorState.HOLD_AFTER_BWD)
+        grads = [p.grad for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        if not self._manager.reuse_fp16_chunk:  # gradients that accumulate have chunks of their own, and one more state to go through
+            for handle, grad in zip(self._grad_handles, grads, strict=True):
+                handle(grad)
+            return
+        torch._foreach_copy_([p.data for p in self._parameters], grads)
+        for parameter in self._parameters:
             parameter._gemini_reduced = True  # which GeminiDDP checks after backward
-            manager.trans_tensor_state(parameter, TensorState.READY_FOR_REDUCE)
+        self._turn(TensorState.READY_FOR_REDUCE)
+        stream = self._model.async_reduce_stream
         if stream is not None:
             stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(stream):
-            for chunk in manager.get_chunks(parameters):
-                if manager.reduce_chunk(chunk):
+            for chunk in self._chunks:
+                if self._manager.reduce_chunk(chunk):
                     (chunk.cuda_global_chunk if chunk.is_gathered else chunk.cuda_shard).div_(chunk.pg_size)
-                    _record(model, chunk)
-                    device = model.grads_device[chunk.get_tensors()[0]]
-                    manager.move_chunk(chunk, device, force_copy=True, async_move=stream is not None)
+                    _record(self._model, chunk)
+                    device = self._model.grads_device[chunk.get_tensors()[0]]
+                    self._manager.move_chunk(chunk, device, force_copy=True, async_move=stream is not None)
+
+    def _turn(self, state: TensorState) -> None:
+        """Chunk.tensor_trans_state for all parameters, which are always in the same."""
+        for chunk, infos in zip(self._chunks, self._infos, strict=True):
+            chunk.tensor_state_cnter[infos[0].state] -= len(infos)
+            chunk.tensor_state_cnter[state] += len(infos)
+            for info in infos:
+                info.state = state
+
+
+def _work_by_layer(model: GeminiDDP) -> None:
+    """Let decoder layers be fetched and reduced as a whole."""
+    inner = model.unwrap()
+    layers = {layer: _Layer(model, layer) for layer in inner.model.decoder.layers}
+
+    def between_layers(before, after, hidden_states):
+        before, after = layers.get(before), layers.get(after)
+
+        def come_by_again(_):
+            with torch.no_grad():
+                if after:
+                    after.reduce()
+                if before:
+                    before.fetch()
+
+        if hidden_states.requires_grad:
+            hidden_states.register_hook(come_by_again)
+        if before:
+            before.hold()
+        if after:
+            after.fetch()
+
+    inner.between_layers = between_layers
 
 
 def _record(model: GeminiDDP, chunk: Chunk) -> None:

@@ -6,9 +6,8 @@ follow one another without pads have attention and positions of their own (opt/a
 """
 
 import json
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,11 +53,9 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_activations = False
         self.fused_loss = False
-        self.layers_are_functions = False  # see run_layer
-        # Called with (layer, gradient of its input) when backward has all gradients of a layer's parameters.
-        self.on_layer_grads = None
-        # Called before a layer runs, with it, and with None before the first.
-        self.before_layer = None
+        # Called before, between and behind the decoder layers with (the one that has just run or None, the one that runs next or None,
+        # the hidden states between them). Backward comes by again, see Tensor.register_hook: behind the one, ahead of the other.
+        self.between_layers = None
         self.longest_row = config.max_position_embeddings  # of packed rows, see forward; less makes attention faster
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention
@@ -85,8 +82,6 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         """
         decoder = self.model.decoder
         rows = None if cu_seqlens is None else locate(cu_seqlens, input_ids.shape[1], self.longest_row)
-        if self.before_layer:
-            self.before_layer(None)
         if self.stage.is_first:
             hidden_states = decoder.embed_tokens(input_ids)
             if decoder.project_in is not None:
@@ -94,13 +89,15 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             positions = rows.position if rows else torch.arange(input_ids.shape[1], device=input_ids.device)
             hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions.unsqueeze(0))
 
+        hidden_states = hidden_states.as_subclass(torch.Tensor)  # Gemini's embedding gives a ColoTensor, which no kernel takes for one
+        before = None
         for layer in self.own_layers:
-            if self.before_layer:
-                self.before_layer(layer)
-            if self.on_layer_grads and hidden_states.requires_grad:
-                hidden_states.register_hook(partial(self.on_layer_grads, layer))
-            parameters = tuple(layer.parameters()) if self.layers_are_functions else ()
-            hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, rows, *parameters)
+            if self.between_layers:
+                self.between_layers(before, layer, hidden_states)
+            hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, rows)
+            before = layer
+        if self.between_layers:
+            self.between_layers(before, None, hidden_states)
 
         if not self.stage.is_last:
             return {"hidden_states": hidden_states}
@@ -124,37 +121,13 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
 
 
-def run_layer(
-    layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, rows: PackedRows | None, *parameters: torch.Tensor
-) -> torch.Tensor:
-    """A decoder layer's output; with `recompute` its activations are computed a second time in backward.
-
-    `parameters`: under Gemini the layer's own, in their order. It fetches parameters around each torch function that they go
-    through, and a layer as one function has them fetched once, not with each of its 8 operations.
-    """
-    if torch.overrides.has_torch_function(parameters):
-        return torch.overrides.handle_torch_function(run_layer, parameters, layer, recompute, hidden_states, rows, *parameters)
-    hidden_states = hidden_states.as_subclass(torch.Tensor)
+def run_layer(layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, rows: PackedRows | None) -> torch.Tensor:
+    """A decoder layer's output; with `recompute` its activations are computed a second time in backward."""
 
     def run(hidden_states):
-        with _replaced_parameters(layer, parameters):
-            return layer(hidden_states, attention_mask=rows)[0]
+        return layer(hidden_states, attention_mask=rows)[0]
 
     return checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
-
-
-@contextmanager
-def _replaced_parameters(layer: nn.Module, tensors: tuple[torch.Tensor, ...]):
-    """Let `tensors` stand in for the parameters of `layer`, if there are any."""
-    places = [(module._parameters, name) for module in layer.modules() for name in module._parameters] if tensors else []
-    own = [parameters[name] for parameters, name in places]
-    try:
-        for (parameters, name), tensor in zip(places, tensors, strict=True):
-            parameters[name] = tensor
-        yield
-    finally:
-        for (parameters, name), parameter in zip(places, own, strict=True):
-            parameters[name] = parameter
 
 
 class OPTPolicy(OPTForCausalLMPolicy):
@@ -302,7 +275,6 @@ def build_model(
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     model.recompute_activations = grad_checkpoint
     model.fused_loss = fused_loss
-    model.layers_are_functions = plugin == "gemini"
     return model
 
 

@@ -41,9 +41,16 @@ class Reduction:
         # gloo knows no average.
         self._operation = dist.ReduceOp.AVG if dist.get_backend(self.group) == "nccl" else dist.ReduceOp.SUM
         if by_layer:
-            model.on_layer_grads, model.before_layer = self._on_layer_grads, self._await_weights
+            model.register_forward_pre_hook(lambda *_: self._await_weights(None))
+            model.between_layers = self._between_layers
 
-    def _on_layer_grads(self, layer: nn.Module, _) -> None:
+    def _between_layers(self, _, layer: nn.Module | None, hidden_states: torch.Tensor) -> None:
+        if layer is not None:
+            self._await_weights(layer)
+            if hidden_states.requires_grad:
+                hidden_states.register_hook(lambda _: self._reduce_layer(layer))
+
+    def _reduce_layer(self, layer: nn.Module) -> None:
         parameters = [p for p in layer.parameters() if p.grad is not None]
         if parameters and self._optimizer.require_grad_sync:
             self._reduce(parameters)
