@@ -136,7 +136,8 @@ def build_model(args, here, config, contents):
     if args.compile:
         from torch._dynamo import config as dynamo
 
-        dynamo.optimize_ddp = False  # see opt.modeling.compile_layers
+        # Inside DistributedDataParallel it would cut each layer into a graph for every 25 MB of gradients, with no fusion across the cuts.
+        dynamo.optimize_ddp = False
         for layer in model.model.decoder.layers:
             layer.compile()
     if args.fused_loss:

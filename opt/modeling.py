@@ -286,11 +286,6 @@ def compile_layers(model: OPTForCausalLM, saves_memory: bool) -> None:
     6 GiB less and takes 3 % longer. Under autocast, with fp32 weights, 0.9 is 8 GiB less and 5 % longer, 0.98 3 GiB less and 2 %
     longer.
     """
-    from torch._dynamo import config as dynamo  # which loads the compiler
-
-    # Inside DistributedDataParallel Dynamo would cut each layer into a graph for every 25 MB of gradients, to be reduced early: 3 of
-    # OPT-350m's, 5 of OPT-1.3b's, with no fusion across the cuts. A layer at a time is early enough.
-    dynamo.optimize_ddp = False
     is_autocast = next(model.parameters()).dtype == torch.float32
     functorch.activation_memory_budget = (0.98 if is_autocast else 0.9) if saves_memory else 1.0
     for layer in model.own_layers:

@@ -1,6 +1,6 @@
-"""How LowLevelZeroOptimizer's gradients and weights come together over the data-parallel processes (ColossalAI 0.5.0).
+"""How gradients, and ZeRO's weights, come together over the data-parallel processes: a decoder layer at a time.
 
-ColossalAI takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it puts them into a bucket, cuts
+ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it puts them into a bucket, cuts
 them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
 decoder layer's gradients are taken at once and reduced to the process that updates them, half of what went over the wire, and nobody
 waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 91 ms instead of 114 (OPT-350m, 16 x 1024
@@ -8,6 +8,7 @@ tokens; 89 for a process alone).
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,62 @@ from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import BucketStore
+
+
+class LayerwiseDDP:
+    """What DistributedDataParallel does for a model, without its buckets: gradients are averaged as soon as backward has them, those of a
+    decoder layer beside the backward of the layer before.
+
+    A bucket is memory that forward has to do without: with torch_ddp on two H100 OPT-1.3b needs 33.9 GiB instead of 38.8 and is 1 to 2 %
+    faster (16 x 1024 tokens a GPU).
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
+        """`model`: an OPTForCausalLM, in which the processes of `group` hold the same weights; None: all processes."""
+        self._model, self._group, self._operation = model, group, _average(group)
+        self._is_deferred, self._left, self._works = False, {}, []
+        model.between_layers = self._between_layers
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let the gradients of backwards add up in each process, to be averaged with those of one outside of this."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def _between_layers(self, _, layer: nn.Module | None, hidden_states: torch.Tensor) -> None:
+        if hidden_states.requires_grad and not self._is_deferred:
+            hidden_states.register_hook(lambda _: self._reduce_layer(layer))
+
+    def _reduce_layer(self, layer: nn.Module | None) -> None:
+        if layer is None:  # behind the last one, where backward comes first
+            self._left = dict.fromkeys(self._model.parameters())
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        else:
+            self._reduce([p for p in layer.parameters() if p.grad is not None])
+
+    def _finish(self) -> None:
+        self._reduce([p for p in self._left if p.grad is not None])
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+    @torch.no_grad()
+    def _reduce(self, parameters: list[torch.Tensor]) -> None:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+            del self._left[parameter]
+        if self._operation == dist.ReduceOp.SUM:
+            flat.div_(dist.get_world_size(self._group))
+        self._works.append(dist.all_reduce(flat, self._operation, self._group, async_op=True))
+
+
+def _average(group: dist.ProcessGroup | None = None) -> dist.ReduceOp:
+    """How `group` averages; gloo knows only sums, of what has been divided before."""
+    return dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
 
 
 class Reduction:
@@ -38,8 +95,7 @@ class Reduction:
         groups = [set(optimizer._working_param_groups[number]) for number in range(len(optimizer.optim.param_groups))]
         self.parts = [[[p for p in part if p in group] for group in groups] for part in parts]
         self._arrivals = {}
-        # gloo knows no average.
-        self._operation = dist.ReduceOp.AVG if dist.get_backend(self.group) == "nccl" else dist.ReduceOp.SUM
+        self._operation = _average(self.group)
         if by_layer:
             model.register_forward_pre_hook(lambda *_: self._await_weights(None))
             model.between_layers = self._between_layers

@@ -256,7 +256,7 @@ def test_without_weights_it_says_that_it_trains_from_scratch(tmp_path):
 
 
 def test_a_compiled_layer_is_one_graph_on_two_processes(tmp_path, rows):
-    """DistributedDataParallel has Dynamo cut a layer into graphs, of 1 MB of gradients and more; this one has 3 MB."""
+    """DistributedDataParallel would have Dynamo cut a layer into graphs, of 1 MB of gradients and more; this one has 3 MB."""
     model = random_model(vocab_size=1000, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=2)
     model.save_pretrained(tmp_path)
     flags = ("--model_name_or_path", tmp_path, "--compile", "--dropout", 0, "--learning_rate", 0, "--max_train_steps", 1)
