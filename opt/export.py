@@ -91,7 +91,7 @@ def _whole_parameters(model: nn.Module, parallel: Parallel) -> Iterator[tuple[st
         for shard, _ in model.state_dict_shard(max_shard_size=1024):
             yield from ((name, tensor) for name, tensor in shard.items() if name != TIED_HEAD)
         return
-    get_accelerator().synchronize()  # weights may still be on their way from other processes, see reduction.Reduction
+    get_accelerator().synchronize()  # weights may still be on their way from other processes, see reduction.LayerwiseZero
     for name, parameter in model.unwrap().named_parameters():
         if name == TIED_HEAD:
             continue

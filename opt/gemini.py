@@ -1,10 +1,11 @@
 """Gemini without what it does for each gradient and each chunk in vain (ColossalAI 0.5.0).
 
 One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there it works without Gemini's
-hooks. Otherwise a decoder layer is fetched and reduced as a whole: ColossalAI fetches parameters around each torch function that they
-go through, and takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy for
-longer than the GPU computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of backward; bf16 gradients
-are searched for overflows, which only fp16's loss scale asks about; and the host waits for each chunk that comes from its memory.
+hooks. Otherwise a decoder layer is fetched and reduced as a whole: ColossalAI fetches parameters around each torch function that
+they go through, and takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy
+for longer than the GPU computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of
+backward; bf16 gradients are searched for overflows, which only fp16's loss scale asks about; and the host waits for each chunk that
+comes from its memory.
 """
 
 import logging
@@ -114,8 +115,9 @@ def _forget_gradients_once(model: GeminiDDP) -> None:
 class _Layer:
     """A decoder layer to be fetched and reduced as a whole; its parameters are plain ones then, whose torch functions no hook asks about.
 
-    A step of one of two processes takes 36 ms of the host's time, where a hook a gradient and a fetch a torch function, one for all of a
-    layer, took 53 (on a CPU, 24 layers of hidden size 64)."""
+    A step of one of two processes takes 36 ms of the host's time; with a layer as one torch function, whose parameters the hooks still
+    took one by one, it took 53 (on a CPU, 24 layers of hidden size 64).
+    """
 
     def __init__(self, model: GeminiDDP, layer: nn.Module):
         self._model, self._manager, self._hook = model, model.chunk_manager, model.param_op_hook

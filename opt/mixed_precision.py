@@ -27,7 +27,7 @@ from .optimizer import sum_of_squares
 def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: bool = True) -> None:
     """Apply to a boosted optimizer of `model`, in place, if it is one of these. Without `own_update` HybridAdam makes the update.
 
-    `by_layer`: reduce gradients and gather weights while backward and forward run, not in between; see reduction.Reduction.
+    `by_layer`: reduce gradients and gather weights while backward and forward run, not in between; see reduction.LayerwiseZero.
     """
     if isinstance(optimizer, LowLevelZeroOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
@@ -36,7 +36,7 @@ def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: 
         elif dp_size == 1:
             reduction.reduce_nothing(optimizer)
         else:
-            optimizer.reduction = reduction.Reduction(optimizer, model.unwrap(), by_layer)
+            optimizer.reduction = reduction.LayerwiseZero(optimizer, model.unwrap(), by_layer)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
     else:

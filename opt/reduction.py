@@ -1,10 +1,10 @@
 """How gradients, and ZeRO's weights, come together over the data-parallel processes: a decoder layer at a time.
 
-ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it puts them into a bucket, cuts
-them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
-decoder layer's gradients are taken at once and reduced to the process that updates them, half of what went over the wire, and nobody
-waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 91 ms instead of 114 (OPT-350m, 16 x 1024
-tokens; 89 for a process alone).
+ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it
+puts them into a bucket, cuts them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait
+for the GPU at the end. Here a decoder layer's gradients are taken at once and reduced to the process that updates them, half of
+what went over the wire, and nobody waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 91 ms
+instead of 114 (OPT-350m, 16 x 1024 tokens; 89 for a process alone).
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,7 +75,7 @@ def _average(group: dist.ProcessGroup | None = None) -> dist.ReduceOp:
     return dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
 
 
-class Reduction:
+class LayerwiseZero:
     """Averages gradients over the processes, those of a decoder layer as soon as backward has them, beside the backward of the layer
     before; and gathers the updated weights, beside the rest of the update and the next forward. Where forward and backward cannot be
     interrupted (a CUDA graph is replayed), both are done in between.
