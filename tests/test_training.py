@@ -64,6 +64,7 @@ RUNS = {
     "pp=2": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 16, "--fused_loss")),
     "tp=2 x pp=2": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--batch_size", 16)),
     "pp=2 x dp=2": Run(4, (*HYBRID, "--pp_size", 2, "--batch_size", 8)),
+    "tp=2 x dp=2, accumulated": Run(4, (*HYBRID, "--tp_size", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2)),
     "torch_ddp, accumulated": Run(2, ("--plugin", "torch_ddp", "--batch_size", 4, "--gradient_accumulation_steps", 2)),
     "torch_ddp, padded": Run(2, ("--plugin", "torch_ddp", "--batch_size", 8, "--no-padding_free")),
     "gemini, padded": Run(2, ("--plugin", "gemini", "--batch_size", 8, "--no-padding_free"), near=0.02),
