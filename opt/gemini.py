@@ -122,9 +122,11 @@ class _Layer:
     def __init__(self, model: GeminiDDP, layer: nn.Module):
         self._model, self._manager, self._hook = model, model.chunk_manager, model.param_op_hook
         self._parameters = list(layer.parameters())
-        self._chunks = self._manager.get_chunks(self._parameters)
-        self._infos = [[chunk.tensors_info[p] for p in self._parameters if p in chunk.tensors_info] for chunk in self._chunks]
-        self._first_of_each = [next(p for p in self._parameters if p in chunk.tensors_info) for chunk in self._chunks]
+        by_chunk = {}
+        for parameter in self._parameters:
+            by_chunk.setdefault(self._manager.get_chunk(parameter), []).append(parameter)
+        self._infos = {chunk: [chunk.tensors_info[p] for p in parameters] for chunk, parameters in by_chunk.items()}
+        self._first_of_each = [parameters[0] for parameters in by_chunk.values()]
         self._grad_handles = [p._backward_hooks[p._grad_handle.id] for p in self._parameters]
         for parameter in self._parameters:
             parameter._grad_handle.remove()
@@ -158,7 +160,7 @@ class _Layer:
         if stream is not None:
             stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(stream):
-            for chunk in self._chunks:
+            for chunk in self._infos:
                 if self._manager.reduce_chunk(chunk):
                     (chunk.cuda_global_chunk if chunk.is_gathered else chunk.cuda_shard).div_(chunk.pg_size)
                     _record(self._model, chunk)
@@ -167,7 +169,7 @@ class _Layer:
 
     def _turn(self, state: TensorState) -> None:
         """Chunk.tensor_trans_state for all parameters, which are always in the same."""
-        for chunk, infos in zip(self._chunks, self._infos, strict=True):
+        for chunk, infos in self._infos.items():
             chunk.tensor_state_cnter[infos[0].state] -= len(infos)
             chunk.tensor_state_cnter[state] += len(infos)
             for info in infos:
@@ -183,11 +185,10 @@ def _work_by_layer(model: GeminiDDP) -> None:
         before, after = layers.get(before), layers.get(after)
 
         def come_by_again(_):
-            with torch.no_grad():
-                if after:
-                    after.reduce()
-                if before:
-                    before.fetch()
+            if after:
+                after.reduce()
+            if before:
+                before.fetch()
 
         if hidden_states.requires_grad:
             hidden_states.register_hook(come_by_again)
