@@ -188,7 +188,8 @@ def train_parser() -> argparse.ArgumentParser:
         "--output_path",
         default="./output_model",
         help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; a name that ends in .bin "
-        "or .safetensors gives one weights file, the rest beside it; default ./output_model",
+        "or .safetensors gives that one file of weights alone, no config.json and no tokenizer, metrics.jsonl and loss.png beside it; "
+        "default ./output_model",
     )
     _add_setup_arguments(parser, seed=42)
 
@@ -196,7 +197,7 @@ def train_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--dataset",
         default="hugginglearners/netflix-shows",
-        help="Hub id, wikitext-2-raw, or a local csv, json, jsonl, txt or parquet file; default hugginglearners/netflix-shows",
+        help="Hub id, wikitext-2-raw, or a local csv, tsv, json, jsonl, txt or parquet file; default hugginglearners/netflix-shows",
     )
     g.add_argument(
         "--text_column", default="description", help="column that holds the text; default description (a txt file is one text a line)"

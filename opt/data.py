@@ -7,12 +7,11 @@ into memory. A batch is a set of rows, one after the other, or padded on the rig
 import hashlib
 import itertools
 import json
-import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,11 @@ import torch
 
 from args import UserError
 
+from . import texts
 from .losses import IGNORE
 
-WIKITEXT = "wikitext-2-raw"
-_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 PAD_TO = 8  # a batch's length is a multiple of this: few different shapes, and sizes that tensor cores like
-_CACHE_VERSION = 2  # count up when the tokens of the same text change
+_CACHE_VERSION = 3  # count up when the tokens of the same text change
 
 
 @dataclass
@@ -36,6 +34,7 @@ class Counts:
     empty: int = 0  # skipped: empty or missing
     truncated: int = 0  # cut at max_length
     tokens: int = 0
+    notes: dict[str, int] = field(default_factory=dict)  # what else was not as it should be, in words, and how often
 
 
 class Rows:
@@ -99,11 +98,11 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
     To be run by one process a node. A row is BOS, the text, EOS; of wikitext-2-raw, a block of `max_length` tokens of the
     whole text. Raises UserError.
     """
-    identity, source, read = _texts(dataset, text_column)
+    source = texts.find(dataset, text_column)
     key = [
         _CACHE_VERSION,
-        identity,
-        source,
+        source.identity(),
+        source.said,
         text_column,
         max_length,
         eval_fraction,
@@ -112,19 +111,21 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     ]
-    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opt-colossalai"
-    directory = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    directory = texts.cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if (directory / "counts.json").is_file():
         return directory
 
-    counts = Counts()
-    cut = _blocks if dataset == WIKITEXT else _one_row_a_text
-    rows = {split: cut(texts, tokenizer, max_length, counts) for split, texts in read().items()}
+    counts, notes = Counts(), Counter()
+    cut = _blocks if dataset == texts.WIKITEXT else _one_row_a_text
+    rows = {split: cut(list(source.texts(split, notes)), tokenizer, max_length, counts) for split in source.files}
+    counts.notes = dict(notes)
     if "held_out" not in rows:
         rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, seed)
     elif not eval_fraction:
         rows["held_out"] = []
     if not counts.rows:
+        if not counts.empty:
+            raise UserError(f"--dataset {dataset} has no rows")
         raise UserError(f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty")
     if not rows["train"] or (eval_fraction and not rows["held_out"]):
         raise UserError(
@@ -133,7 +134,7 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
     counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
 
     try:
-        _store(rows, asdict(counts) | {"source": source}, directory)
+        _store(rows, asdict(counts) | {"source": source.said}, directory)
     except OSError as error:
         raise UserError(f"the tokens cannot be cached ({error}): choose another folder with XDG_CACHE_HOME") from error
     return directory
@@ -162,98 +163,8 @@ def open_dataset(directory: Path) -> Dataset:
     return Dataset(Rows(directory, "train"), Rows(directory, "held_out"), Counts(**counts), source)
 
 
-def _texts(dataset: str, column: str) -> tuple[object, str, Callable[[], dict[str, list]]]:
-    """What identifies a data set's texts, where they come from in words, and how to read them, by split.
-
-    Local files are read only then: with their tokens in the cache, a checksum is all that is needed.
-    """
-    if dataset == WIKITEXT:
-        loaded, hub = _load_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", asked_for=dataset)
-        column, source = "text", f"{hub}, Salesforce/wikitext, wikitext-2-raw-v1"
-        tables = {"train": loaded["train"], "held_out": loaded["validation"]}
-        identity = [loaded["train"]._fingerprint, loaded["validation"]._fingerprint]
-    elif os.path.isfile(dataset):
-        file = Path(dataset)
-        if file.suffix not in _LOADERS:
-            raise UserError(f"--dataset {dataset}: a file must end in {', '.join(_LOADERS)}")
-        content = file.read_bytes()
-        if not content:
-            raise UserError(f"--dataset {dataset} is an empty file")
-        if _LOADERS[file.suffix] == "json" and not re.match(rb"(\xef\xbb\xbf)?\s*[{[]", content):
-            # Not left to the reader: pyarrow 26 crashes where "null" comes first.
-            raise UserError(f"--dataset {dataset} cannot be read: it must hold JSON objects in UTF-8, one a line or in a list")
-        if file.suffix == ".txt":
-            column = "text"
-        tables = None
-        identity, source = hashlib.sha256(content).hexdigest(), f"local file {dataset}"
-    elif dataset.startswith((".", "/", "~")) or dataset.endswith(tuple(_LOADERS)) or dataset.count("/") != 1 or os.path.isdir(dataset):
-        raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
-    else:
-        loaded, hub = _load_from_hub(dataset, asked_for=dataset)
-        split = "train" if "train" in loaded else next(iter(loaded))
-        tables = {"train": loaded[split]}
-        identity, source = loaded[split]._fingerprint, f"{hub}, {dataset}, split {split}"
-
-    def read():
-        opened = tables or {"train": _load(_LOADERS[file.suffix], data_files=str(file), split="train", asked_for=dataset)}
-        names = opened["train"].column_names
-        if column not in names:
-            raise UserError(
-                f"--dataset {dataset} has no column '{column}': its columns are {', '.join(names)}; choose one with --text_column"
-            )
-        try:
-            return {name: table[column][:] for name, table in opened.items()}
-        except ValueError as error:  # pyarrow's, which takes bytes for text without a look at them
-            raise UserError(f"--dataset {dataset} cannot be read ({error}): save it as UTF-8 text") from error
-
-    return identity, source, read
-
-
-def _load_from_hub(*args, asked_for: str) -> tuple[dict, str]:
-    """A data set's splits, and in words where from: the Hub, or the cache of an earlier run while the Hub does not answer."""
-    import datasets
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(args[0], timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        raise UserError(f"--dataset {asked_for}: neither a file here nor a data set on the Hub, or a private one") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        # Left to itself, datasets asks such a Hub for half a minute or more, with a line for each try, before its cache.
-        datasets.config.HF_HUB_OFFLINE = True
-        try:
-            return _load(*args, asked_for=asked_for), "cached from the Hub, which does not answer"
-        except UserError:
-            reason = str(error).split("\n")[0]
-            raise UserError(
-                f"--dataset {asked_for}: not a file here and not to be had from the Hub ({reason}); give a local file"
-            ) from error
-    return _load(*args, asked_for=asked_for), "Hub"
-
-
-def _load(*args, asked_for: str, **kwargs):
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a file that it cannot read, it raises too
-    try:
-        return datasets.load_dataset(*args, **kwargs)
-    except Exception as error:  # whatever its reader, builder or the Hub raises, the user's part in it is this data set
-        cause = error.__cause__ or error
-        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0][:200] if str(cause) else 'no more is known'}"
-        if "corresponds to no data" in str(error):
-            reason = "it has no rows"
-        raise UserError(f"--dataset {asked_for} cannot be read ({reason})") from error
-
-
 def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
-    kept = [t for t in texts if isinstance(t, str) and t.strip()]
-    wrong = next((t for t in texts if t is not None and not isinstance(t, str) and t == t), None)  # t != t: NaN, missing
-    if wrong is not None:
-        raise UserError(f"the text column holds {type(wrong).__name__}, such as {wrong!r:.40}, not text: choose another with --text_column")
-    if any("\0" in t for t in kept):
-        raise UserError("the text column holds NUL characters: it is binary, or UTF-16 text; save it as UTF-8 text")
+    kept = [t for t in texts if t and t.strip()]
     counts.empty += len(texts) - len(kept)
     counts.rows += len(kept)
     rows = []
@@ -271,6 +182,7 @@ def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> 
 
 
 def _blocks(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
+    texts = [t or "" for t in texts]
     counts.empty += sum(not t.strip() for t in texts)
     # Tokenized line by line, batched, as the fast tokenizer runs in parallel; the lines keep their newlines.
     lines = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]

@@ -124,10 +124,10 @@ CASES = [
     Case("empty file", "--dataset {}/empty.csv", ["empty.csv", "empty"]),
     Case("no rows", "--dataset {}/no_rows.csv", ["no_rows.csv", "no rows"]),
     Case("no text", "--dataset {}/blank.csv", ["blank.csv", "no text", "3 of its texts are empty"]),
-    Case("no column", "--dataset {}/numbers.csv --text_column plot", ["'plot'", "description", "--text_column"]),
-    Case("numbers", "--dataset {}/numbers.csv", ["int", "not text", "--text_column"]),
+    Case("no column", "--dataset {}/two.csv --text_column plot", ["'plot'", "description", "--text_column"]),
+    Case("numbers", "--dataset {}/numbers.jsonl", ["line 1", "int", "not text", "--text_column"]),
     Case("not parquet", "--dataset {}/not.parquet", ["not.parquet", "cannot be read"]),
-    Case("not jsonl", "--dataset {}/not.jsonl", ["not.jsonl", "cannot be read"]),
+    Case("not jsonl", "--dataset {}/not.jsonl", ["not.jsonl", "line 2", "no JSON"]),
     Case("nothing to hold out", "--dataset {}/two.csv", ["2 texts", "--eval_fraction"]),
     # output
     Case("output under a file", "--output_path {}/empty.csv/out", ["--output_path", "cannot be written", "Not a directory"]),
@@ -187,7 +187,7 @@ def broken(tmp_path_factory) -> Path:
     (root / "empty.csv").touch()
     (root / "no_rows.csv").write_text("show_id,description\n")
     (root / "blank.csv").write_text('show_id,description\ns1,\ns2," "\ns3,""\n')
-    (root / "numbers.csv").write_text("show_id,description\ns1,1984\ns2,2001\n")
+    (root / "numbers.jsonl").write_text('{"description": 1984}\n')
     (root / "two.csv").write_text("show_id,description\ns1,One.\ns2,Two.\n")
     (root / "not.parquet").write_text("show_id,description\ns1,One.\n")
     (root / "not.jsonl").write_text('{"description": "One."}\n{"description": \n')

@@ -108,9 +108,11 @@ def test_empty_and_missing_texts_are_skipped_and_counted(plain, cache, tmp_path,
     assert (dataset.counts.rows, dataset.counts.empty) == (3, 4)
 
 
-@pytest.mark.parametrize("texts", [["", None], [float("nan")] * 3, []], ids=["blank", "NaN", "no rows"])
-def test_a_data_set_without_text_is_refused(plain, cache, tmp_path, texts):
-    file = tmp_path / "d.csv"
+@pytest.mark.parametrize(
+    "name, texts", [("d.csv", ["", None]), ("d.jsonl", [float("nan")] * 3), ("d.csv", [])], ids=["blank", "NaN", "no rows"]
+)
+def test_a_data_set_without_text_is_refused(plain, cache, tmp_path, name, texts):
+    file = tmp_path / name
     write(file, texts or ["x"])
     if not texts:
         file.write_text(file.read_text().splitlines()[0] + "\n")
