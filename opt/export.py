@@ -28,10 +28,14 @@ def output_directory(output_path: str) -> Path:
     return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
 
 
+GENERATION = "generation_config.json"
+
+
 def export_model(
-    model: nn.Module, parallel: Parallel, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES
+    model: nn.Module, parallel: Parallel, source: Path, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the model in Hugging Face layout; to be called by all processes.
+    """Write the model in Hugging Face layout; to be called by all processes. `source`: the directory that it came from, `config` what its
+    config.json says.
 
     With pipeline stages each stage writes its own shards, so on several nodes output_path must be a folder that they share.
     Everything is written aside and moved into place at the end, the file that makes it loadable last: a reader finds the
@@ -69,12 +73,15 @@ def export_model(
         fields = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch."), "architectures": ["OPTForCausalLM"]}
         # transformers 4.51 writes down that an attention was chosen, but not which: who loads that gets the slow eager one.
         fields.pop("_attn_implementation_autoset", None)
+        fields.pop("quantization_config", None)  # of weights that are not quantized: who loads them would take them for such
         config = OPTConfig.from_dict(fields)
         if one_file:
             os.replace(next(aside.glob("one_file*")), output_path)
         else:
             config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            if (source / GENERATION).is_file():
+                shutil.copyfile(source / GENERATION, aside / GENERATION)
             _publish(aside, target)
         shutil.rmtree(aside)
     dist.barrier()
@@ -143,7 +150,7 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
 def _publish(aside: Path, target: Path) -> None:
     """Move the files into place; the one that a loader starts from leaves first and arrives last."""
     heads = ("model.safetensors", "model.safetensors.index.json")
-    for old in (*heads, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+    for old in (*heads, "pytorch_model.bin", "pytorch_model.bin.index.json", GENERATION):
         (target / old).unlink(missing_ok=True)
     for shards in ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"):
         for old in target.glob(shards):

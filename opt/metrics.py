@@ -105,9 +105,14 @@ class Recorder:
             self.flush()
         self._bar.close()
         self._file.close()
-        self._tracker.close()
-        if error is None:
-            draw_losses(self.path, self.path.with_name("loss.png"))
+        for work in (self._tracker.close, *([self._draw] if error is None else [])):
+            try:
+                work()
+            except Exception as fault:  # a tracker's network, a font: the model is trained, and still to be saved
+                print(f"{type(fault).__name__} after the last step: {' '.join(str(fault).split()):.300}", file=sys.stderr)
+
+    def _draw(self) -> None:
+        draw_losses(self.path, self.path.with_name("loss.png"))
 
     def _write(self, line: dict) -> None:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no nan

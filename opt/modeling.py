@@ -5,6 +5,7 @@ a pad; what the pads compute is kept out of the loss by labels of -100. So every
 follow one another without pads have attention and positions of their own (opt/attention.py).
 """
 
+import copy
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def expect_varying_lengths() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def load_config(directory: Path, dropout: float | None = None) -> OPTConfig:
+def load_config(directory: Path) -> OPTConfig:
     """The configuration in a model's directory. Raises UserError where there is none, it is not OPT's, or makes no model."""
     file = directory / "config.json"
     if not file.is_file():
@@ -198,7 +199,7 @@ def load_config(directory: Path, dropout: float | None = None) -> OPTConfig:
         raise UserError(f"{file} cannot be read ({type(error).__name__}: {reason:.200}): download or copy it again") from error
     _check_values(config, file)
     config._attn_implementation = "sdpa"
-    return set_dropout(config, dropout)
+    return config
 
 
 # field of config.json -> its type, the least and the most that it may be. OPT-175b has 96 layers of 12,288.
@@ -227,7 +228,8 @@ def _check_values(config: OPTConfig, file: Path) -> None:
         )
     if config.tie_word_embeddings is not True:
         raise UserError(
-            f"{file}: tie_word_embeddings is {config.tie_word_embeddings!r:.60}; OPT's output projection is its embedding: set it to true"
+            f"{file}: tie_word_embeddings is {config.tie_word_embeddings!r:.60}: an output projection (lm_head) of its own, beside the "
+            "embedding, is not supported"
         )
     if config.layerdrop:
         raise UserError(f"{file}: layerdrop is {config.layerdrop!r:.60}, and not supported: set it to 0")
@@ -237,8 +239,9 @@ def _check_values(config: OPTConfig, file: Path) -> None:
         )
 
 
-def set_dropout(config: OPTConfig, dropout: float | None) -> OPTConfig:
-    """`config` with another dropout probability, unless that is None; with 0, attention's dropout is off as well."""
+def with_dropout(config: OPTConfig, dropout: float | None) -> OPTConfig:
+    """A copy of `config` with another dropout probability, unless that is None; with 0, attention's dropout is off as well."""
+    config = copy.deepcopy(config)
     if dropout is not None:
         config.dropout = dropout
         if dropout == 0:

@@ -32,7 +32,8 @@ class Setup:
     """What check() found: enough to start without another look at the disk's directories."""
 
     directory: Path  # of the model
-    config: OPTConfig
+    source: OPTConfig  # as config.json has it
+    config: OPTConfig  # to train with, see --dropout
     tokenizer: PreTrainedTokenizerFast
     weights: weights.Weights
 
@@ -47,7 +48,8 @@ def check(args: Namespace, here: Place) -> Setup:
     _check_writable(args.output_path)
 
     directory = weights.locate(args.model_name_or_path)
-    config = modeling.load_config(directory, args.dropout)
+    source = modeling.load_config(directory)
+    config = modeling.with_dropout(source, args.dropout)
     _check_shape(config, args)
     if args.max_length is None:
         args.max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
@@ -55,7 +57,7 @@ def check(args: Namespace, here: Place) -> Setup:
     tokenizer = data.load_tokenizer(directory)
     _check_tokenizer(tokenizer, config, directory)
     contents = weights.open_weights(directory, modeling.meta_model(config), args.seed, here.device)
-    return Setup(directory, config, tokenizer, contents)
+    return Setup(directory, source, config, tokenizer, contents)
 
 
 def check_benchmark(args: Namespace, here: Place) -> tuple[OPTConfig, weights.Weights]:
@@ -63,9 +65,9 @@ def check_benchmark(args: Namespace, here: Place) -> tuple[OPTConfig, weights.We
     _check_processes(args, here)
     size = args.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
     if size in PRESETS:
-        config = modeling.set_dropout(preset_config(size), args.dropout)
+        config = modeling.with_dropout(preset_config(size), args.dropout)
     elif Path(args.model_name_or_path).is_dir():
-        config = modeling.load_config(Path(args.model_name_or_path), args.dropout)
+        config = modeling.with_dropout(modeling.load_config(Path(args.model_name_or_path)), args.dropout)
     else:
         raise UserError(f"--model_name_or_path {args.model_name_or_path}: neither a directory nor one of {', '.join(PRESETS)}")
     _check_shape(config, args)
@@ -236,13 +238,16 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
         if files
         else f"none in {setup.directory}: it trains from scratch"
     )
+    if getattr(setup.source, "quantization_config", None):
+        origin += "; the quantization_config in config.json is left out, they are not quantized"
     lines = {
         "device": device,
         "plugin": plugin,
         "precision": args.precision + ", the layers' matrix products in fp8" * args.fp8,
         "model": f"{args.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M parameters",
         "weights": origin,
-        "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, {counts.truncated:,} cut at {args.max_length} tokens",
+        "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, {counts.truncated:,} cut at {args.max_length} tokens"
+        + "".join(f"; {number:,} {what}" for what, number in counts.notes.items()),
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
         "batch": f"{args.batch_size} rows x {args.gradient_accumulation_steps} accumulated x {dp_size} data-parallel = {rows} rows a step{microbatches}{', without pads' * args.padding_free}",
         "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of warm-up, learning rate {plan.learning_rate:g}; evaluation every {plan.eval_steps:,}",

@@ -13,7 +13,8 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -28,7 +29,32 @@ TIED_HEAD = "lm_head.weight"
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
-_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+_READ = {_FILES[:2]: "model*.safetensors", _FILES[2:]: "pytorch_model*.bin"}  # what says that there are weights -> all their files
+_DEPTH = 2  # folders in folders that are looked into for weights in another form
+# Files that hold weights in a form that is not read -> what to do. By the first pattern that fits a name, or a path with folders.
+_SAFE = "convert it to model.safetensors (from_pretrained and save_pretrained of transformers do it)"
+_NOT_READ = {
+    "adapter_model.*": "it is an adapter alone: merge it into its model (PEFT's merge_and_unload), and give that",
+    "*gptq*": "quantized weights cannot be trained: give the original model",
+    "*awq*": "quantized weights cannot be trained: give the original model",
+    "*.gguf": "quantized weights cannot be trained: give the original model",
+    "*.ggml": "quantized weights cannot be trained: give the original model",
+    "*.msgpack": f"{_SAFE}, with from_flax=True",
+    "*.h5": f"{_SAFE}, with from_tf=True",
+    "*_model_states.pt": "it is DeepSpeed's checkpoint: join it with its zero_to_fp32.py into pytorch_model.bin",
+    "*_optim_states.pt": "it is DeepSpeed's checkpoint: join it with its zero_to_fp32.py into pytorch_model.bin",
+    "*.distcp": "it is a distributed checkpoint: join it (torch.distributed.checkpoint.format_utils.dcp_to_torch_save) and convert it",
+    "restored.pt": "it is metaseq's: convert it with transformers' convert_opt_original_pytorch_checkpoint_to_pytorch.py",
+    "reshard-*.pt": "it is metaseq's: convert it with transformers' convert_opt_original_pytorch_checkpoint_to_pytorch.py",
+    "model*.safetensors": "model.safetensors.index.json lacks beside it: download or copy that, or rename it if it is the whole model",
+    "pytorch_model*.bin": "pytorch_model.bin.index.json lacks beside it: download or copy that, or rename it if it is the whole model",
+    "*.safetensors": "if it is the whole model, rename it to model.safetensors",
+    "*.bin": "if it is the whole model, rename it to pytorch_model.bin",
+    **dict.fromkeys(("*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy", "*.onnx", "*.ot", "*.pkl", "*.pdparams", "*.mlmodel"), _SAFE),
+}
+# Names that end like these and hold no weights of a model.
+_OF_QUANTIZED = (".qweight", ".qzeros", ".scales", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale")
+_NO_WEIGHTS = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "trainer_state*", "tokenizer*")
 
 
 class Weights(Mapping):
@@ -75,7 +101,7 @@ class CheckpointWeights(Weights):
         for file in weight_files(directory):
             for key in self._file(file).keys():
                 names[_full_name(key)] = (file, key)
-        names.pop(TIED_HEAD, None)
+        self._head = names.pop(TIED_HEAD, None)
         super().__init__(names)
 
     def _file(self, file: Path):
@@ -106,6 +132,19 @@ class CheckpointWeights(Weights):
         if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
             raise UserError(f"{path}: {key} holds nan or infinity: the file is damaged, or its training had failed; use another")
         return tensor
+
+    def check(self) -> None:
+        """Raise UserError for what would be read wrongly: quantized weights, a head that is not the embedding."""
+        quantized = next((name for name in self if name.endswith(_OF_QUANTIZED)), None)
+        if quantized:
+            path, key = self._names[quantized]
+            raise UserError(f"{path} has {key}, of quantized weights, which cannot be trained: give the original model")
+        if self._head and EMBEDDING in self._names and not torch.equal(self._read(self._head), self[EMBEDDING]):
+            path, key = self._head
+            raise UserError(
+                f"{path}: {key} is not the embedding, which config.json ties it to (tie_word_embeddings), and would be lost: an output "
+                "projection of its own is not supported; if it is of no use, remove it from the file"
+            )
 
     def shape(self, name):
         path, key = self._names[name]
@@ -167,10 +206,26 @@ def weight_files(directory: Path) -> list[Path]:
         if missing:
             raise UserError(f"{file} names {missing[0]}, which is not there: download or copy it again")
         return [directory / s for s in shards]
-    stray = sorted(file.name for pattern in _PATTERNS for file in directory.glob(pattern))
-    if stray:  # not a reason to train from scratch
-        raise UserError(f"{directory} has {stray[0]}, but no {' or '.join(_FILES)}: download or copy the rest, or rename it")
+    names = (
+        str(Path(folder, name).relative_to(directory))
+        for folder, folders, files in os.walk(directory)
+        if not folders.sort() and len(Path(folder).relative_to(directory).parts) <= _DEPTH
+        for name in files
+    )
+    _refuse_unread(names, str(directory))
     return []
+
+
+def _refuse_unread(files: Iterable[str], place: str) -> None:
+    """Raise UserError if any of `files`, paths in `place`, holds weights: there is none that is read, but that is no reason to train
+    from scratch."""
+    for file in sorted(files, key=lambda file: (file.count("/"), file)):
+        name = file.rsplit("/", 1)[-1]
+        advice = next((advice for pattern, advice in _NOT_READ.items() if fnmatch(name.lower(), pattern)), None)
+        if advice and not any(fnmatch(name.lower(), pattern) for pattern in _NO_WEIGHTS):
+            if name in _FILES:
+                advice = f"give {file.removesuffix(name)} itself, with config.json and the tokenizer in it, or move its files up"
+            raise UserError(f"{place} has no {' or '.join(_FILES[::2])}, but {file}, which is not read: {advice}")
 
 
 def locate(model_name_or_path: str) -> Path:
@@ -191,8 +246,12 @@ def locate(model_name_or_path: str) -> Path:
         # With a time limit: without one, as in snapshot_download, a Hub that takes the connection and is silent is waited for.
         listing = HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
         files = [file.rfilename for file in listing]
-        weights = next((pattern for pattern in _PATTERNS if any(Path(f).match(pattern) for f in files)), None)
-        directory = Path(snapshot_download(model_name_or_path, allow_patterns=["*.json", "*.txt", *([weights] if weights else [])]))
+        beside = [file for file in files if "/" not in file]  # config.json; what lies in folders is of other models
+        weights = next((pattern for names, pattern in _READ.items() if set(names) & set(beside)), None)
+        if not weights:
+            _refuse_unread(files, f"--model_name_or_path {model_name_or_path}")
+        wanted = [file for file in beside if fnmatch(file, "*.json") or fnmatch(file, "*.txt") or (weights and fnmatch(file, weights))]
+        directory = Path(snapshot_download(model_name_or_path, allow_patterns=wanted))
         if not weights or weight_files(directory):
             return directory
         first_try = OSError("its download broke off")  # snapshot_download gives what there is
@@ -218,6 +277,7 @@ def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.dev
     if not weight_files(directory):
         return InitialWeights(model, seed, device)
     weights = CheckpointWeights(directory)
+    weights.check()
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name != TIED_HEAD}
     missing = sorted(expected.keys() - weights.keys())
     if missing:

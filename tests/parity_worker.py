@@ -25,7 +25,7 @@ from opt.export import export_model
 def built(args, here) -> Built:
     """The model as opt_train_demo.py has it before the first step."""
     directory = Path(args.model_name_or_path)
-    config = modeling.load_config(directory, args.dropout)
+    config = modeling.with_dropout(modeling.load_config(directory), args.dropout)
     contents = weights.open_weights(directory, modeling.meta_model(config), args.seed)
     return build(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
 
@@ -99,7 +99,7 @@ def export(args, here, shard_bytes: int) -> None:
     trained = built(args, here)
     directory = Path(args.model_name_or_path)
     config, tokenizer = modeling.load_config(directory), data.load_tokenizer(directory)
-    export_model(trained.model, trained.parallel, config, tokenizer, args.output_path, shard_bytes)
+    export_model(trained.model, trained.parallel, directory, config, tokenizer, args.output_path, shard_bytes)
 
 
 class _PeakMemory(threading.Thread):
