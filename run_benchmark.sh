@@ -61,10 +61,11 @@ for i in "${!combinations[@]}"; do
   # hybrid_parallel as the demo runs it: tensor parallel on 2 processes, and pipeline stages too on a multiple of 4.
   if [ "$plugin" = hybrid_parallel ] && [ $((n % 4)) = 0 ]; then flags+=(--tp_size 2 --pp_size 2)
   elif [ "$plugin" = hybrid_parallel ] && [ $((n % 2)) = 0 ]; then flags+=(--tp_size 2); fi
-  status=0
-  timeout --kill-after=10 "$timeout" "$python" -m torch.distributed.run --standalone --nproc_per_node "$n" \
+  status=0 began=$SECONDS
+  timeout --kill-after=10 "$timeout" "$python" -m opt.torchrun --standalone --nproc_per_node "$n" \
     opt_benchmark.py "${flags[@]}" "$@" --json "$file.part" >"$out/$name.log" 2>&1 &
   wait $! || status=$? # bash heeds a signal in wait, not while a command runs
+  [ $status = 137 ] && [ $((SECONDS - began)) -ge "$timeout" ] && status=124 # the timeout's own SIGKILL, its second try
   if [ $status = 0 ]; then
     mv "$file.part" "$file"
   else
@@ -72,7 +73,7 @@ for i in "${!combinations[@]}"; do
     "$python" -m opt.report failed "$file" --log "$out/$name.log" --status $status \
       --model "$model" --plugin "$plugin" --batch_size "$bs" --world_size "$n"
   fi
-  tail -n +2 "$out/$name.log" | grep -E '^  (step|rate|memory)|: out of memory ' || echo "  failed: $out/$name.log"
+  tail -n +2 "$out/$name.log" | grep -E '^  (step|rate|memory)|: out of memory ' || echo "  failed$([ $status != 137 ] || echo ", killed, most likely for host memory"): $out/$name.log"
   measured=$((measured + 1))
 done
 [ $done_before -gt 0 ] && echo "run_benchmark: $done_before combinations were there already"

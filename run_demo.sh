@@ -18,19 +18,16 @@ fi
 say() { echo "run_demo: $*"; }
 
 # ---- what is there
-read -r gpus bf16 < <("$python" - <<'PY'
-import torch
-from opt.launch import has_bf16
-gpus = torch.cuda.device_count()
-print(gpus, int(has_bf16(torch.device("cuda" if gpus else "cpu"))))
-PY
-)
 hub=${HF_ENDPOINT:-https://huggingface.co}
 if timeout 5 "$python" - "$hub" 2>/dev/null <<'PY'
 import sys, urllib.request
 urllib.request.urlopen(sys.argv[1] + "/api/models/facebook/opt-350m", timeout=5)
 PY
 then reach="the Hub answers"; online=1; else reach="no answer from $hub within 5 s"; online=0; fi
+nodes=1
+[ -n "${HOSTFILE:-}" ] && nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE")
+there=$("$python" -m opt.choose "${MODEL:-facebook/opt-350m}" "${GPUNUM:-}" "$nodes" $online)
+{ read -r gpus; read -r bf16; read -r plugin; read -r more; read -r why_plugin; } <<<"$there"
 
 # ---- model and data: what the user names is taken as it is, never replaced
 if [ "$gpus" -gt 0 ] && [ "$online" = 1 ]; then
@@ -46,36 +43,28 @@ say "model $model ($([ -n "${MODEL:-}" ] && echo "you chose it" || echo "$why"))
 say "data $dataset ($([ -n "${DATASET:-}" ] && echo "you chose it" || echo "$why"))"
 
 # ---- processes and plugin
-if [ "$gpus" -gt 0 ]; then processes=${GPUNUM:-$gpus}; else processes=${GPUNUM:-2}; fi
-tp=1 pp=1
+processes=${GPUNUM:-$((gpus > 0 ? gpus : 1))}
 if [ -n "${PLUGIN:-}" ]; then
-  plugin=$PLUGIN why="you chose it"
+  plugin=$PLUGIN more="" why_plugin="you chose it"
 elif [ -n "${TP:-}${PP:-}" ]; then
-  plugin=hybrid_parallel why="you chose TP or PP"
-elif [ $((processes % 4)) = 0 ]; then
-  plugin=hybrid_parallel tp=2 pp=2 why="a multiple of 4 processes"
-elif [ "$processes" = 2 ]; then
-  plugin=hybrid_parallel tp=2 why="2 processes"
-elif [ "$processes" = 1 ] && [ "$bf16" = 1 ]; then
-  plugin=low_level_zero why="one GPU: the fastest there, see the README's table"
-elif [ "$processes" = 1 ]; then
-  plugin=torch_ddp why="one process"
-elif [ "$bf16" = 1 ]; then
-  plugin=low_level_zero why="$processes processes, not to be divided into tp 2 x pp 2: it records its steps"
-else
-  plugin=torch_ddp why="$processes processes: not to be divided into tp 2 x pp 2"
+  plugin=hybrid_parallel more="" why_plugin="you chose TP or PP"
 fi
-tp=${TP:-$tp} pp=${PP:-$pp}
-say "plugin $plugin$([ "$plugin" = hybrid_parallel ] && echo ", tp $tp x pp $pp" || true) on $processes process(es) a node ($why)"
+tp=1 pp=1
+if [ "$plugin" = hybrid_parallel ]; then
+  if [ -n "${TP:-}${PP:-}" ]; then tp=${TP:-1} pp=${PP:-1}
+  elif [ $((processes % 4)) = 0 ]; then tp=2 pp=2
+  elif [ $((processes % 2)) = 0 ]; then tp=2; fi
+  more="--tp_size $tp --pp_size $pp"
+fi
+say "plugin $plugin${more:+ $more} on $processes process(es) a node ($why_plugin)"
 
-flags=(--model_name_or_path "$model" --dataset "$dataset" --plugin "$plugin" --output_path "${OUTPUT:-./output_model}")
-[ "$plugin" = hybrid_parallel ] && flags+=(--tp_size "$tp" --pp_size "$pp")
-if [ "$model" = sample/opt-tiny ]; then # a tiny model from scratch wants many, larger steps
-  flags+=(--batch_size "${BS:-16}" --learning_rate "${LR:-2e-3}" --num_epoch "${EPOCH:-8}")
-else
-  flags+=(--batch_size "${BS:-32}" --learning_rate "${LR:-5e-5}" --num_epoch "${EPOCH:-10}")
-fi
-if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$processes${HOSTFILE:-}" = 1 ] && [ "$plugin" != gemini ]; }; }; then
+# A step has the same rows however many processes share them: more of them give the same model, sooner.
+dp=$((processes * nodes / (tp * pp)))
+rows=32 lr=5e-5 epochs=10
+[ "$model" = sample/opt-tiny ] && rows=16 lr=2e-3 epochs=8 # a tiny model from scratch wants many, larger steps
+flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --plugin "$plugin")
+flags+=($more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
+if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * nodes))" = 1 ] && [ "$plugin" != gemini ]; }; }; then
   flags+=(--fused_loss)
   # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded, and some of what a user may ask for not at all.
   if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then
@@ -84,16 +73,26 @@ if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$processes${HOS
 fi
 flags+=("$@")
 
-# ---- check first: `colossalai run` would bury a mistake under its own messages
-nodes=1
-[ -n "${HOSTFILE:-}" ] && nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE")
-WORLD_SIZE=$((processes * nodes)) "$python" opt_train_demo.py "${flags[@]}" --dry_run
-
 # ---- run
-if [ "$processes" = 1 ] && [ $nodes = 1 ]; then
-  exec "$python" opt_train_demo.py "${flags[@]}" # a launcher would only make it wait
+if [ -n "${HOSTFILE:-}" ]; then
+  # Checked first: `colossalai run` would bury a mistake under its own messages.
+  WORLD_SIZE=$((processes * nodes)) "$python" opt_train_demo.py "${flags[@]}" --dry_run >/dev/null
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  launch=("$python" -c 'from colossalai.cli import cli; cli()' run --nproc_per_node "$processes" --master_port "$port" --hostfile "$HOSTFILE")
+elif [ "$processes" -gt 1 ]; then
+  launch=("$python" -m opt.torchrun --standalone --nproc_per_node "$processes")
+else
+  launch=("$python") # a launcher would only make it wait
 fi
-port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-launch=("$python" -c 'from colossalai.cli import cli; cli()' run --nproc_per_node "$processes" --master_port "$port")
-[ -n "${HOSTFILE:-}" ] && launch+=(--hostfile "$HOSTFILE")
-"${launch[@]}" opt_train_demo.py "${flags[@]}"
+# In the background, in a process group of its own: so a signal to this script alone reaches it too.
+set -m
+"${launch[@]}" opt_train_demo.py "${flags[@]}" &
+child=$!
+for signal in INT TERM USR1; do trap "kill -$signal -- -$child" $signal; done
+while true; do # a signal ends wait, but not what was waited for
+  wait $child && status=0 || status=$?
+  kill -0 $child 2>/dev/null || break
+done
+wait $child && status=0 || status=$?
+[ $status != 137 ] || say "killed, most likely for host memory (exit code 137)" >&2
+exit $status

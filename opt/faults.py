@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from args import UserError, say_once
 
+from . import launch
+
 OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 
 
@@ -44,6 +46,7 @@ def _end(line: str, code: int) -> None:
     say_once(line)
     if not _several():
         raise SystemExit(code)
+    launch.leave_word()
     # At once: the interpreter's own end waits for the process group's threads, which wait for processes that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -95,7 +98,6 @@ def lost_process(error: Exception, timeout_minutes: float) -> str | None:
             f"another process did not answer for {timeout_minutes:g} minutes (--timeout_minutes): it hangs, or was not started, or is "
             "busy with work that takes longer (then raise --timeout_minutes)"
         )
-    return (
-        f"another process was lost ({_first_line(error)[-80:]}): the reason stands above, if it could say one; "
-        "one that says nothing was killed, as the kernel does when the host's memory is full"
-    )
+    if killed := launch.killed_processes():
+        return f"another process was lost: {killed}"
+    return f"another process was lost ({_first_line(error)[-80:]}): the reason stands above, or on its node"

@@ -6,6 +6,7 @@ import platform
 import random
 import re
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -117,6 +118,65 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     # A new group does not take over the first one's timeout, and ColossalAI makes its groups without naming any: they would
     # wait for 30 minutes (gloo) or 10 (NCCL), whatever was asked for.
     dist.new_group = functools.partial(dist.new_group, timeout=timeout)
+    _introduce(here.world_size)
+
+
+# Host, process number and start of every process, by rank: known while all are there, asked for when one is lost.
+_processes: list[tuple[str, int, float]] = []
+
+
+def _introduce(world_size: int) -> None:
+    own = socket.gethostname(), os.getpid(), psutil.Process().create_time()
+    _processes[:] = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(_processes, own)
+
+
+def leave_word() -> None:
+    """Before this process ends: that it has said why."""
+    _in_time(lambda store: store.set(f"opt_has_said/{dist.get_rank()}", ""))
+
+
+def killed_processes() -> str | None:
+    """Which processes of this node were killed, in words, None if none was; waits up to a second for one to be gone."""
+    end = time.monotonic() + 1
+    while True:
+        gone = [rank for rank, (host, *process) in enumerate(_processes) if host == socket.gethostname() and not _is_there(*process)]
+        if gone or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    have_said = _in_time(lambda store: [rank for rank in gone if store.check([f"opt_has_said/{rank}"])])
+    silent = [rank for rank in gone if rank not in (have_said or ())]
+    if not silent:
+        return None
+    names = " and ".join(f"rank {rank} (process {_processes[rank][1]})" for rank in silent)
+    if have_said is None:  # the store is gone as well, as it is where rank 0 keeps it
+        names += f" {'is' if len(silent) == 1 else 'are'} gone; what has not said why"
+    return f"{names} was killed, most likely for host memory"
+
+
+def _in_time(ask):
+    """What `ask(store)` returns; None if the store of the process group does not answer within a second, or not at all."""
+    answer = []
+
+    def work():
+        try:
+            answer.append(ask(dist.distributed_c10d._get_default_store()))
+        except RuntimeError:  # the process that kept it is gone
+            pass
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(1)
+    return answer[0] if answer else None
+
+
+def _is_there(number: int, started: float) -> bool:
+    try:
+        process = psutil.Process(number)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def stop() -> None:

@@ -59,11 +59,12 @@ _KNOWN = ("model", "plugin", "engine", "precision", "gpus", "batch", "status")
 def write_failed(file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int) -> None:
     """Record a combination that did not run, with the reason that its log gives."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
-    memory = any("out of memory" in line.lower() for line in lines)
-    if memory:
-        reason = "out of memory"
-    elif status in (124, 137):
+    if status == 124:
         reason = "took too long"
+    elif status == 137:
+        reason = "killed, most likely for host memory"
+    elif any("out of memory" in line.lower() for line in lines):
+        reason = "out of memory"
     else:
         # Errors of ours are one line; otherwise the first line that names an exception, without torch's "[rank0]: ".
         errors = [re.sub(r"^\[rank\d+\]: *", "", line) for line in lines if ": error: " in line or "Error: " in line]

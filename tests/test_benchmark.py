@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -129,6 +130,29 @@ def test_a_combination_that_fails_is_a_row_that_says_so(sweep):
     assert "failed: gemini computes" in printed  # in the terminal's table
     assert_picture(out / "throughput.png")
     assert_picture(out / "memory.png")
+
+
+def test_a_combination_that_is_killed_is_a_row_that_says_so(tmp_path):
+    """As the kernel does it for want of host memory: without a word of the process itself."""
+    settings = {"OUT": tmp_path, "MODEL": SAMPLE_MODEL, "PLUGIN": "torch_ddp", "BS": 2, "GPUNUM": 1, "PYTHON": sys.executable}
+    env = os.environ | {name: str(value) for name, value in settings.items()} | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(REPO / "run_benchmark.sh"), "--max_train_steps", "1000000"]
+    sweep = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    workers = []
+
+    def has_worker():
+        family = psutil.Process(sweep.pid).children(recursive=True)
+        workers[:] = [p for p in family if any(part.endswith("opt_benchmark.py") for part in p.cmdline()[1:3])]
+        return workers
+
+    wait_for(has_worker)
+    workers[0].kill()
+    printed, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 0
+    with open(tmp_path / "results.csv", newline="") as f:
+        (row,) = csv.DictReader(f)
+    assert row["status"] == "killed, most likely for host memory"
+    assert "failed, killed, most likely for host memory: " in printed
 
 
 def test_result_is_complete_and_consistent(sweep):

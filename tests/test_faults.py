@@ -130,7 +130,8 @@ KILLED = [
 def test_a_killed_rank_ends_the_run(begin, by, nproc, flags, victim):
     """kill -9 of one: all others end by themselves, with an error, and leave the port."""
     training = begin("out", *ENDLESS, *flags, nproc=nproc, by=by).until_training()
-    training.ranks()[victim].kill()
+    killed = training.ranks()[victim]
+    killed.kill()
     seconds = training.until_over()
     print(f"all over after {seconds:.1f} s")
     codes = [process.returncode for process in training.started]
@@ -139,6 +140,8 @@ def test_a_killed_rank_ends_the_run(begin, by, nproc, flags, victim):
     if by == "hand":
         assert sorted(codes) == [-signal.SIGKILL, *[1] * (nproc - 1)]
         assert training.printed.count("error: another process was lost") == nproc - 1
+        assert f"rank {victim} (process {killed.pid})" in training.printed
+        assert training.printed.count("was killed, most likely for host memory") >= 1
         assert "Traceback" not in training.printed
 
 

@@ -2,13 +2,19 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opt.choose import Machine, parameters_of, plugin
+from opt.modeling import meta_model
+from opt.presets import preset_config
 
 from .conftest import REPO, metrics
 
@@ -27,8 +33,8 @@ def test_without_gpu_and_hub_the_sample_is_learned(tmp_path):
     seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "model sample/opt-tiny (no GPU)" in done.stdout
-    assert "plugin hybrid_parallel, tp 2 x pp 1 on 2 process(es) a node (2 processes)" in done.stdout
-    assert "CPU, 2 processes" in done.stdout
+    assert "plugin torch_ddp on 1 process(es) a node (the fastest on a CPU)" in done.stdout
+    assert "CPU, 1 process on " in done.stdout
     assert seconds < 180
 
     evaluations = [line["eval_perplexity"] for line in metrics(tmp_path) if "eval_perplexity" in line]
@@ -58,41 +64,146 @@ def test_choices_are_the_users(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
 
 
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("parameters", "machine", "processes", "expected"),
+    [
+        (331e6, Machine(0), 1, ("torch_ddp", "")),
+        (331e6, Machine(0), 4, ("torch_ddp", "")),
+        (331e6, Machine(1, 80 * GIB, True), 1, ("low_level_zero", "")),
+        (331e6, Machine(4, 80 * GIB, True), 4, ("low_level_zero", "")),
+        (331e6, Machine(1, 16 * GIB, False), 1, ("torch_ddp", "")),
+        (1.3e9, Machine(2, 16 * GIB, False), 2, ("gemini", "")),  # fp16: 16 bytes a parameter, or 10, are too many
+        (331e6, Machine(1, 8 * GIB, True), 1, ("low_level_zero", "")),
+        (1.3e9, Machine(1, 16 * GIB, True), 1, ("gemini", "--offload_optim_frac 1")),
+        (6.7e9, Machine(4, 80 * GIB, True), 4, ("low_level_zero", "")),
+        (13e9, Machine(4, 80 * GIB, True), 4, ("gemini", "")),
+        (6.7e9, Machine(1, 80 * GIB, True), 1, ("gemini", "--offload_optim_frac 1")),
+        (175e9, Machine(8, 80 * GIB, True), 8, ("gemini", "--offload_optim_frac 1")),
+        (None, Machine(2, 80 * GIB, True), 2, ("low_level_zero", "")),
+    ],
+)
+def test_what_is_chosen_by_size(parameters, machine, processes, expected):
+    """The fastest that the model fits under; GPUs of 8 to 80 GiB."""
+    assert plugin(parameters, machine, processes)[:2] == expected
+
+
+@pytest.mark.parametrize("size", ["125m", "350m", "1.3b", "6.7b", "175b"])
+def test_parameters_by_config(tmp_path, size):
+    """As the model has them, but for vectors and positions."""
+    config = preset_config(size)
+    config.save_pretrained(tmp_path)
+    assert parameters_of(str(tmp_path), False) == pytest.approx(sum(p.numel() for p in meta_model(config).parameters()), rel=0.02)
+    assert parameters_of(str(tmp_path / "nowhere"), False) is None
+
+
 GRAPH = "--fused_loss --cuda_graph"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "env", "arguments", "plugin", "extra"),
+    ("gpus", "chosen", "env", "arguments", "expected"),
     [
-        ("1 1", {}, [], "low_level_zero", GRAPH),
-        ("1 0", {}, [], "torch_ddp", GRAPH),
-        ("1 1", {}, ["--precision", "fp16"], "low_level_zero", "--fused_loss"),
-        ("1 1", {}, ["--grad_checkpoint"], "low_level_zero", "--fused_loss"),
-        ("1 1", {"PLUGIN": "gemini"}, [], "gemini", ""),
-        ("2 1", {}, [], "hybrid_parallel", "--tp_size 2 --pp_size 1"),
-        ("2 1", {"PLUGIN": "low_level_zero"}, [], "low_level_zero", GRAPH),
-        ("2 1", {"PLUGIN": "torch_ddp"}, [], "torch_ddp", ""),
-        ("3 1", {}, [], "low_level_zero", GRAPH),
-        ("3 0", {}, [], "torch_ddp", ""),
-        ("4 1", {}, [], "hybrid_parallel", "--tp_size 2 --pp_size 2"),
+        ("1 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 32 {GRAPH}"),
+        ("1 0", "torch_ddp", {}, [], f"--plugin torch_ddp --batch_size 32 {GRAPH}"),
+        ("1 1", "low_level_zero", {}, ["--precision", "fp16"], "--plugin low_level_zero --batch_size 32 --fused_loss"),
+        ("1 1", "low_level_zero", {}, ["--grad_checkpoint"], "--plugin low_level_zero --batch_size 32 --fused_loss"),
+        ("1 1", "gemini --offload_optim_frac 1", {}, [], "--plugin gemini --offload_optim_frac 1 --batch_size 32"),
+        ("1 1", "low_level_zero", {"PLUGIN": "gemini"}, [], "--plugin gemini --batch_size 32"),
+        ("2 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 16 {GRAPH}"),
+        ("3 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 11 {GRAPH}"),
+        ("4 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 8 {GRAPH}"),
+        ("4 1", "low_level_zero", {"BS": "32"}, [], f"--plugin low_level_zero --batch_size 32 {GRAPH}"),
+        ("2 0", "torch_ddp", {}, [], "--plugin torch_ddp --batch_size 16"),
+        ("2 1", "low_level_zero", {"PLUGIN": "torch_ddp"}, [], "--plugin torch_ddp --batch_size 16"),
+        ("2 1", "low_level_zero", {"PLUGIN": "hybrid_parallel"}, [], "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 32"),
+        ("4 1", "low_level_zero", {"PLUGIN": "hybrid_parallel"}, [], "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 32"),
+        ("4 1", "low_level_zero", {"TP": "2"}, [], "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 16"),
+        ("4 1", "low_level_zero", {"PP": "4"}, [], "--plugin hybrid_parallel --tp_size 1 --pp_size 4 --batch_size 32"),
     ],
 )
-def test_what_it_chooses_on_gpus(tmp_path, gpus, env, arguments, plugin, extra):
+def test_what_it_calls_on_gpus(tmp_path, gpus, chosen, env, arguments, expected):
     """As "GPUS BF16" have it: a stand-in for Python says what is there, and what it was called with instead of training."""
-    stub = tmp_path / "python"
+    stub, (name, *flags) = tmp_path / "python", chosen.split()
     stub.write_text(
         f"""#!/usr/bin/env bash
-case "$1" in
-  -) grep -q device_count && echo {gpus} ;;
-  *.py) echo "asked for: $*" ;;
-  *) case "$2" in *cli*) echo "asked for: $*" ;; *) exec {sys.executable} "$@" ;; esac ;;
+case "$*" in
+  "-m opt.choose"*) printf '%s\\n' {gpus} {name} "{" ".join(flags)}" "a reason" ;;
+  "- "*) exit 1 ;;
+  *) echo "asked for: $*" ;;
 esac
 """
     )
     stub.chmod(0o755)
-    done = run_demo(*arguments, PYTHON=str(stub), **env)
+    given = {name: value for name, value in env.items()}
+    done = run_demo(*arguments, PYTHON=str(stub), MODEL="facebook/opt-350m", **given)
     assert done.returncode == 0, done.stderr
-    command, nproc = done.stdout.splitlines()[-1], gpus.split()[0]
-    assert "--dry_run" not in command and (nproc == "1" or f"--nproc_per_node {nproc} " in command)
-    assert re.findall(r"--plugin (\w+)", command) == [plugin]
-    assert " ".join(re.findall(r"--[tp]p_size \S+|--fused_loss|--cuda_graph", command)) == extra
+    *before, command = done.stdout.splitlines()
+    assert not any("asked for" in line for line in before), "checked by the processes themselves"
+    nproc = gpus.split()[0]
+    launcher = "" if nproc == "1" else f"-m opt.torchrun --standalone --nproc_per_node {nproc} "
+    assert command.startswith(f"asked for: {launcher}opt_train_demo.py ")
+    found = re.findall(r"--(?:plugin|[tp]p_size|offload_optim_frac|batch_size) \S+|--fused_loss|--cuda_graph", command)
+    assert " ".join(found) == expected
+
+
+def test_a_mistake_with_several_processes_is_one_line(tmp_path):
+    """Not buried under a launcher's report; the exit code is that of the processes."""
+    done = run_demo("--max_length", "1000", GPUNUM="2", OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert "--max_length 1000 is over the model's 256 positions" in line
+
+
+def test_two_processes_say_their_plan_once_and_nothing_of_others(tmp_path):
+    done = run_demo("--max_train_steps", "2", GPUNUM="2", OUTPUT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "16 rows a step" in done.stdout and done.stdout.count("rows a step") == 1
+    for text in ("OMP_NUM_THREADS", "CUDA_HOME", "Nodes", "Warning", "torch/distributed"):
+        assert text not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_kill_is_named(tmp_path, nproc):
+    """By run_demo.sh, and by the process that is left."""
+    demo = start_demo("--num_epoch", "100000", "--no_save", GPUNUM=str(nproc), OUTPUT=str(tmp_path))
+    workers = until_training(demo, tmp_path, nproc)
+    workers[-1].kill()
+    out, err = demo.communicate(timeout=60)
+    assert demo.returncode == 137
+    assert "run_demo: killed, most likely for host memory (exit code 137)" in err
+    if nproc == 2:
+        assert re.search(
+            rf"error: another process was lost: rank 1 \(process {workers[-1].pid}\) was killed, most likely for host memory", err
+        )
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_signal_to_the_script_alone_saves(tmp_path, nproc):
+    demo = start_demo("--num_epoch", "100000", "--no_save", GPUNUM=str(nproc), OUTPUT=str(tmp_path))
+    until_training(demo, tmp_path, nproc)
+    demo.send_signal(signal.SIGTERM)
+    out, err = demo.communicate(timeout=60)
+    assert demo.returncode == (0 if nproc == 1 else 128 + signal.SIGTERM), err
+    assert "SIGTERM: stopped after step" in out
+    assert (tmp_path / "checkpoints" / "latest").is_file()
+
+
+def start_demo(*arguments, **env) -> subprocess.Popen:
+    command = ["bash", str(REPO / "run_demo.sh"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | NO_HUB | env, **pipes)
+
+
+def until_training(demo: subprocess.Popen, output, nproc: int) -> list[psutil.Process]:
+    """Wait until some steps are done; the processes that train, by rank."""
+    end = time.monotonic() + 90
+    while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 3:
+        assert time.monotonic() < end and demo.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(demo.pid).children(recursive=True)
+    workers = [p for p in family if any(part.endswith("opt_train_demo.py") for part in p.cmdline()[1:3])]
+    assert len(workers) == nproc
+    return sorted(workers, key=lambda p: int(p.environ().get("RANK", 0)))
