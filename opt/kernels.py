@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_probe import padded
+
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs there are. 3.1 takes no constexpr in a
 # pointer's type, only its `value`. Where an integer makes no faster code it is not specialized: one kernel less to build.
 
@@ -161,7 +163,7 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets"])
 def _cross_entropy(logits, targets, losses, stride, COLUMNS: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -252,22 +254,12 @@ def _short_attention_backward(qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM
     tl.store(qkv_grad + heads * DIM + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists)
 
 
-def fits_short_attention(longest: int, head_dim: int) -> bool:
-    """Whether a multiprocessor can hold a row and head: 97 KiB of shared memory at most, of 99 (Ada), 163 (A100) or 227 (Hopper)."""
-    length = _padded(longest)
-    return length <= 128 and 16 <= head_dim == triton.next_power_of_2(head_dim) and length * head_dim <= 8192
-
-
-def _padded(longest: int) -> int:
-    """The tokens that a program computes: a power of 2, 16 at least, of which Triton can multiply matrices."""
-    return max(16, triton.next_power_of_2(longest))
-
-
 class ShortAttention(torch.autograd.Function):
     """Causal attention within short rows, each row and head one program, forward and backward.
 
     (qkv, cu_seqlens, longest) -> (tokens, heads, head_dim): qkv (tokens, 3, heads, head_dim) in 16 bits; row i is the tokens
-    [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention().
+    [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention()
+    (opt/kernel_probe.py).
     """
 
     @staticmethod
@@ -289,6 +281,6 @@ class ShortAttention(torch.autograd.Function):
 
 def _launch(kernel, tensors, cu_seqlens, longest):
     heads, dim = tensors[0].shape[2:]
-    length = _padded(longest)
+    length = padded(longest)
     grid = (len(cu_seqlens) - 1, heads)
     kernel[grid](*tensors, cu_seqlens, heads, dim**-0.5, DIM=dim, LENGTH=length, num_warps=4 if length <= 64 else 8)

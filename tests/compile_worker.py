@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from opt import kernels
+from opt import kernel_probe, kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -27,12 +27,13 @@ class AbsentGPU:
     """What Triton asks of its driver to compile for a GPU."""
 
     capability = 0
+    device = 0  # Triton keeps what it has built by device
 
     def get_current_target(self):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return self.capability  # compiled kernels are kept by device
+        return self.device
 
     def get_current_stream(self, device):
         return 0
@@ -40,6 +41,7 @@ class AbsentGPU:
 
 def compile_only(jit_run, gpu, call):
     """In place of JITFunction.run: what it does but for the launch. `call`: one item, what is being called."""
+    built = []
 
     def run(self, *args, grid, warmup, **options):
         found = {"kernel": self.__name__, "capability": gpu.capability, "call": call[0]}
@@ -47,6 +49,8 @@ def compile_only(jit_run, gpu, call):
             compiled = jit_run(self, *args, grid=grid, warmup=True, **options)
             vectors = compiled.asm["ptx"].count("global.v4.b32")
             found |= {"bytes": len(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "vectors": vectors}
+            found["new"] = not any(compiled is other for other in built)
+            built.append(compiled)
         except Exception as error:  # the others are still to be compiled
             found["error"] = f"{type(error).__name__}: {str(error).strip()[-300:]}"
         print(json.dumps(found), flush=True)
@@ -62,7 +66,8 @@ def flat(dtype, is_aligned):
 def short_attention_sizes() -> list[tuple[int, int]]:
     """All (longest row, head_dim) for which another kernel of short attention is built."""
     sizes = itertools.product((2**i for i in range(12)), range(1, 2049))
-    return sorted({(max(16, length), head_dim) for length, head_dim in sizes if kernels.fits_short_attention(length, head_dim)})
+    fitting = (size for size in sizes if kernel_probe.fits_short_attention(*size))
+    return sorted({(kernel_probe.padded(longest), head_dim) for longest, head_dim in fitting})
 
 
 def call_all(call) -> None:
@@ -88,10 +93,29 @@ def call_all(call) -> None:
         kernels.ShortAttention.apply(qkv, torch.tensor([0, longest], dtype=torch.int32), longest).sum().backward()
 
 
+def call_trials(call) -> None:
+    """Try kernels as opt/kernel_probe.py does for a run of OPT-350m in bf16, and call them as that run would."""
+    bf16, device = torch.bfloat16, torch.device("cpu")
+    call[0] = "trial"
+    for kernel, *variant in (("update", bf16, bf16), ("norm", bf16), ("loss", bf16, 50272), ("attention", bf16, 64, 64)):
+        kernel_probe._TRIALS[kernel](kernels, device, *variant)
+    call[0] = "run"
+    sizes = (50272 * 16, 1024, 4096)
+    grads, outputs = ([torch.zeros(size, dtype=bf16) for size in sizes] for _ in range(2))
+    fp32 = [[torch.zeros(size) for size in sizes] for _ in range(3)]
+    kernels.adamw(grads, *fp32, outputs, torch.ones(()), 5e-5, 0.9, 0.999, 1e-8, 0.01, 7)
+    kernels.sum_of_squares(grads)
+    kernels.cross_entropy(torch.zeros(1024, 50272, dtype=bf16), torch.zeros(1025, dtype=torch.int64)[1:], torch.zeros(1024), -100)
+    qkv = torch.zeros(1000, 3, 16, 64, dtype=bf16, requires_grad=True)
+    kernels.ShortAttention.apply(qkv, torch.arange(0, 1001, 50, dtype=torch.int32), 63).sum().backward()
+
+
 if __name__ == "__main__":
     gpu, call = AbsentGPU(), [None]
     driver.set_active(gpu)
     JITFunction.run = compile_only(JITFunction.run, gpu, call)
     print(json.dumps({"triton": triton.__version__}))
-    for gpu.capability in map(int, sys.argv[1:]):
+    for gpu.device, gpu.capability in enumerate(map(int, sys.argv[1:])):
         call_all(call)
+    gpu.device = -1  # where nothing has been built yet
+    call_trials(call)
