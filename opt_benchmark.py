@@ -49,10 +49,11 @@ def _run(args, measure) -> None:
 
 def measure(args, here, config, contents) -> "Measured":
     """Train on synthetic tokens."""
-    from opt import step
+    from opt import plan, step
     from opt.build import build
     from opt.data import SyntheticBatches
 
+    kernels = plan.missing_kernels(args, here, config, None)
     built = build(args, here, config, contents, args.learning_rate, 0, 10**9)
     parallel = built.parallel
     batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, parallel.dp_rank, parallel.dp_size, args.seed)
@@ -63,6 +64,8 @@ def measure(args, here, config, contents) -> "Measured":
         return loss
 
     measured = time_steps(args, here, train_step)
+    if kernels:
+        measured.more["missing_kernels"] = kernels
     if args.profile:
         profile(train_step, args.profile, here)
     return measured
@@ -166,6 +169,7 @@ def describe(result) -> str:
     step, gib = result["step_seconds"], 2**30
     where = "allocated on the device" if result["peak_memory_allocated_bytes"] else "in host memory"
     peak = result["peak_memory_allocated_bytes"] or result["peak_host_memory_bytes"]
+    kernels = f"\n  kernels   {result['missing_kernels']}" if "missing_kernels" in result else ""
     return (
         f"  {result['model']} {result['plugin']} {result['precision']}, {result['batch_size']} x {result['seq_length']} tokens, "
         f"{result['world_size']} x {result['device']}\n"
@@ -173,7 +177,7 @@ def describe(result) -> str:
         f"  rate      {result['tokens_per_second']:,.0f} tokens/s, {result['samples_per_second']:,.2f} samples/s, "
         f"{result['tflops_per_gpu']:,.2f} TFLOP/s each, MFU {result['mfu']:.1%} of {result['matmul_tflops']:,.1f}\n"
         f"  memory    {peak / gib:.2f} GiB {where} at the peak\n"
-        f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s after launch"
+        f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s after launch{kernels}"
     )
 
 

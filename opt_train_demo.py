@@ -44,8 +44,9 @@ def run(args) -> None:
     start = before.position if before else data.Position()
     dp_size = here.world_size // (args.tp_size * args.pp_size)
     steps = plan.schedule(args, len(dataset.train), dp_size, start)
+    kernels = plan.missing_kernels(args, here, setup.config, dataset.longest if args.padding_free else None)
     if here.is_main:
-        print(plan.describe(args, here, setup, dataset, steps, dp_size, before), flush=True)
+        print(plan.describe(args, here, setup, dataset, steps, dp_size, before, kernels), flush=True)
     if not args.dry_run:
         is_done = train(args, here, setup, dataset, steps, start, before)
         launch.stop()

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
 from . import linear
-from .launch import has_bf16, has_triton
+from .kernel_probe import has_short_attention
+from .launch import has_bf16
 
 
 class PackedRows(NamedTuple):
@@ -23,18 +24,19 @@ class PackedRows(NamedTuple):
     cell: torch.Tensor  # (tokens,) its place among the cells of a rectangle, rows x longest
     token: torch.Tensor  # (rows x longest,) the token in each cell of that rectangle, or the number of tokens for none
     has_flash: bool  # whether the GPU is one that FlashAttention runs on
-    has_triton: bool  # whether opt/kernels.py runs there too
+    has_kernel: bool  # whether opt/kernels.py has one there for rows of this length and heads of this width
 
 
-def locate(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> PackedRows:
-    """The rows between `cu_seqlens`, without asking the device for a value."""
+def locate(cu_seqlens: torch.Tensor, tokens: int, longest: int, head_dim: int, dtype: torch.dtype) -> PackedRows:
+    """The rows between `cu_seqlens`, without asking the device for a value. `head_dim`, `dtype`: of the queries that will attend in them."""
     every = torch.arange(tokens, device=cu_seqlens.device)
     row = torch.bucketize(every, cu_seqlens[1:].long(), right=True)
     position = every - cu_seqlens[row]
     cell = row * longest + position
     token = every.new_full(((len(cu_seqlens) - 1) * longest,), tokens).index_copy(0, cell, every)
-    has_flash = has_bf16(cu_seqlens.device)  # from the same generation of GPUs on
-    return PackedRows(cu_seqlens, longest, position, cell, token, has_flash, has_flash and has_triton(cu_seqlens.device))
+    device = cu_seqlens.device
+    has_flash = has_bf16(device)  # from the same generation of GPUs on
+    return PackedRows(cu_seqlens, longest, position, cell, token, has_flash, has_short_attention(device, dtype, head_dim, longest))
 
 
 class Attention(OPTSdpaAttention):
@@ -76,11 +78,10 @@ def attend(qkv: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:
     """Causal attention within each row: queries, keys and values (tokens, 3, heads, head_dim) -> (tokens, heads, head_dim)."""
     head_dim = qkv.shape[-1]
     if rows.has_flash and qkv.dtype in (torch.float16, torch.bfloat16):
-        if rows.has_triton and dropout == 0:
-            from .kernels import ShortAttention, fits_short_attention
+        if rows.has_kernel and dropout == 0:
+            from .kernels import ShortAttention
 
-            if fits_short_attention(rows.longest, head_dim):
-                return ShortAttention.apply(qkv, rows.cu_seqlens, rows.longest)
+            return ShortAttention.apply(qkv, rows.cu_seqlens, rows.longest)
         if head_dim % 8 == 0 and head_dim <= 256:  # what FlashAttention takes
             ends = (rows.cu_seqlens, rows.cu_seqlens, rows.longest, rows.longest)
             return torch.ops.aten._flash_attention_forward(*qkv.unbind(1), *ends, dropout, True, False)[0]

@@ -13,10 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_probe import padded
+
+# From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs there are. 3.1 takes no constexpr in a
+# pointer's type, only its `value`. Where an integer makes no faster code it is not specialized: one kernel less to build.
+
 BLOCK = 2048  # elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "programs"])
 def _adamw(
     pointers,  # int64 (5, tensors): addresses of gradients, weights, first and second moments, 16-bit weights (or 0)
     blocks,  # int32 (3, programs): each program's tensor, its number among the tensor's blocks, the tensor's elements
@@ -39,12 +44,12 @@ def _adamw(
     tensor = tl.load(blocks + program)
     offsets = tl.load(blocks + programs + program).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = tl.load(blocks + 2 * programs + program)
-    gradients = tl.load(pointers + tensor).to(tl.pointer_type(GRADIENT))
+    gradients = tl.load(pointers + tensor).to(tl.pointer_type(GRADIENT.value))
     weights = tl.load(pointers + tensors + tensor).to(tl.pointer_type(tl.float32))
     firsts = tl.load(pointers + 2 * tensors + tensor).to(tl.pointer_type(tl.float32))
     seconds = tl.load(pointers + 3 * tensors + tensor).to(tl.pointer_type(tl.float32))
     if OUTPUT is not None:
-        outputs = tl.load(pointers + 4 * tensors + tensor).to(tl.pointer_type(OUTPUT))
+        outputs = tl.load(pointers + 4 * tensors + tensor).to(tl.pointer_type(OUTPUT.value))
     if ALIGNED:  # known to be so, a thread may move 16 bytes at a time
         size = tl.multiple_of(size, 16)
         gradients = tl.multiple_of(gradients, 16)
@@ -106,10 +111,10 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sums_of_squares(pointers, blocks, sums, programs, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
-    gradients = tl.load(pointers + tl.load(blocks + program)).to(tl.pointer_type(GRADIENT))
+    gradients = tl.load(pointers + tl.load(blocks + program)).to(tl.pointer_type(GRADIENT.value))
     offsets = tl.load(blocks + programs + program).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = tl.load(blocks + 2 * programs + program)
     if ALIGNED:
@@ -158,7 +163,7 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets"])
 def _cross_entropy(logits, targets, losses, stride, COLUMNS: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -218,7 +223,7 @@ def _softmax(q, k, scale, sees):
     return weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _short_attention(qkv, out, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
     places, out_places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
     q = tl.load(qkv + places, mask=exists, other=0.0)
@@ -228,7 +233,7 @@ def _short_attention(qkv, out, cu_seqlens, heads, scale, DIM: tl.constexpr, LENG
     tl.store(out + out_places, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _short_attention_backward(qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
     places, out_places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
     q = tl.load(qkv + places, mask=exists, other=0.0)
@@ -236,25 +241,25 @@ def _short_attention_backward(qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM
     weights = _softmax(q, k, scale, sees)
     v = tl.load(qkv + 2 * heads * DIM + places, mask=exists, other=0.0)
     grad = tl.load(grad + out_places, mask=exists, other=0.0)
+    if LENGTH > 64:
+        # Before and not after what follows: more registers are in use, but v is out of the way when the weights come to shared memory.
+        # In Triton 3.1 that takes 84 KiB and not 100, one more than sm_86 and sm_89 have.
+        weights_grad = tl.dot(grad, tl.trans(v))
     tl.store(qkv_grad + 2 * heads * DIM + places, tl.dot(tl.trans(weights.to(v.dtype)), grad).to(v.dtype), mask=exists)
-    weights_grad = tl.dot(grad, tl.trans(v))
+    if LENGTH <= 64:
+        weights_grad = tl.dot(grad, tl.trans(v))
     scores_grad = weights * (weights_grad - tl.sum(weights * weights_grad, 1)[:, None]) * scale
     scores_grad = scores_grad.to(v.dtype)
     tl.store(qkv_grad + places, tl.dot(scores_grad, k).to(v.dtype), mask=exists)
     tl.store(qkv_grad + heads * DIM + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists)
 
 
-def fits_short_attention(longest: int, head_dim: int) -> bool:
-    """Whether a multiprocessor can hold a row and head: 97 KiB of shared memory at most, of 99 (Ada), 163 (A100) or 227 (Hopper)."""
-    length = triton.next_power_of_2(longest)
-    return length <= 128 and 16 <= head_dim == triton.next_power_of_2(head_dim) and length * head_dim <= 8192
-
-
 class ShortAttention(torch.autograd.Function):
     """Causal attention within short rows, each row and head one program, forward and backward.
 
     (qkv, cu_seqlens, longest) -> (tokens, heads, head_dim): qkv (tokens, 3, heads, head_dim) in 16 bits; row i is the tokens
-    [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention().
+    [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention()
+    (opt/kernel_probe.py).
     """
 
     @staticmethod
@@ -276,6 +281,6 @@ class ShortAttention(torch.autograd.Function):
 
 def _launch(kernel, tensors, cu_seqlens, longest):
     heads, dim = tensors[0].shape[2:]
-    length = max(16, triton.next_power_of_2(longest))
+    length = padded(longest)
     grid = (len(cu_seqlens) - 1, heads)
     kernel[grid](*tensors, cu_seqlens, heads, dim**-0.5, DIM=dim, LENGTH=length, num_warps=4 if length <= 64 else 8)

@@ -68,23 +68,6 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@functools.cache
-def has_triton(device: torch.device) -> bool:
-    """Whether opt/kernels.py runs here: Triton builds kernels with the host's C compiler and Python's headers."""
-    try:
-        from .kernels import adamw
-
-        grads, params, exp_avgs, exp_avg_sqs = ([torch.zeros(1, device=device)] for _ in range(4))
-        adamw(grads, params, exp_avgs, exp_avg_sqs, None, torch.ones((), device=device), 0.0, 0.9, 0.999, 1e-8, 0.0, 1)
-        return True
-    except Exception as error:  # from a missing package to the C compiler's own
-        reason = str(error).strip().split("\n")[0]
-        print(
-            f"Triton cannot build a kernel here ({type(error).__name__}: {reason:.200}): PyTorch's own operations instead, somewhat slower"
-        )
-        return False
-
-
 def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and make this process's device ColossalAI's. Raises UserError.
 

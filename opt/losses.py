@@ -6,7 +6,8 @@ from . import light_imports  # noqa: F401  before colossalai
 from colossalai.shardformer.layer._operation import reduce_forward
 from torch.nn import functional as F
 
-from .launch import has_triton, product_dtype
+from .kernel_probe import has_kernel
+from .launch import product_dtype
 
 IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
 CHUNK = 1024  # tokens whose logits exist at a time: 0.1 GB in bf16
@@ -51,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
     """Put each row's cross-entropy into `losses`, and its gradient over `logits`: (tokens, vocabulary)."""
-    if logits.is_cuda and has_triton(logits.device):
+    if has_kernel("loss", logits.device, logits.dtype, logits.shape[1]):
         from .kernels import cross_entropy
 
         cross_entropy(logits, targets, losses, IGNORE)

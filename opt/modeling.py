@@ -29,6 +29,7 @@ from transformers.models.opt.modeling_opt import OPTAttention
 from args import UserError
 
 from .attention import Attention, PackedRows, locate, share_input
+from .launch import product_dtype
 from .losses import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,7 +83,10 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             can be averaged without bias.
         """
         decoder = self.model.decoder
-        rows = None if cu_seqlens is None else locate(cu_seqlens, input_ids.shape[1], self.longest_row)
+        rows = None
+        if cu_seqlens is not None:
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            rows = locate(cu_seqlens, input_ids.shape[1], self.longest_row, head_dim, product_dtype(decoder.embed_tokens.weight))
         if self.stage.is_first:
             hidden_states = decoder.embed_tokens(input_ids)
             if decoder.project_in is not None:

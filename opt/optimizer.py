@@ -11,7 +11,7 @@ from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .launch import has_triton
+from .kernel_probe import has_kernel
 
 
 class _NoKernel:
@@ -46,7 +46,7 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
         step: the number of this update, from 1.
     """
     device = params[0].device
-    if device.type == "cuda" and has_triton(device):
+    if has_kernel("update", device, grads[0].dtype, outputs[0].dtype if outputs else None):
         from .kernels import adamw
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
@@ -92,7 +92,7 @@ def _pieces(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     """The squares of all elements of tensors of one dtype, added up in fp32: in bf16 the sum would be good to two digits."""
-    if grads[0].is_cuda and has_triton(grads[0].device):
+    if has_kernel("norm", grads[0].device, grads[0].dtype):
         from .kernels import sum_of_squares
 
         return sum_of_squares(grads)

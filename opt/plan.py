@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import OPTConfig, PreTrainedTokenizerFast
 
 from args import UserError, resolve
 
-from . import data, modeling, weights
+from . import data, kernel_probe, modeling, weights
 from .export import is_one_file, output_directory
 from .launch import Place, has_bf16, has_fp8
 from .presets import PRESETS, preset_config
@@ -218,8 +219,35 @@ def schedule(args: Namespace, rows: int, dp_size: int, start: data.Position) -> 
     return Schedule(steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
 
 
-def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, plan: Schedule, dp_size: int, before) -> str:
-    """The plan in words. `before`: the checkpoint that the run goes on from, or None."""
+def missing_kernels(args: Namespace, here: Place, config: OPTConfig, longest: int | None) -> str | None:
+    """What the plan says of our own GPU kernels that this run would use and that cannot be built here; None if nothing is missing.
+
+    `longest`: tokens of the longest row where batches are packed, else None.
+    """
+    return kernel_probe.missing_kernels(here.device, _kernels(args, here, config, longest)) if here.device.type == "cuda" else None
+
+
+def _kernels(args: Namespace, here: Place, config: OPTConfig, longest: int | None) -> Iterator[tuple]:
+    """The kernels of opt/kernels.py that training comes to, as kernel_probe knows them. What is left out here is tried when it is needed."""
+    dtype, is_ddp, is_gemini = modeling.DTYPES[args.precision], args.plugin.startswith("torch_ddp"), args.plugin == "gemini"
+    # Gradients come in 16 bits to the step of opt/mixed_precision.py and from Gemini; other plugins of ColossalAI's widen them first.
+    own_step = args.precision == "bf16" and not is_ddp and not is_gemini and args.adam_kernel == "torch"
+    gradient = dtype if own_step or is_gemini else torch.float32
+    if args.adam_kernel == "torch" and args.offload_optim_frac < 1:
+        yield "update", gradient, dtype if own_step else None
+    if getattr(args, "max_norm", 0) > 0 and (is_ddp or own_step and args.tp_size * args.pp_size == 1):
+        yield "norm", gradient
+    if args.fused_loss:
+        yield "loss", dtype, config.vocab_size
+    head_dim = config.hidden_size // config.num_attention_heads
+    if longest and kernel_probe.takes_short_attention(here.device, dtype, head_dim, longest):
+        yield "attention", dtype, head_dim, kernel_probe.padded(longest)
+
+
+def describe(
+    args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, plan: Schedule, dp_size: int, before, kernels: str | None
+) -> str:
+    """The plan in words. `before`: the checkpoint that the run goes on from, or None. `kernels`: see missing_kernels."""
     if here.device.type == "cuda":
         device = f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
     else:
@@ -255,6 +283,8 @@ def describe(args: Namespace, here: Place, setup: Setup, dataset: data.Dataset, 
         "memory": f"about {estimate_memory(setup.config, setup.weights.num_parameters, args, dp_size) / 2**30:.1f} GiB a process (an estimate)",
         "output": args.output_path + (" (model not saved)" if args.no_save else ""),
     }
+    if kernels:
+        lines["kernels"] = kernels
     if before:
         lines["resumed"] = f"{before.path}, {before.position.step:,} steps done"
         changes = [name for name in ("plugin", "precision", "tp_size", "pp_size") if before.state["arguments"][name] != getattr(args, name)]

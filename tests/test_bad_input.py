@@ -264,6 +264,7 @@ def test_no_mistake(tmp_path):
         "trains from scratch",
     ):
         assert part in done.stdout
+    assert "kernels" not in done.stdout  # a CPU has none to miss
     assert not list(tmp_path.iterdir())
 
 

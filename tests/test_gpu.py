@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from opt.kernel_probe import WORK
 from opt.launch import has_fp8
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
@@ -76,10 +77,20 @@ def test_loss_curve_on_a_gpu(tmp_path, reference, flags):
     """The same as torch_ddp's in fp32, within the noise of 16 bits, which fp8 adds 0.002 to (seen on a CPU)."""
     if "--fp8" in flags and not has_fp8(torch.device("cuda", 0)):
         pytest.skip("needs a GPU of compute capability 8.9 or later")
-    train(tmp_path / "found", *CURVE, *flags)
+    done = train(tmp_path / "found", *CURVE, *flags)
+    assert "kernels  " not in done.stdout  # Triton has built all that were needed
     found = losses(tmp_path / "found")
     assert len(found) == 10 and reference[-1] < reference[0] - 0.3
     assert found == pytest.approx(reference, abs=0.03)
+
+
+def test_without_a_compiler(tmp_path, reference):
+    """Triton can build nothing: the plan says so, and PyTorch's operations give the same losses."""
+    env = {"CC": "/nowhere/cc", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    done = train(tmp_path / "found", *CURVE, "--plugin", "low_level_zero", "--fused_loss", env=env)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  kernels  "))
+    assert all(work in line for work in WORK.values()) and "37 %" in line
+    assert losses(tmp_path / "found") == pytest.approx(reference, abs=0.03)
 
 
 @pytest.mark.parametrize(

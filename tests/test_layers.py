@@ -48,7 +48,7 @@ def test_attention_of_packed_rows_is_that_of_each_row_alone(device, dtype, head_
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(sum(LENGTHS), 3, head_dim) for _ in range(4))
     cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=device)
-    rows = locate(cu_seqlens, sum(LENGTHS), longest)
+    rows = locate(cu_seqlens, sum(LENGTHS), longest, head_dim, dtype)
     expected = with_gradients(lambda *qkv: attention_row_by_row(*qkv, LENGTHS), (q, k, v), grad)
     found = with_gradients(lambda *qkv: attend(torch.stack(qkv, 1), rows, 0.0), [x.to(device, dtype) for x in (q, k, v)], grad)
     for a, b in zip(found, expected, strict=True):
@@ -60,7 +60,7 @@ def test_attention_of_packed_rows_is_that_of_each_row_alone(device, dtype, head_
 def test_attention_drops_what_it_is_told_to(longest, head_dim):
     """Of a row whose values are all 1, each output is a sum of weights, some dropped and the others scaled up."""
     x = torch.ones(400, 3, 8, head_dim, device="cuda", dtype=torch.bfloat16)
-    rows = locate(torch.arange(0, 401, 50, device="cuda", dtype=torch.int32), 400, longest)
+    rows = locate(torch.arange(0, 401, 50, device="cuda", dtype=torch.int32), 400, longest, head_dim, torch.bfloat16)
     out = attend(x, rows, 0.25).float()
     assert out.mean().item() == pytest.approx(1, abs=0.05) and out.std() > 0.05
 

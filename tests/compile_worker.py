@@ -1,0 +1,121 @@
+"""Compile every kernel of opt/kernels.py that the code can ask for, to machine code, for GPUs that need not be there.
+
+    python compile_worker.py 80 86 89 90        (compute capabilities; PYTHONPATH chooses the Triton)
+
+Prints a JSON object a line for each kernel compiled: what it was called with, its shared memory in bytes, the accesses of 16 bytes in its
+PTX, and the error if there was one. The kernels are launched by the functions that the training calls, on small tensors of the host:
+only the launch itself is left out, so that no list of arguments can differ from the real one.
+"""
+
+import itertools
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from opt import kernel_probe, kernels
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class AbsentGPU:
+    """What Triton asks of its driver to compile for a GPU."""
+
+    capability = 0
+    device = 0  # Triton keeps what it has built by device
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_only(jit_run, gpu, call):
+    """In place of JITFunction.run: what it does but for the launch. `call`: one item, what is being called."""
+    built = []
+
+    def run(self, *args, grid, warmup, **options):
+        found = {"kernel": self.__name__, "capability": gpu.capability, "call": call[0]}
+        try:
+            compiled = jit_run(self, *args, grid=grid, warmup=True, **options)
+            vectors = compiled.asm["ptx"].count("global.v4.b32")
+            found |= {"bytes": len(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "vectors": vectors}
+            found["new"] = not any(compiled is other for other in built)
+            built.append(compiled)
+        except Exception as error:  # the others are still to be compiled
+            found["error"] = f"{type(error).__name__}: {str(error).strip()[-300:]}"
+        print(json.dumps(found), flush=True)
+
+    return run
+
+
+def flat(dtype, is_aligned):
+    """Two tensors that a kernel over many tensors is to work on, with a number of elements that is a multiple of 16, or not."""
+    return [torch.zeros(160 if is_aligned else 163, dtype=dtype) for _ in range(2)]
+
+
+def short_attention_sizes() -> list[tuple[int, int]]:
+    """All (longest row, head_dim) for which another kernel of short attention is built."""
+    sizes = itertools.product((2**i for i in range(12)), range(1, 2049))
+    fitting = (size for size in sizes if kernel_probe.fits_short_attention(*size))
+    return sorted({(kernel_probe.padded(longest), head_dim) for longest, head_dim in fitting})
+
+
+def call_all(call) -> None:
+    """Call each kernel with all dtypes, alignments and sizes that its function takes."""
+    for gradient, is_aligned in itertools.product(FLOATS, (True, False)):
+        grads, *fp32 = flat(gradient, is_aligned), *(flat(torch.float32, is_aligned) for _ in range(3))
+        call[0] = {"gradient": str(gradient), "aligned": is_aligned, "bytes_an_element": gradient.itemsize}
+        kernels.sum_of_squares(grads)
+        for output in (None, *HALVES):
+            outputs = output and flat(output, is_aligned)
+            call[0] = {"gradient": str(gradient), "output": str(output), "aligned": is_aligned}
+            call[0]["bytes_an_element"] = gradient.itemsize + 6 * 4 + (output.itemsize if output else 0)  # three fp32 in, three out
+            kernels.adamw(grads, *fp32, outputs, torch.ones(()), 1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
+
+    # OPT's vocabulary, and one that no row of which begins where 16 bytes do; targets behind the first of a packed batch, and others.
+    for dtype, columns, first in itertools.product(FLOATS, (50272, 1003), (0, 1)):
+        call[0] = {"logits": str(dtype), "columns": columns, "first target": first}
+        kernels.cross_entropy(torch.zeros(4, columns, dtype=dtype), torch.zeros(5, dtype=torch.int64)[first:][:4], torch.zeros(4), -100)
+
+    for dtype, (longest, head_dim) in itertools.product(HALVES, short_attention_sizes()):
+        call[0] = {"qkv": str(dtype), "longest": longest, "head_dim": head_dim}
+        qkv = torch.zeros(longest, 3, 2, head_dim, dtype=dtype, requires_grad=True)
+        kernels.ShortAttention.apply(qkv, torch.tensor([0, longest], dtype=torch.int32), longest).sum().backward()
+
+
+def call_trials(call) -> None:
+    """Try kernels as opt/kernel_probe.py does for a run of OPT-350m in bf16, and call them as that run would."""
+    bf16, device = torch.bfloat16, torch.device("cpu")
+    call[0] = "trial"
+    for kernel, *variant in (("update", bf16, bf16), ("norm", bf16), ("loss", bf16, 50272), ("attention", bf16, 64, 64)):
+        kernel_probe._TRIALS[kernel](kernels, device, *variant)
+    call[0] = "run"
+    sizes = (50272 * 16, 1024, 4096)
+    grads, outputs = ([torch.zeros(size, dtype=bf16) for size in sizes] for _ in range(2))
+    fp32 = [[torch.zeros(size) for size in sizes] for _ in range(3)]
+    kernels.adamw(grads, *fp32, outputs, torch.ones(()), 5e-5, 0.9, 0.999, 1e-8, 0.01, 7)
+    kernels.sum_of_squares(grads)
+    kernels.cross_entropy(torch.zeros(1024, 50272, dtype=bf16), torch.zeros(1025, dtype=torch.int64)[1:], torch.zeros(1024), -100)
+    qkv = torch.zeros(1000, 3, 16, 64, dtype=bf16, requires_grad=True)
+    kernels.ShortAttention.apply(qkv, torch.arange(0, 1001, 50, dtype=torch.int32), 63).sum().backward()
+
+
+if __name__ == "__main__":
+    gpu, call = AbsentGPU(), [None]
+    driver.set_active(gpu)
+    JITFunction.run = compile_only(JITFunction.run, gpu, call)
+    print(json.dumps({"triton": triton.__version__}))
+    for gpu.device, gpu.capability in enumerate(map(int, sys.argv[1:])):
+        call_all(call)
+    gpu.device = -1  # where nothing has been built yet
+    call_trials(call)
