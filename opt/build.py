@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
 from . import fp8, gemini, graphs, launch, linear, mixed_precision, modeling, optimizer, plugins, state, step, weights
+from .kernel_probe import has_kernel
 
 
 @dataclass
@@ -42,7 +43,7 @@ def build(
     schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
     model, adam = parallel.boost(model, adam)
     gemini.speed_up(model)
-    mixed_precision.speed_up(model, adam, parallel.dp_size, own_update=args.adam_kernel == "torch", by_layer=not args.cuda_graph)
+    mixed_precision.speed_up(model, adam, parallel.dp_size, own_update=args.adam_kernel == "torch", recorded=args.cuda_graph)
     if parallel.knows_grad_norm:
         adam.optim.find_norm = adam.get_grad_norm
     if args.fp8:
@@ -59,5 +60,7 @@ def build(
     state.fill_copies(built, contents)
     if args.cuda_graph:
         run = partial(step.forward_backward, parallel.booster, model, adam)
-        parallel.graphed = graphs.GraphedBackward(run, list(model.parameters()))
+        parallel.graphed = graphs.GraphedBackward(run, list(model.parameters()), getattr(adam, "reduction", None))
+        if hasattr(adam, "update") and has_kernel("update", here.device, dtype, dtype) and has_kernel("norm", here.device, dtype):
+            adam.update.record(parallel.graphed.pool, parallel.graphed.stream)
     return built

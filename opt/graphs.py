@@ -1,34 +1,44 @@
-"""Forward and backward as a CUDA graph: the GPU runs a recorded step without waiting for the host.
+"""Steps as CUDA graphs: the GPU runs what was recorded without waiting for the host.
 
-A step of OPT-350m launches thousands of kernels. With short rows the GPU is through with each before Python has launched the
-next one; replayed from a graph they follow one another at once (one H100, 32 descriptions a step, low_level_zero: 59 ms, and 12 ms
-replayed).
+A step of OPT-350m launches thousands of kernels. With short rows the GPU is through with each before Python has launched the next one;
+replayed from a graph they follow one another at once (one H100, 32 descriptions a step, low_level_zero: 59 ms, and 12 ms replayed). Forward
+and backward are a graph for each shape of batch; the update, which has no shape, is another. Collectives are parts of both: on two GPUs
+the host would need 10 ms a step for them and the update, as long as the rest of the step takes.
 """
 
 from collections.abc import Callable
 
 import torch
 
+# NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
+_MODE = "thread_local"
+
 
 class GraphedBackward:
     """Replays `run(inputs, weight)`, which leaves gradients in `parameters` and returns the loss.
 
-    A shape of batch that comes for the first time is run as it is, which prepares libraries and compiled layers for it, and recorded
-    when it comes again. For parameters that are plain tensors: nothing else may happen in backward than arithmetic.
+    A shape of batch that comes for the first time is run as it is, which prepares libraries, compiled layers and connections for it, and
+    recorded when it comes again. For parameters that are plain tensors: nothing else may happen in backward than arithmetic, and what
+    `reduction` does (a reduction.LayerwiseZero), which then has the gradients.
     """
 
-    def __init__(self, run: Callable[[dict, torch.Tensor], torch.Tensor], parameters: list[torch.Tensor]):
-        self._run, self._parameters = run, parameters
-        self._recorded, self._seen, self._pool, self._stream = {}, set(), torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def __init__(self, run: Callable[[dict, torch.Tensor], torch.Tensor], parameters: list[torch.Tensor], reduction=None):
+        self._run, self._parameters, self._reduction = run, parameters, reduction
+        self._recorded, self._seen = {}, set()
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         # The optimizer finds gradients by their address, whichever graph has computed them: they stay where they are.
-        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        self._is_first = True
+        self._gradients: list[torch.Tensor] = []
+        self._nothing = [None] * len(parameters)
+        self._is_first = True  # of a step's batches, but for such as have been reduced
 
     def __call__(self, inputs: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
         """Add the gradients of `weight` times the summed loss of `inputs` (host tensors); returns that loss."""
-        key = tuple(next(iter(inputs.values())).shape), self._is_first
+        reduces = self._reduction is not None and self._reduction.is_on
+        if not reduces and not self._gradients:
+            self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        key = tuple(next(iter(inputs.values())).shape), self._is_first, reduces, reduces and bool(self._reduction.grads)
         if key in self._seen and key not in self._recorded:
-            self._recorded[key] = self._record(inputs)
+            self._recorded[key] = self._record(inputs, reduces)
         self._seen.add(key)
         if key in self._recorded:
             graph, own_inputs, own_weight, loss = self._recorded[key]
@@ -39,34 +49,66 @@ class GraphedBackward:
             loss = loss.clone()  # the next graph reuses its memory
         else:
             own_inputs = {name: tensor.cuda(non_blocking=True) for name, tensor in inputs.items()}
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # where it will be recorded
-                loss = self._backward(own_inputs, weight)
-            torch.cuda.current_stream().wait_stream(self._stream)
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # where it will be recorded
+                loss = self._backward(own_inputs, weight, reduces)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        if reduces:
+            self._reduction.take_places()
+        for parameter, gradient in zip(self._parameters, self._nothing if reduces else self._gradients, strict=True):
             parameter.grad = gradient
-        self._is_first = False
+        self._is_first = reduces and self._is_first
         return loss
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before: the next ones take their place, with no zeros in between."""
         self._is_first = True
 
-    def _record(self, inputs):
+    def _record(self, inputs, reduces: bool):
         inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
         weight = torch.ones((), device="cuda")
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            loss = self._backward(inputs, weight)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=_MODE):
+            loss = self._backward(inputs, weight, reduces)
         return graph, inputs, weight, loss
 
-    def _backward(self, inputs, weight) -> torch.Tensor:
+    def _backward(self, inputs, weight, reduces: bool) -> torch.Tensor:
         """The loss; its gradients go to where the optimizer finds them."""
-        for parameter in self._parameters:
-            parameter.grad = None
+        # To be reduced with those of the batches before, which are added to; otherwise they are added together below.
+        start = self._gradients if reduces and not self._is_first else self._nothing
+        for parameter, gradient in zip(self._parameters, start, strict=True):
+            parameter.grad = gradient
         loss = self._run(inputs, weight)
-        # In a few kernels: left to autograd, adding them to what is there is a kernel for each.
-        gather = torch._foreach_copy_ if self._is_first else torch._foreach_add_
-        gather(self._gradients, [parameter.grad for parameter in self._parameters])
+        if reduces:
+            self._reduction.finish()
+        else:
+            # In a few kernels: left to autograd, adding them to what is there is a kernel for each.
+            gather = torch._foreach_copy_ if self._is_first else torch._foreach_add_
+            gather(self._gradients, [parameter.grad for parameter in self._parameters])
         return loss
+
+
+class GraphedUpdate:
+    """Replays `update()`, which returns the gradient's norm or None: run as it is at first, then recorded."""
+
+    def __init__(self, update: Callable[[], torch.Tensor | None], pool, stream: torch.cuda.Stream):
+        self._update, self._pool, self._stream = update, pool, stream
+        self._graph, self._norm, self._is_prepared = None, None, False
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether from now on it is replayed."""
+        return self._graph is not None
+
+    def __call__(self) -> torch.Tensor | None:
+        """What `update()` returns."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            return self._update()
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=_MODE):
+                self._norm = self._update()
+            self._graph = graph
+        self._graph.replay()
+        return None if self._norm is None else self._norm.clone()

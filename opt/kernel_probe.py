@@ -90,7 +90,9 @@ def _obstacle(kernel: str, device: torch.device, *variant) -> str | None:
 def _try_update(kernels, device, gradient: torch.dtype, output: torch.dtype | None) -> None:
     grads, params, exp_avgs, exp_avg_sqs = ([torch.zeros(16, dtype=t, device=device)] for t in (gradient, *[torch.float32] * 3))
     outputs = output and [torch.zeros(16, dtype=output, device=device)]
-    kernels.adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, torch.ones((), device=device), 0.0, 0.9, 0.999, 1e-8, 0.0, 1)
+    kernels.adamw(
+        grads, params, exp_avgs, exp_avg_sqs, outputs, torch.ones((), device=device), torch.ones(3, device=device), 0.9, 0.999, 1e-8, 0.0
+    )
 
 
 def _try_norm(kernels, device, gradient: torch.dtype) -> None:

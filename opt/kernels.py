@@ -26,13 +26,11 @@ def _adamw(
     pointers,  # int64 (5, tensors): addresses of gradients, weights, first and second moments, 16-bit weights (or 0)
     blocks,  # int32 (3, programs): each program's tensor, its number among the tensor's blocks, the tensor's elements
     divisor,  # fp32 scalar that the gradients are divided by; nothing is updated where it is not finite
-    lr,
+    rates,  # fp32 (3,): see adamw()
     beta1,
     beta2,
     eps,
     weight_decay,
-    correction1,
-    correction2_root,
     tensors,
     programs,
     GRADIENT: tl.constexpr,
@@ -65,6 +63,7 @@ def _adamw(
         weight = tl.load(weights + offsets, mask=valid, other=0)
         first = tl.load(firsts + offsets, mask=valid, other=0)
         second = tl.load(seconds + offsets, mask=valid, other=0)
+        lr, correction1, correction2_root = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
         weight -= lr * weight_decay * weight
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient * gradient
@@ -79,7 +78,7 @@ def _adamw(
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step) -> None:
+def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, rates, beta1, beta2, eps, weight_decay) -> None:
     """Update in place on the GPU.
 
     Args:
@@ -87,20 +86,19 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, bet
         params, exp_avgs, exp_avg_sqs: fp32 tensors, as many elements each as the gradients.
         outputs: 16-bit tensors that the updated `params` are also written to, or None.
         divisor: fp32 scalar tensor on the same device: gradients are divided by it. If it is not finite, nothing changes.
-        step: updates done, this one included.
+        rates: fp32 (3,) on the same device: learning rate, 1 - beta1**t, sqrt(1 - beta2**t), t being the number of this update. What
+            changes from update to update is read there, so that a recorded one can be replayed.
     """
     pointers, blocks, aligned = _tables([grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])])
     _adamw[(blocks.shape[1],)](
         pointers,
         blocks,
         divisor,
-        lr,
+        rates,
         beta1,
         beta2,
         eps,
         weight_decay,
-        1 - beta1**step,
-        (1 - beta2**step) ** 0.5,
         len(params),
         blocks.shape[1],
         GRADIENT=_TRITON_TYPES[grads[0].dtype],
@@ -146,10 +144,16 @@ def _tables(lists: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor
     """What a kernel over many tensors reads on the device: their addresses, list after list, and what each program works on; and
     whether all addresses and sizes are multiples of 16. The lists are equally long, of tensors with as many elements each."""
     device, sizes = lists[0][0].device, tuple(tensor.numel() for tensor in lists[0])
-    addresses = [tensor.data_ptr() for tensors in lists for tensor in tensors]
+    addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
+    return _pointers(addresses, device), _blocks(sizes, device), all(number % 16 == 0 for number in itertools.chain(addresses, sizes))
+
+
+@lru_cache(maxsize=32)
+def _pointers(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Addresses on the device. The same in every step where gradients stay in their place, as they do where steps are recorded: while a
+    graph is recorded nothing can come from the host."""
     # Not pinned, but small: CUDA takes it over at once, and the host does not wait for the device.
-    pointers = torch.tensor(addresses).to(device, non_blocking=True)
-    return pointers, _blocks(sizes, device), all(number % 16 == 0 for number in itertools.chain(addresses, sizes))
+    return torch.tensor(addresses).to(device, non_blocking=True)
 
 
 @lru_cache

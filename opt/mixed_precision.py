@@ -21,13 +21,14 @@ from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
 from . import reduction
+from .graphs import GraphedUpdate
 from .optimizer import sum_of_squares
 
 
-def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: bool = True) -> None:
+def speed_up(model, optimizer, dp_size: int, own_update: bool = True, recorded: bool = False) -> None:
     """Apply to a boosted optimizer of `model`, in place, if it is one of these. Without `own_update` HybridAdam makes the update.
 
-    `by_layer`: reduce gradients and gather weights while backward and forward run, not in between; see reduction.LayerwiseZero.
+    `recorded`: forward, backward and update are CUDA graphs, see record().
     """
     if isinstance(optimizer, LowLevelZeroOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision_mixin, BF16MixedPrecisionMixin)
@@ -36,13 +37,14 @@ def speed_up(model, optimizer, dp_size: int, own_update: bool = True, by_layer: 
         elif dp_size == 1:
             reduction.reduce_nothing(optimizer)
         else:
-            optimizer.reduction = reduction.LayerwiseZero(optimizer, model.unwrap(), by_layer)
+            optimizer.reduction = reduction.LayerwiseZero(optimizer, model.unwrap(), recorded)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
         own_update = own_update and isinstance(optimizer.mixed_precision, BF16MixedPrecisionMixin)
     else:
         return
     if own_update:
         optimizer.rows = {}
+        optimizer.update = _Update(optimizer)
         optimizer.step = MethodType(_step, optimizer)
 
 
@@ -58,29 +60,66 @@ def _size(optimizer, group: str) -> int:
 @torch.no_grad()
 def _step(self, closure=None) -> None:
     """Clip by the global norm, update the fp32 copies and the weights."""
-    is_zero = isinstance(self, LowLevelZeroOptimizer)
-    if is_zero and not self.require_grad_sync:
+    if isinstance(self, LowLevelZeroOptimizer) and not self.require_grad_sync:
         return
-    if hasattr(self, "reduction"):
-        self.reduction.finish()
-    parts = _update_parts(self)
-    shares = [_shares(self, part) for part in parts]
-    max_norm = self._clip_grad_norm if is_zero else self.max_norm
-    divisor = 1.0
-    if max_norm > 0:
-        self._current_grad_norm = _grad_norm(self, list(itertools.chain.from_iterable(shares)))
-        divisor = ((self._current_grad_norm + 1e-6) / max_norm).clamp(min=1.0)
-    for number, part in enumerate(shares):
-        for group, share in zip(self.optim.param_groups, part, strict=True):
-            if share.parameters:
-                self.optim.update_group(group, share.masters, share.grads, share.outputs, divisor)
-        if hasattr(self, "reduction"):
-            self.reduction.gather(number, *_all_rows(self, itertools.chain.from_iterable(parts[number])))
+    self._current_grad_norm = self.update()
     self.optim._opt_called = True  # or the schedule warns: it watches HybridAdam.step
-    if is_zero and not hasattr(self, "reduction"):
-        for process_group, parameters in self.pg_to_param_list.items():
-            if dist.get_world_size(process_group) > 1:
-                reduction.gather(*_all_rows(self, parameters), process_group)
+
+
+class _Update:
+    """What _step does: collect() and count() on the host, run() on the device. Recorded, run() alone is replayed."""
+
+    def __init__(self, optimizer):
+        self._optimizer, self._is_zero = optimizer, isinstance(optimizer, LowLevelZeroOptimizer)
+        self._reduction = getattr(optimizer, "reduction", None)
+        self._graph: GraphedUpdate | None = None
+        self._shares: list[list[_Share]] = []
+
+    def record(self, pool, stream) -> None:
+        """From now on, replay it."""
+        self._graph = GraphedUpdate(self.run, pool, stream)
+
+    def __call__(self) -> torch.Tensor | None:
+        """The gradient's norm before clipping, if it was asked for."""
+        is_recorded = self._graph is not None and self._graph.is_recorded
+        if self._reduction:
+            self._reduction.finish()
+        if not is_recorded:
+            self.collect()
+        elif self._reduction:
+            self._reduction.grads.clear()  # they are where they have been collected
+        for number, group in enumerate(self._optimizer.optim.param_groups):
+            masters = [master for part in self._shares for master in part[number].masters]
+            if masters:
+                self._optimizer.optim.count(group, masters)
+        norm = self._graph() if self._graph else self.run()
+        if not self._graph:
+            self._shares = []  # their gradients can go
+        return norm
+
+    def collect(self) -> None:
+        """What this process updates: a list of shares, one a parameter group, for each part."""
+        self._parts = _update_parts(self._optimizer)
+        self._shares = [_shares(self._optimizer, part) for part in self._parts]
+
+    def run(self) -> torch.Tensor | None:
+        """Update what was collected, and bring all weights together."""
+        optimizer, divisor, norm = self._optimizer, 1.0, None
+        max_norm = optimizer._clip_grad_norm if self._is_zero else optimizer.max_norm
+        if max_norm > 0:
+            norm = _grad_norm(optimizer, list(itertools.chain.from_iterable(self._shares)))
+            divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        for number, part in enumerate(self._shares):
+            for group, share in zip(optimizer.optim.param_groups, part, strict=True):
+                if share.parameters:
+                    optimizer.optim.update_group(group, share.masters, share.grads, share.outputs, divisor)
+            if self._reduction:
+                self._reduction.gather(number, *_all_rows(optimizer, itertools.chain.from_iterable(self._parts[number])))
+        if self._is_zero and not self._reduction:
+            for process_group, parameters in optimizer.pg_to_param_list.items():
+                if dist.get_world_size(process_group) > 1:
+                    reduction.gather(*_all_rows(optimizer, parameters), process_group)
+        return norm
 
 
 @dataclass

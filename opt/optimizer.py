@@ -35,7 +35,7 @@ class _NoKernel:
         pass
 
 
-def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step) -> None:
+def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, rates=None) -> None:
     """One step of AdamW in place; on a GPU in one kernel for all tensors.
 
     Args:
@@ -44,13 +44,15 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
         outputs: 16-bit tensors that take the updated `params` as well, or None.
         divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not finite, nothing changes.
         step: the number of this update, from 1.
+        rates: rates() of lr and step, on the parameters' device, if they are there already.
     """
     device = params[0].device
     if has_kernel("update", device, grads[0].dtype, outputs[0].dtype if outputs else None):
         from .kernels import adamw
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
-        adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step)
+        on_device = rates_of(lr, beta1, beta2, step).to(device) if rates is None else rates
+        adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, on_device, beta1, beta2, eps, weight_decay)
         return
     # The kernel reads the step after it was counted up, as a tensor, on the parameters' device.
     counted = torch.full((), float(step), device=device)
@@ -77,6 +79,11 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
         )
         if outputs_:
             torch._foreach_copy_(*outputs_, [p.view_as(output) for p, output in zip(params_, *outputs_, strict=True)])
+
+
+def rates_of(lr: float, beta1: float, beta2: float, step: int) -> torch.Tensor:
+    """What kernels.adamw reads: fp32 (3,), on the host."""
+    return torch.tensor([lr, 1 - beta1**step, (1 - beta2**step) ** 0.5])
 
 
 PIECE = 2**20  # elements: 4 MiB in fp32, which the cores' caches hold between them
@@ -108,6 +115,10 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before it calls step().
     find_norm: Callable[[], float] | None = None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._rates: dict[tuple[int, torch.device], torch.Tensor] = {}  # by parameter group and device
+
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of all gradients of this process, a scalar on the device."""
         return sum_of_squares(self._gradients()).sqrt()
@@ -130,19 +141,28 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
                 if parameter.grad is not None:
                     by_device[parameter.device].append(parameter)
             for parameters in by_device.values():
+                self.count(group, parameters)
                 self.update_group(group, parameters, [p.grad for p in parameters], None, divisor)
 
-    def update_group(self, group: dict, params: list, grads: list, outputs: list | None, divisor: torch.Tensor | float) -> None:
-        """update() of parameters of `group`, on one device, and of their state."""
-        states = [adam_state(self, param, param.shape) for param in params]
-        for state in states:
+    def count(self, group: dict, params: list) -> None:
+        """Before an update of parameters of `group`, on one device: one more for each, and the rates that follow from it."""
+        for param in params:
+            state = adam_state(self, param, param.shape)
             state["step"] += 1
+        device = params[0].device
+        if device.type == "cuda":
+            if (id(group), device) not in self._rates:
+                self._rates[id(group), device] = torch.empty(3, device=device)
+            self._rates[id(group), device].copy_(rates_of(group["lr"], *group["betas"], state["step"]), non_blocking=True)
+
+    def update_group(self, group: dict, params: list, grads: list, outputs: list | None, divisor: torch.Tensor | float) -> None:
+        """update() of parameters of `group`, on one device, that have been counted, and of their state."""
+        states = [adam_state(self, param, param.shape) for param in params]
         moments = ([state[name] for state in states] for name in MOMENTS)
         if not isinstance(divisor, torch.Tensor):
             divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
-        update(
-            grads, params, *moments, outputs, divisor, group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"]
-        )
+        numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"]
+        update(grads, params, *moments, outputs, divisor, *numbers, rates=self._rates.get((id(group), params[0].device)))
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

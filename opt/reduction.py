@@ -77,28 +77,31 @@ def _average(group: dist.ProcessGroup | None) -> dist.ReduceOp:
 
 class LayerwiseZero:
     """Averages gradients over the processes, those of a decoder layer as soon as backward has them, beside the backward of the layer
-    before; and gathers the updated weights, beside the rest of the update and the next forward. Where forward and backward cannot be
-    interrupted (a CUDA graph is replayed), both are done in between.
+    before; and gathers the updated weights, beside the rest of the update and the next forward.
+
+    With `recorded` what it does is part of CUDA graphs (opt/graphs.py), of which one ends with backward and another with the update: the
+    gradients are always in the same place, and weights are all there when the update ends.
 
     `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts it; complete after finish(), on the
     stream that it was called in. Of several backwards without no_sync it is the sum.
     `parts`: all parameters, in parts that are to be updated and gathered in this order, each a list for each parameter group.
     """
 
-    def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module, by_layer: bool):
+    def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module, recorded: bool):
         """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group."""
         stop_hooks(optimizer)
         (self.group,) = optimizer.pg_to_param_list
         self.grads: dict[torch.Tensor, torch.Tensor] = {}
-        self._optimizer, self._stream, self._by_layer = optimizer, get_accelerator().Stream(), by_layer
+        self._optimizer, self._stream, self._recorded = optimizer, get_accelerator().Stream(), recorded
+        self._places: dict[tuple, torch.Tensor] = {}  # where gradients that are reduced together always come to
+        self._in_use: list[torch.Tensor] = []  # what the stream reads, until finish()
         parts, self._part_of_layer = _parts(model)
         groups = [set(optimizer._working_param_groups[number]) for number in range(len(optimizer.optim.param_groups))]
         self.parts = [[[p for p in part if p in group] for group in groups] for part in parts]
         self._arrivals = {}
         self._operation = _average(self.group)
-        if by_layer:
-            model.register_forward_pre_hook(lambda *_: self._await_weights(None))
-            model.between_layers = self._between_layers
+        model.register_forward_pre_hook(lambda *_: self._await_weights(None))
+        model.between_layers = self._between_layers
 
     def _between_layers(self, _, layer: nn.Module | None, hidden_states: torch.Tensor) -> None:
         if layer is not None:
@@ -108,8 +111,18 @@ class LayerwiseZero:
 
     def _reduce_layer(self, layer: nn.Module) -> None:
         parameters = [p for p in layer.parameters() if p.grad is not None]
-        if parameters and self._optimizer.require_grad_sync:
+        if parameters and self.is_on:
             self._reduce(parameters)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether backward reduces: not with those batches of an accumulating step of ZeRO stage 1 that come before its last."""
+        return self._optimizer.require_grad_sync
+
+    def take_places(self) -> None:
+        """After a backward that may have been replayed: its gradients are in their places."""
+        for parameters, place in self._places.items():
+            self._split(place, parameters)
 
     def finish(self) -> None:
         """Take what backward has left, and wait for all on the device."""
@@ -117,6 +130,7 @@ class LayerwiseZero:
         for first, end in _runs([p.numel() for p in left]):
             self._reduce(left[first:end])
         get_accelerator().current_stream().wait_stream(self._stream)
+        self._in_use.clear()
 
     @torch.no_grad()
     def _reduce(self, parameters: list[torch.Tensor]) -> None:
@@ -127,27 +141,44 @@ class LayerwiseZero:
         for parameter in parameters:
             parameter.grad = None
         self._stream.wait_stream(get_accelerator().current_stream())
-        if parts.is_cuda:
+        if self._recorded:
+            self._in_use.append(parts)
+        elif parts.is_cuda:
             parts.record_stream(self._stream)
         with get_accelerator().stream(self._stream):
-            own = parts.new_empty(parts.shape[1])
+            adds = parameters[0] in self.grads
+            own = self._place(parameters, parts) if self._recorded and not adds else parts.new_empty(parts.shape[1])
             if self._operation == dist.ReduceOp.SUM:
                 parts.div_(size)
             dist.reduce_scatter_tensor(own, parts.view(-1), self._operation, self.group)
-            for parameter, part in zip(parameters, own.split([-(-p.numel() // size) for p in parameters]), strict=True):
-                if parameter in self.grads:
+            if adds:
+                for parameter, part in zip(parameters, own.split(self._sizes(parameters)), strict=True):
                     self.grads[parameter].add_(part)
-                else:
-                    self.grads[parameter] = part
+            else:
+                self._split(own, parameters)
+
+    def _place(self, parameters: list[torch.Tensor], parts: torch.Tensor) -> torch.Tensor:
+        key = tuple(parameters)
+        if key not in self._places:
+            self._places[key] = parts.new_empty(parts.shape[1])
+        return self._places[key]
+
+    def _split(self, own: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+        self.grads |= zip(parameters, own.split(self._sizes(parameters)), strict=True)
+
+    def _sizes(self, parameters: Sequence[torch.Tensor]) -> list[int]:
+        size = dist.get_world_size(self.group)
+        return [-(-p.numel() // size) for p in parameters]
 
     def gather(self, part: int, weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor]) -> None:
         """Complete the weights of one of the parts, see gather(), before the first layer that needs them runs again."""
         self._stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(self._stream):
             gather(weights, own_rows, self.group)
-            self._arrivals[part] = get_accelerator().Event()
-            self._arrivals[part].record()
-        if not self._by_layer and part == len(self.parts) - 1:
+            if not self._recorded:
+                self._arrivals[part] = get_accelerator().Event()
+                self._arrivals[part].record()
+        if self._recorded and part == len(self.parts) - 1:
             get_accelerator().current_stream().wait_stream(self._stream)
 
     def _await_weights(self, layer: nn.Module | None) -> None:

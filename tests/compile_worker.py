@@ -80,7 +80,7 @@ def call_all(call) -> None:
             outputs = output and flat(output, is_aligned)
             call[0] = {"gradient": str(gradient), "output": str(output), "aligned": is_aligned}
             call[0]["bytes_an_element"] = gradient.itemsize + 6 * 4 + (output.itemsize if output else 0)  # three fp32 in, three out
-            kernels.adamw(grads, *fp32, outputs, torch.ones(()), 1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
+            kernels.adamw(grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01)
 
     # OPT's vocabulary, and one that no row of which begins where 16 bytes do; targets behind the first of a packed batch, and others.
     for dtype, columns, first in itertools.product(FLOATS, (50272, 1003), (0, 1)):
@@ -103,7 +103,7 @@ def call_trials(call) -> None:
     sizes = (50272 * 16, 1024, 4096)
     grads, outputs = ([torch.zeros(size, dtype=bf16) for size in sizes] for _ in range(2))
     fp32 = [[torch.zeros(size) for size in sizes] for _ in range(3)]
-    kernels.adamw(grads, *fp32, outputs, torch.ones(()), 5e-5, 0.9, 0.999, 1e-8, 0.01, 7)
+    kernels.adamw(grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01)
     kernels.sum_of_squares(grads)
     kernels.cross_entropy(torch.zeros(1024, 50272, dtype=bf16), torch.zeros(1025, dtype=torch.int64)[1:], torch.zeros(1024), -100)
     qkv = torch.zeros(1000, 3, 16, 64, dtype=bf16, requires_grad=True)

@@ -38,6 +38,8 @@ def reference(tmp_path_factory) -> list[float]:
         (8, ["--plugin", "low_level_zero", "--zero_stage", "2"]),
         (8, ["--plugin", "low_level_zero", "--compile"]),
         (8, ["--plugin", "low_level_zero", "--cuda_graph"]),
+        (4, ["--plugin", "low_level_zero", "--cuda_graph", "--gradient_accumulation_steps", "2"]),
+        (4, ["--plugin", "low_level_zero", "--cuda_graph", "--zero_stage", "2", "--gradient_accumulation_steps", "2"]),
         (8, ["--plugin", "gemini"]),
         (8, ["--plugin", "gemini", "--compile"]),
         (4, ["--plugin", "gemini", "--gradient_accumulation_steps", "2"]),
