@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -162,8 +163,15 @@ def _is_there(number: int, started: float) -> bool:
         return False
 
 
+# What has to go before the process group: a CUDA graph with collectives of NCCL's in it, or that waits for ever to be taken down.
+before_stop: list[Callable[[], None]] = []
+
+
 def stop() -> None:
     """Leave the process group."""
+    for let_go in before_stop:
+        let_go()
+    before_stop.clear()
     # torch 2.5.1 destroys a gloo group with Python's lock held, and waits for threads of the group which may need that lock to
     # free the last collective's tensors: destroyed within a millisecond of a collective, two processes hang in one of 20 tries.
     time.sleep(0.1)

