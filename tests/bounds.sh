@@ -52,7 +52,8 @@ name = f"{sys.argv[1]}, Python {platform.python_version()}"
 print("|", " | ".join([name, *versions, str(datetime.date.today()), sys.argv[2].strip()]), "|")
 PY
   )
-  sed -i "/^${row%%.*}\./d" "$record" # the same case with the same Python, 3.11.7 or 3.11.8
+  same=$(grep -oE '^[^.]*\.[0-9]+\.' <<<"$row") # the case with this Python, 3.11.7 or 3.11.8
+  sed -i "/^$same/d" "$record"
   echo "$row" >>"$record"
 done
 cat "$record"
