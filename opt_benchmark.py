@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from args import benchmark_parser
+from opt import installed
 
 
 def main() -> None:
@@ -21,6 +22,8 @@ def main() -> None:
 
 def run(args, measure) -> None:
     """Check, start the processes, `measure`, print and write the result: the course of benchmarks/peers.py as well."""
+    installed.check()
+
     from opt import faults  # after the arguments: the libraries below take seconds to import
 
     with faults.reported(args):

@@ -12,10 +12,12 @@ import itertools
 import signal
 
 from args import say_once, train_parser
+from opt import installed
 
 
 def main() -> None:
     args = train_parser().parse_args()
+    installed.check()
 
     from opt import faults  # after the arguments: the libraries below take seconds to import
 

@@ -12,9 +12,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
 
-if [ "${INSTALL:-1}" != 0 ]; then
+if [ "${INSTALL:-1}" != 0 ] && ! "$python" -c "import opt.installed; exit(bool(opt.installed.out_of_bounds()))"; then # see run_demo.sh
   "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
+"$python" -m opt.installed run_benchmark.sh
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 out=${OUT:-benchmark_results}
 timeout=${TIMEOUT:-600}

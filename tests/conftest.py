@@ -73,6 +73,17 @@ def kill_all(process: subprocess.Popen) -> None:
         psutil.wait_procs(family)
 
 
+def pretend(folder: Path, *packages: str) -> dict:
+    """The environment in which these distributions, "name version [requirement]" each, are found before those that are there."""
+    for package in packages:
+        name, version, *needs = package.split()
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        needs = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+    return {"PYTHONPATH": str(folder)}
+
+
 def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env=None, timeout=180):
     """Run opt_train_demo.py, or a `script` like it, on the sample, writing to `output`; fail with its own words if it fails."""
     given = {"--model_name_or_path": SAMPLE_MODEL, "--dataset": SAMPLE_DATA, "--output_path": output}

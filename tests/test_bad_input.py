@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,20 @@ import transformers
 from safetensors.torch import save_file
 
 from args import UserError, resolve, train_parser
+from opt import installed
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, run
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, pretend, run, start
 
 SCRIPT = REPO / "opt_train_demo.py"
 
 
-def assert_refused(done, *says) -> None:
+def assert_refused(done, *says, script="opt_train_demo.py") -> None:
     """That a process ended with one line for its user, which has all of `says` in it."""
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Traceback" not in done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("opt_train_demo.py: error: ")
+    assert lines[0].startswith(f"{script}: error: ")
     for part in says:
         assert part in lines[0]
 
@@ -62,6 +64,46 @@ def test_a_mistyped_argument(flags, says):
     assert_refused(run(SCRIPT, *flags.split()), *says)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1  # importing torch alone takes more
+
+
+# ---- packages that were not tested with one another: refused before one is imported
+
+
+@pytest.mark.parametrize(
+    "packages, says",
+    [
+        (["torch 2.2.2+cu121"], ["torch 2.2.2+cu121", "pip install -r", "requirements.txt"]),
+        (["torch 2.15.0"], ["torch 2.15.0", "pip install -r"]),
+        (["transformers 5.17.0", "numpy 1.23.5"], ["transformers 5.17.0", "numpy 1.23.5"]),
+        (["datasets 2.21.0"], ["datasets 2.21.0"]),
+        (["torch 2.11.0", "torchvision 0.20.1 torch==2.5.1"], ["torchvision 0.20.1", "pip install torch==2.11.0 torchvision"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_packages_that_were_not_tested(tmp_path, packages, says):
+    """By the scripts, and by run_demo.sh before its own look at the GPUs, which imports torch."""
+    env = pretend(tmp_path, *packages) | {"INSTALL": "0", "PYTHON": sys.executable}
+    for script, launcher in (
+        ("opt_train_demo.py", None),
+        ("opt_benchmark.py", None),
+        ("run_demo.sh", ["bash"]),
+        ("run_benchmark.sh", ["bash"]),
+    ):
+        done = finish(start(REPO / script, env=env, launcher=launcher), timeout=60)
+        assert_refused(done, *says, script=script)
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.11.0a0+git1"])
+def test_a_torch_that_colossalai_does_not_allow(tmp_path, monkeypatch, version):
+    """But requirements.txt does: the newest stack (requirements-newest.txt), and a build from source."""
+    monkeypatch.syspath_prepend(next(iter(pretend(tmp_path, f"torch {version}", f"torchvision 0.26.0 torch=={version}").values())))
+    assert metadata.version("torch") == version
+    installed.check()
+
+
+def test_packages_that_are_missing():
+    done = finish(start(SCRIPT, launcher=[sys.executable, "-S"]), timeout=60)  # without site-packages
+    assert_refused(done, "not installed: colossalai, torch, transformers", "pip install -r")
 
 
 # ---- what takes a look at the model, the data or the machine

@@ -16,7 +16,7 @@ from opt.choose import Machine, parameters_of, plugin
 from opt.modeling import meta_model
 from opt.presets import preset_config
 
-from .conftest import REPO, metrics
+from .conftest import REPO, metrics, pretend
 
 # Nothing listens there: the Hub is out of reach at once. Without CUDA devices the script takes the CPU's way anywhere.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": "", "INSTALL": "0", "PYTHON": sys.executable}
@@ -99,6 +99,24 @@ def test_parameters_by_config(tmp_path, size):
     assert parameters_of(str(tmp_path / "nowhere"), False) is None
 
 
+@pytest.mark.parametrize(("torch_version", "asks_pip"), [("2.11.0", False), ("2.2.2", True)])
+def test_pip_is_asked_only_where_something_is_missing(tmp_path, torch_version, asks_pip):
+    """It would put torch 2.5.1 in the place of a newer one, which ColossalAI's pins do not allow."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"""#!/usr/bin/env bash
+case "$1 $2" in
+  "-m pip") echo "asked pip: $*" ;;
+  "-m opt.installed" | "-c import"*) exec {sys.executable} "$@" ;;
+esac
+"""
+    )
+    stub.chmod(0o755)
+    done = run_demo(INSTALL="1", PYTHON=str(stub), **pretend(tmp_path / "packages", f"torch {torch_version}"))
+    assert ("asked pip: -m pip install" in done.stdout) == asks_pip
+    assert ("torch 2.2.2" in done.stderr) == asks_pip  # a pip that could not help is not the end of it
+
+
 GRAPH = "--fused_loss --cuda_graph"
 
 
@@ -130,7 +148,7 @@ def test_what_it_calls_on_gpus(tmp_path, gpus, chosen, env, arguments, expected)
         f"""#!/usr/bin/env bash
 case "$*" in
   "-m opt.choose"*) printf '%s\\n' {gpus} {name} "{" ".join(flags)}" "a reason" ;;
-  "- "*) exit 1 ;;
+  "- "* | "-m opt.installed"*) exit 0 ;;
   *) echo "asked for: $*" ;;
 esac
 """
