@@ -24,7 +24,7 @@ def run(args, measure) -> None:
     """Check, start the processes, `measure`, print and write the result: the course of benchmarks/peers.py as well."""
     installed.check()
 
-    from opt import faults  # after the arguments: the libraries below take seconds to import
+    from opt.train import faults  # after the arguments: the libraries below take seconds to import
 
     with faults.reported(args):
         _run(args, measure)
@@ -33,7 +33,9 @@ def run(args, measure) -> None:
 def _run(args, measure) -> None:
     import torch
 
-    from opt import launch, metrics, plan
+    from opt.colossal import processes as launch
+    from opt.train import plan
+    from opt.train import recorder as metrics
 
     here = launch.place()
     config, contents = plan.check_benchmark(args, here)
@@ -52,9 +54,9 @@ def _run(args, measure) -> None:
 
 def measure(args, here, config, contents) -> "Measured":
     """Train on synthetic tokens."""
-    from opt import plan, step
-    from opt.build import build
-    from opt.data import SyntheticBatches
+    from opt.colossal.build import build
+    from opt.data.tokens import SyntheticBatches
+    from opt.train import plan, step
 
     kernels = plan.missing_kernels(args, here, config, None)
     built = build(args, here, config, contents, args.learning_rate, 0, 10**9)
@@ -89,7 +91,8 @@ def time_steps(args, here, train_step) -> Measured:
     """Time `train_step()`, which returns this process's share of the step's loss: --repeats blocks, after the warm-up."""
     import torch.distributed as dist
 
-    from opt import launch, metrics
+    from opt.colossal import processes as launch
+    from opt.train import recorder as metrics
 
     timer, first_step = metrics.StepTimer(), None
     for i in range(args.warmup_steps + args.repeats * args.max_train_steps):
@@ -108,7 +111,8 @@ def time_steps(args, here, train_step) -> Measured:
 
 def summarize(args, here, config, measured, matmul_rate) -> dict:
     """The result's JSON object."""
-    from opt import launch, metrics
+    from opt.colossal import processes as launch
+    from opt.train import recorder as metrics
 
     seconds, size = measured.seconds, args.max_train_steps
     blocks = [statistics.median(seconds[i : i + size]) for i in range(0, len(seconds), size)]

@@ -19,7 +19,7 @@ def main() -> None:
     args = train_parser().parse_args()
     installed.check()
 
-    from opt import faults  # after the arguments: the libraries below take seconds to import
+    from opt.train import faults  # after the arguments: the libraries below take seconds to import
 
     with faults.reported(args):
         run(args)
@@ -27,7 +27,9 @@ def main() -> None:
 
 def run(args) -> None:
     """Check, start the processes, read the data, train, show the result. Raises UserError."""
-    from opt import checkpoints, data, export, launch, plan
+    from opt.colossal import processes as launch
+    from opt.data import tokens as data
+    from opt.train import checkpoints, export, plan
 
     here = launch.place()
     setup = plan.check(args, here)
@@ -61,10 +63,12 @@ def run(args) -> None:
 
 def train(args, here, setup, dataset, steps, start, before) -> bool:
     """Everything between the checks and the saved model. False if a signal has stopped it."""
-    from opt import checkpoints, export, metrics, modeling, plan, step
-    from opt.build import build
-    from opt.control import Control
-    from opt.data import Batches
+    from opt.colossal.build import build
+    from opt.data.tokens import Batches
+    from opt.model import opt as modeling
+    from opt.train import checkpoints, export, plan, step
+    from opt.train import recorder as metrics
+    from opt.train.signals import Control
 
     control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():

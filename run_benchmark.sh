@@ -71,11 +71,11 @@ for i in "${!combinations[@]}"; do
     mv "$file.part" "$file"
   else
     rm -f "$file.part"
-    "$python" -m opt.report failed "$file" --log "$out/$name.log" --status $status \
+    "$python" -m benchmarks.report failed "$file" --log "$out/$name.log" --status $status \
       --model "$model" --plugin "$plugin" --batch_size "$bs" --world_size "$n"
   fi
   tail -n +2 "$out/$name.log" | grep -E '^  (step|rate|memory|kernels)|: out of memory ' || echo "  failed$([ $status != 137 ] || echo ", killed, most likely for host memory"): $out/$name.log"
   measured=$((measured + 1))
 done
 [ $done_before -gt 0 ] && echo "run_benchmark: $done_before combinations were there already"
-"$python" -m opt.report table "$out"
+"$python" -m benchmarks.report table "$out"

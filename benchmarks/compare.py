@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from args import PLUGINS  # noqa: E402
+from benchmarks import report  # noqa: E402
 from benchmarks.peers import ENGINES  # noqa: E402
-from opt import report  # noqa: E402
 
 # Each in its best form on a GPU.
 DEFAULT_ENGINES = [
@@ -167,7 +167,7 @@ def _work(result: dict) -> tuple:
 
 
 def columns(results: list[dict], reference: str) -> dict:
-    """The table's columns, as opt.report has them: heading, how to read it off a result."""
+    """The table's columns, as report.py has them: heading, how to read it off a result."""
     base = references(results, reference)
     same = {heading: report.COLUMNS[heading] for heading in ("ms/step", "TFLOP/s/gpu", "MFU", "peak GiB", "loss")}
     return {

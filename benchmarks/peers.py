@@ -76,7 +76,7 @@ def packages(args) -> list[str]:
 
 def not_installed(args, missing) -> None:
     """Say so, in the terminal and as a result."""
-    from opt import launch
+    from opt.colossal import processes as launch
 
     here = launch.place()
     if not here.is_main:
@@ -89,8 +89,8 @@ def not_installed(args, missing) -> None:
 
 def measure(args, here, config, contents) -> Measured:
     """Train on synthetic tokens with --engine."""
-    from opt import launch
-    from opt.data import SyntheticBatches
+    from opt.colossal import processes as launch
+    from opt.data.tokens import SyntheticBatches
 
     launch.seed_everything(args.seed + here.rank)
     model = build_model(args, here, config, contents)
@@ -177,7 +177,7 @@ def torch_amp(args, here, model):
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from opt import optimizer
+    from opt.colossal import adam as optimizer
 
     adam = torch.optim.AdamW(optimizer.decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     if here.world_size > 1:
@@ -199,7 +199,7 @@ def fsdp2(args, here, model):
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
-    from opt import optimizer
+    from opt.colossal import adam as optimizer
 
     try:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -225,7 +225,7 @@ def deepspeed_zero(args, here, model):
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # which DeepSpeed reads, though no launcher has set it
     import deepspeed
 
-    from opt import optimizer
+    from opt.colossal import adam as optimizer
 
     offload = args.engine == "deepspeed_offload"
     stage = 3 if args.engine == "deepspeed_zero3" else 2
@@ -285,7 +285,8 @@ def hf_trainer(args, here, model, batches) -> Measured:
     from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from opt import launch, metrics
+    from opt.colossal import processes as launch
+    from opt.train import recorder as metrics
 
     timer = metrics.StepTimer()
     steps = args.warmup_steps + args.repeats * args.max_train_steps

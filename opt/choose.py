@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import hf_hub_download
 
-from .launch import has_bf16, memory_limit
+from opt.colossal.processes import has_bf16, memory_limit
 
 STATE = 0.75  # share of a GPU's memory for weights, gradients and Adam's state; the rest is for activations
 

@@ -17,9 +17,13 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from args import resolve, train_parser
-from opt import data, launch, modeling, step, weights
-from opt.build import Built, build
-from opt.export import export_model
+from opt.colossal import processes as launch
+from opt.colossal.build import Built, build
+from opt.data import tokens as data
+from opt.model import opt as modeling
+from opt.model import weights
+from opt.train import step
+from opt.train.export import export_model
 
 
 def built(args, here) -> Built:

@@ -18,9 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from args import resolve, train_parser
-from opt import checkpoints, data, launch, modeling, weights
-from opt.build import build
-from opt.control import Control
+from opt.colossal import processes as launch
+from opt.colossal.build import build
+from opt.data import tokens as data
+from opt.model import opt as modeling
+from opt.model import weights
+from opt.train import checkpoints
+from opt.train.signals import Control
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 

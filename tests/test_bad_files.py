@@ -18,7 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from args import PLUGINS, PRECISIONS, UserError, train_parser
-from opt import data, launch, modeling, plan, weights
+from opt.colossal import processes as launch
+from opt.data import tokens as data
+from opt.model import opt as modeling
+from opt.model import weights
+from opt.train import plan
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL
 

@@ -241,7 +241,7 @@ def broken(tmp_path_factory) -> Path:
 # a process 5 seconds, and taking all of it down again half a second: a fork does neither.
 FORKS = """
 import gc, json, os, runpy, sys, traceback
-import datasets, transformers, opt.data, opt.plan
+import datasets, transformers, opt.train.plan
 
 gc.freeze()
 for line in sys.stdin:

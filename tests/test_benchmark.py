@@ -17,11 +17,10 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig
 
-from benchmarks import compare
-from opt import report
-from opt.metrics import flops_per_token
-from opt.modeling import meta_model
-from opt.presets import PRESETS, preset_config
+from benchmarks import compare, report
+from opt.model.opt import meta_model
+from opt.model.sizes import PRESETS, preset_config
+from opt.train.recorder import flops_per_token
 
 from .conftest import REPO, SAMPLE_MODEL, run
 

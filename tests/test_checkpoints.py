@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from args import UserError
-from opt import checkpoints, data
+from opt.data import tokens as data
+from opt.train import checkpoints
 
 from . import conftest
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, metrics, run, train

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from transformers import OPTConfig
 
 from args import UserError, train_parser
-from opt import data, modeling, plan
-from opt.launch import Place
+from opt.colossal.processes import Place
+from opt.data import tokens as data
+from opt.model import opt as modeling
+from opt.train import plan
 
 from .conftest import REPO, SAMPLE_MODEL, run, train
 from .hub import save_opt_tokenizer

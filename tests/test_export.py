@@ -18,9 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from args import resolve, train_parser
-from opt import data, export, launch, modeling
-from opt.build import build
-from opt.weights import open_weights
+from opt.colossal import processes as launch
+from opt.colossal.build import build
+from opt.data import tokens as data
+from opt.model import opt as modeling
+from opt.model.weights import open_weights
+from opt.train import export
 
 from .conftest import SAMPLE_MODEL, metrics
 from .test_parity import HYBRID, run_worker

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, OPTConfig
 
-from opt.launch import free_port
+from opt.colossal.processes import free_port
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, colossalai_run, finish, kill_all, metrics, run, start
 

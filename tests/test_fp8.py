@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from args import UserError, resolve, train_parser
-from opt import plan
-from opt.fp8 import Float8Linear, use_fp8
-from opt.launch import Place
+from opt.colossal.processes import Place
+from opt.model.fp8 import Float8Linear, use_fp8
+from opt.train import plan
 
 TOKENS, IN, OUT = 64, 96, 160  # no two alike: a product of the wrong side would not fit
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from opt.kernel_probe import WORK
-from opt.launch import has_fp8
+from opt.colossal.processes import has_fp8
+from opt.model.kernel_probe import WORK
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.gpu
 
 def test_imports_touch_no_gpu():
     """Or every process of a node has a context, some hundred MiB, on the first GPU."""
-    code = "import opt.build, opt.plan, torch; print(torch.cuda.is_initialized())"
+    code = "import opt.colossal.build, opt.train.plan, torch; print(torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_fused_loss_is_the_plain_loss():
-    from opt.losses import fused_linear_cross_entropy
+    from opt.model.loss import fused_linear_cross_entropy
 
     torch.manual_seed(0)
     hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
@@ -120,7 +120,7 @@ def test_a_cuda_graph_records_no_collective(tmp_path):
 
 def test_step_along_nan_is_skipped_on_the_device():
     """torch_ddp decides it without asking the device; the step after it is taken."""
-    from opt.optimizer import build_optimizer
+    from opt.colossal.adam import build_optimizer
 
     layer = torch.nn.Linear(64, 64).cuda()
     adam = build_optimizer(layer, 1e-2, 0.1)

@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers
 
-from opt import data, modeling, weights
+from opt.data import tokens as data
+from opt.model import opt as modeling
+from opt.model import weights
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, metrics, run
 from .hub import Hub, save_opt_tokenizer, serving

@@ -12,9 +12,10 @@ import torch
 from transformers import OPTConfig
 
 from args import resolve, train_parser
-from opt import kernel_probe, plan
-from opt.kernel_probe import has_kernel, has_short_attention
-from opt.launch import Place
+from opt.colossal.processes import Place
+from opt.model import kernel_probe
+from opt.model.kernel_probe import has_kernel, has_short_attention
+from opt.train import plan
 
 from .conftest import REPO, SAMPLE_MODEL, finish, start
 
@@ -187,6 +188,6 @@ def test_nothing_is_said_where_nothing_is_missing(broken):
 
 def test_a_cpu_imports_no_triton():
     """And has nothing to say: PyTorch's operations are what a CPU runs."""
-    code = "import sys, torch; from opt.kernel_probe import *; print(has_kernel('norm', torch.device('cpu'), torch.float32), 'triton' in sys.modules)"
+    code = "import sys, torch; from opt.model.kernel_probe import *; print(has_kernel('norm', torch.device('cpu'), torch.float32), 'triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr

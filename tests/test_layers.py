@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from opt import linear
-from opt.attention import attend, locate
+from opt.model import linear
+from opt.model.attention import attend, locate
 
 LENGTHS = [31, 5, 40, 1, 0, 22, 63, 14]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from opt import losses
+from opt.model import loss as losses
 
 
 @pytest.mark.parametrize("chunk", [1024, 128, 1])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from opt import data
+from opt.data import tokens as data
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .hub import serving

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from opt import modeling, optimizer
+from opt.colossal import adam as optimizer
+from opt.model import opt as modeling
 
 from .conftest import SAMPLE_MODEL
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from opt.data import Rows, collate
-from opt.weights import TIED_HEAD, InitialWeights
+from opt.data.tokens import Rows, collate
+from opt.model.weights import TIED_HEAD, InitialWeights
 
 from .conftest import REPO, SAMPLE_MODEL, run, train
 

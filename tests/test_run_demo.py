@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opt.choose import Machine, parameters_of, plugin
-from opt.modeling import meta_model
-from opt.presets import preset_config
+from opt.model.opt import meta_model
+from opt.model.sizes import preset_config
 
 from .conftest import REPO, metrics, pretend
 

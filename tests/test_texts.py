@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from args import UserError
-from opt import data, texts
+from opt.data import texts
+from opt.data import tokens as data
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .test_bad_input import assert_refused

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from opt import data
-from opt.data import Batches
+from opt.data import tokens as data
+from opt.data.tokens import Batches
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL, metrics, train
 

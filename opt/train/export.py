@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import OPTConfig
 
-from .plugins import Parallel
-from .weights import TIED_HEAD
+from opt.colossal.plugins import Parallel
+from opt.model.weights import TIED_HEAD
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit for one weights file
 

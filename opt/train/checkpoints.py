@@ -29,15 +29,14 @@ import torch
 from safetensors import safe_open
 
 from args import UserError
-
-from . import weights
-from .build import Built
-from .control import Control
-from .data import Position, Rows
-from .export import flush_to_disk
-from .launch import Place
-from .optimizer import MOMENTS, set_step
-from .state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
+from opt.colossal.adam import MOMENTS, set_step
+from opt.colossal.build import Built
+from opt.colossal.processes import Place
+from opt.colossal.state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
+from opt.data.tokens import Position, Rows
+from opt.model import weights
+from opt.train.export import flush_to_disk
+from opt.train.signals import Control
 
 _MANIFEST, _WRITING, _REMOVING = "manifest.json", ".writing-", ".removing-"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}

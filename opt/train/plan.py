@@ -19,11 +19,12 @@ import torch
 from transformers import OPTConfig, PreTrainedTokenizerFast
 
 from args import UserError, resolve
-
-from . import data, kernel_probe, modeling, weights
-from .export import is_one_file, output_directory
-from .launch import Place, has_bf16, has_fp8
-from .presets import PRESETS, preset_config
+from opt.colossal.processes import Place, has_bf16, has_fp8
+from opt.data import tokens as data
+from opt.model import kernel_probe, weights
+from opt.model import opt as modeling
+from opt.model.sizes import PRESETS, preset_config
+from opt.train.export import is_one_file, output_directory
 
 DEFAULT_MAX_LENGTH = 512
 

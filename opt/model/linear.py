@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .launch import product_dtype
+from opt.colossal.processes import product_dtype
 
 
 def speed_up(layers: nn.ModuleList) -> None:

@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision.mixed_precision_base import MixedPrecision
 from colossalai.booster.plugin import (
@@ -20,9 +19,10 @@ from colossalai.booster.plugin import (
 )
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 
-from .graphs import GraphedBackward
-from .modeling import DTYPES, OPTPolicy
-from .reduction import LayerwiseDDP
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal.reduction import LayerwiseDDP
+from opt.model.opt import DTYPES, OPTPolicy
+from opt.train.graphs import GraphedBackward
 
 
 @dataclass

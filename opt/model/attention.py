@@ -4,15 +4,15 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.shardformer.layer import Linear1D_Col
 from colossalai.shardformer.layer._operation import reduce_backward
 from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
-from . import linear
-from .kernel_probe import has_short_attention
-from .launch import has_bf16
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal.processes import has_bf16
+from opt.model import linear
+from opt.model.kernel_probe import has_short_attention
 
 
 class PackedRows(NamedTuple):
@@ -79,7 +79,7 @@ def attend(qkv: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:
     head_dim = qkv.shape[-1]
     if rows.has_flash and qkv.dtype in (torch.float16, torch.bfloat16):
         if rows.has_kernel and dropout == 0:
-            from .kernels import ShortAttention
+            from opt.model.kernels import ShortAttention
 
             return ShortAttention.apply(qkv, rows.cu_seqlens, rows.longest)
         if head_dim % 8 == 0 and head_dim <= 256:  # what FlashAttention takes

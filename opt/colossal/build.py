@@ -9,8 +9,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from . import fp8, gemini, graphs, launch, linear, mixed_precision, modeling, optimizer, plugins, state, step, weights
-from .kernel_probe import has_kernel
+from opt.colossal import adam as optimizer
+from opt.colossal import gemini, mixed_precision, plugins, state
+from opt.colossal import processes as launch
+from opt.model import fp8, linear, weights
+from opt.model import opt as modeling
+from opt.model.kernel_probe import has_kernel
+from opt.train import graphs, step
 
 
 @dataclass

@@ -13,16 +13,15 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
-
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
 from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
-from . import reduction
-from .graphs import GraphedUpdate
-from .optimizer import sum_of_squares
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal import reduction
+from opt.colossal.adam import sum_of_squares
+from opt.train.graphs import GraphedUpdate
 
 
 def speed_up(model, optimizer, dp_size: int, own_update: bool = True, recorded: bool = False) -> None:

@@ -76,7 +76,7 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     """
     from colossalai.accelerator import set_accelerator
 
-    from .cpu_accelerator import use_cpu
+    from opt.colossal.cpu import use_cpu
 
     if "MASTER_ADDR" not in os.environ:
         if here.world_size > 1:

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 
-from .data import Batch, Batches
-from .plugins import Parallel
+from opt.colossal.plugins import Parallel
+from opt.data.tokens import Batch, Batches
 
 
 def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Batch], max_norm: float = 0.0):

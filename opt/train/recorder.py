@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import OPTConfig
 
-from .launch import seconds_since_launch
+from opt.colossal.processes import seconds_since_launch
 
 
 class Recorder:

@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .kernel_probe import has_kernel
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.model.kernel_probe import has_kernel
 
 
 class _NoKernel:
@@ -48,7 +48,7 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
     """
     device = params[0].device
     if has_kernel("update", device, grads[0].dtype, outputs[0].dtype if outputs else None):
-        from .kernels import adamw
+        from opt.model.kernels import adamw
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
         on_device = rates_of(lr, beta1, beta2, step).to(device) if rates is None else rates
@@ -100,7 +100,7 @@ def _pieces(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     """The squares of all elements of tensors of one dtype, added up in fp32: in bf16 the sum would be good to two digits."""
     if has_kernel("norm", grads[0].device, grads[0].dtype):
-        from .kernels import sum_of_squares
+        from opt.model.kernels import sum_of_squares
 
         return sum_of_squares(grads)
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import launch
+from opt.colossal import processes as launch
 
 # NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
 _MODE = "thread_local"

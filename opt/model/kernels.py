@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel_probe import padded
+from opt.model.kernel_probe import padded
 
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs there are. 3.1 takes no constexpr in a
 # pointer's type, only its `value`. Where an integer makes no faster code it is not specialized: one kernel less to build.

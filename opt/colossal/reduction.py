@@ -12,12 +12,13 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.distributed_c10d import _coalescing_manager
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import BucketStore
+from torch import nn
+from torch.distributed.distributed_c10d import _coalescing_manager
+
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
 
 
 class LayerwiseDDP:

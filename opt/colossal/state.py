@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
-from .optimizer import MOMENTS, adam_state
-from .weights import TIED_HEAD
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal.adam import MOMENTS, adam_state
+from opt.model.weights import TIED_HEAD
 
 if TYPE_CHECKING:
-    from .build import Built
+    from opt.colossal.build import Built
 
 # Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are that copy rounded.
 WEIGHTS = "weights"

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from args import UserError
-
-from . import texts
-from .losses import IGNORE
+from opt.data import texts
+from opt.model.loss import IGNORE
 
 PAD_TO = 8  # a batch's length is a multiple of this: few different shapes, and sizes that tensor cores like
 _CACHE_VERSION = 3  # count up when the tokens of the same text change

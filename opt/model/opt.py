@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from torch._functorch import config as functorch
-from torch import nn
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.lazy import LazyInitContext
 from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
+from torch import nn
+from torch._functorch import config as functorch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig
@@ -27,10 +26,10 @@ from transformers.modeling_utils import no_init_weights
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from args import UserError
-
-from .attention import Attention, PackedRows, locate, share_input
-from .launch import product_dtype
-from .losses import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal.processes import product_dtype
+from opt.model.attention import Attention, PackedRows, locate, share_input
+from opt.model.loss import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

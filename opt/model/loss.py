@@ -2,12 +2,12 @@
 
 import torch
 import torch.distributed as dist
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.shardformer.layer._operation import reduce_forward
 from torch.nn import functional as F
 
-from .kernel_probe import has_kernel
-from .launch import product_dtype
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal.processes import product_dtype
+from opt.model.kernel_probe import has_kernel
 
 IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
 CHUNK = 1024  # tokens whose logits exist at a time: 0.1 GB in bf16
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
     """Put each row's cross-entropy into `losses`, and its gradient over `logits`: (tokens, vocabulary)."""
     if has_kernel("loss", logits.device, logits.dtype, logits.shape[1]):
-        from .kernels import cross_entropy
+        from opt.model.kernels import cross_entropy
 
         cross_entropy(logits, targets, losses, IGNORE)
         return

@@ -12,12 +12,14 @@ import logging
 from types import MethodType
 
 import torch
-from torch import nn
-from . import light_imports  # noqa: F401  before colossalai
 from colossalai.accelerator import get_accelerator
 from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import TensorState, gemini_ddp
-from colossalai.zero.gemini.chunk import Chunk, chunk as chunk_module
+from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.chunk import chunk as chunk_module
+from torch import nn
+
+from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
 
 _finds_overflow = Chunk.has_inf_or_nan.fget
 _shard_move = Chunk.shard_move

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from args import UserError, say_once
-
-from . import launch
+from opt.colossal import processes as launch
 
 OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 

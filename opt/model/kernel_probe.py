@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .launch import has_bf16
+from opt.colossal.processes import has_bf16
 
 WORK = {"update": "the update", "norm": "the gradient's norm", "loss": "the fused loss", "attention": "the attention of short rows"}
 # One H100, torch 2.11, commit 95f466b, with all kernels and with none: 63.6 and 58.6 thousand tokens/s, 184.0 and 157.9, in the demo 89.3
@@ -74,7 +74,7 @@ def _describe(missing: dict[str, str], is_all: bool) -> str:
 def _obstacle(kernel: str, device: torch.device, *variant) -> str | None:
     """Why a kernel cannot be built, or None if it can."""
     try:
-        from . import kernels
+        from opt.model import kernels
 
         with torch.cuda.device(device):
             _TRIALS[kernel](kernels, device, *variant)

@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from .launch import Place
+from opt.colossal.processes import Place
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM can send some time before it ends a job
 # torchrun hands a signal on to processes that Ctrl-C, or a scheduler, has sent it to as well: within this time it is the same.

@@ -1,0 +1,1 @@
+"""What a batch is: files and the Hub -> texts -> tokens -> batches."""

@@ -1,0 +1,1 @@
+"""What OPT is: its modules, sizes, kernels and weights. Knows no ColossalAI, and nothing of a run."""
