@@ -5,17 +5,11 @@ or the device is checked in opt/plan.py.
 """
 
 import argparse
-import hashlib
-import os
-import sys
-from pathlib import Path
+
+from opt.errors import UserError, report_user_error
 
 PLUGINS = ("torch_ddp", "torch_ddp_fp16", "low_level_zero", "gemini", "hybrid_parallel")
 PRECISIONS = ("fp32", "fp16", "bf16")
-
-
-class UserError(Exception):
-    """Something that the user can put right. Printed as one line, once a node, with exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,33 +17,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         report_user_error(f"{message} (see --help)")
-
-
-def report_user_error(message) -> None:
-    """Print `message` as one line, once a node, and exit with code 2."""
-    say_once(f"error: {message}")
-    raise SystemExit(2)
-
-
-def say_once(message: str) -> None:
-    """Print a line to stderr, unless another process of this node has printed the same.
-
-    The first process to get here prints: what only a later rank finds must be seen too, and torchrun ends the others, the
-    first among them, as soon as one has failed. Without torchrun nothing tells the processes of a run apart from another
-    run's, and each prints.
-    """
-    line = f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}"
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json, in a directory of this run's own
-    if own:
-        claim = Path(own).parent.parent / f"said-{hashlib.sha256(line.encode(errors='replace')).hexdigest()[:16]}"
-        try:
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            return
-        except OSError:  # no such directory, or a full disk: rather twice than never
-            pass
-    # The first process's progress bar may hold the cursor in its line.
-    print("\n" * (os.environ.get("LOCAL_RANK", "0") != "0") + line, file=sys.stderr, flush=True)
 
 
 def _number(kind, low, high=None, low_open=False):

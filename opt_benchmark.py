@@ -33,14 +33,14 @@ def run(args, measure) -> None:
 def _run(args, measure) -> None:
     import torch
 
-    from opt.colossal import processes as launch
-    from opt.train import plan
-    from opt.train import recorder as metrics
+    from opt import measure
+    from opt.colossal import processes
+    from opt.train.checks import check_benchmark
 
-    here = launch.place()
-    config, contents = plan.check_benchmark(args, here)
-    launch.start(here, args.mem_cap, args.timeout_minutes)
-    matmul_rate = metrics.matmul_flops(here.device)
+    here = processes.place()
+    config, contents = check_benchmark(args, here)
+    processes.start(here, args.mem_cap, args.timeout_minutes)
+    matmul_rate = measure.matmul_flops(here.device)
     if here.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -49,13 +49,13 @@ def _run(args, measure) -> None:
         print(describe(result), flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    launch.stop()
+    processes.stop()
 
 
 def measure(args, here, config, contents) -> "Measured":
     """Train on synthetic tokens."""
     from opt.colossal.build import build
-    from opt.data.tokens import SyntheticBatches
+    from opt.data.batches import SyntheticBatches
     from opt.train import plan, step
 
     kernels = plan.missing_kernels(args, here, config, None)
@@ -91,10 +91,9 @@ def time_steps(args, here, train_step) -> Measured:
     """Time `train_step()`, which returns this process's share of the step's loss: --repeats blocks, after the warm-up."""
     import torch.distributed as dist
 
-    from opt.colossal import processes as launch
-    from opt.train import recorder as metrics
+    from opt import measure
 
-    timer, first_step = metrics.StepTimer(), None
+    timer, first_step = measure.StepTimer(), None
     for i in range(args.warmup_steps + args.repeats * args.max_train_steps):
         if (i - args.warmup_steps) % args.max_train_steps == 0:
             dist.barrier()
@@ -103,16 +102,15 @@ def time_steps(args, here, train_step) -> Measured:
         timer.stop()
         if first_step is None:
             timer.seconds()
-            first_step = launch.seconds_since_launch()
+            first_step = measure.seconds_since_launch()
     seconds = timer.seconds()[args.warmup_steps :]
     dist.all_reduce(loss)
-    return Measured(seconds, loss.item(), first_step, metrics.peak_memory(here.device))
+    return Measured(seconds, loss.item(), first_step, measure.peak_memory(here.device))
 
 
 def summarize(args, here, config, measured, matmul_rate) -> dict:
     """The result's JSON object."""
-    from opt.colossal import processes as launch
-    from opt.train import recorder as metrics
+    from opt import measure
 
     seconds, size = measured.seconds, args.max_train_steps
     blocks = [statistics.median(seconds[i : i + size]) for i in range(0, len(seconds), size)]
@@ -120,7 +118,7 @@ def summarize(args, here, config, measured, matmul_rate) -> dict:
     deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
     rows = args.batch_size * args.gradient_accumulation_steps * here.world_size // (args.tp_size * args.pp_size)
     rate = rows * args.seq_length / median
-    flops = rate / here.world_size * metrics.flops_per_token(config, args.seq_length)
+    flops = rate / here.world_size * measure.flops_per_token(config, args.seq_length)
     return {
         "plugin": args.plugin,
         "model": args.model_name_or_path,
@@ -148,11 +146,11 @@ def summarize(args, here, config, measured, matmul_rate) -> dict:
         "mfu": flops / matmul_rate,
         "matmul_tflops": matmul_rate / 1e12,
         **measured.memory,
-        "memory_limit_bytes": launch.memory_limit(here.device),
+        "memory_limit_bytes": measure.memory_limit(here.device),
         "loss": measured.loss,
         "seconds_to_first_step": measured.first_step,
-        "device": launch.device_name(here.device),
-        "versions": launch.versions(),
+        "device": measure.device_name(here.device),
+        "versions": measure.versions(),
         "commit": commit(),
         **measured.more,
     }

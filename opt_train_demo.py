@@ -11,8 +11,9 @@ Read it from top to bottom: arguments, checks, processes, data, model, optimizer
 import itertools
 import signal
 
-from args import say_once, train_parser
+from args import train_parser
 from opt import installed
+from opt.errors import say_once
 
 
 def main() -> None:
@@ -27,33 +28,36 @@ def main() -> None:
 
 def run(args) -> None:
     """Check, start the processes, read the data, train, show the result. Raises UserError."""
-    from opt.colossal import processes as launch
-    from opt.data import tokens as data
+    from opt.colossal import processes
+    from opt.data import tokens
+    from opt.data.batches import Position
     from opt.train import checkpoints, export, plan
+    from opt.train.checks import check, lock_output
+    from opt.train.schedule import schedule
 
-    here = launch.place()
-    setup = plan.check(args, here)
+    here = processes.place()
+    setup = check(args, here)
     if not args.dry_run:
-        launch.start(here, args.mem_cap, args.timeout_minutes)
+        processes.start(here, args.mem_cap, args.timeout_minutes)
     read = (args.dataset, args.text_column, args.max_length, args.eval_fraction, args.seed, setup.tokenizer)
-    dataset = data.open_dataset(launch.node_first(here, lambda: data.tokenize(*read)))
+    dataset = tokens.open_dataset(processes.node_first(here, lambda: tokens.tokenize(*read)))
     args.padding_free = plan.is_padding_free(args, here, dataset)
 
     if not args.dry_run:
-        launch.node_first(here, lambda: plan.lock_output(args.output_path) if here.is_main else None)
-    before = launch.node_first(here, lambda: checkpoints.find(args.resume, export.output_directory(args.output_path)))
+        processes.node_first(here, lambda: lock_output(args.output_path) if here.is_main else None)
+    before = processes.node_first(here, lambda: checkpoints.find(args.resume, export.output_directory(args.output_path)))
     if before:
         checkpoints.check_same_run(before, args, setup.weights, dataset.train)
 
-    start = before.position if before else data.Position()
+    start = before.position if before else Position()
     dp_size = here.world_size // (args.tp_size * args.pp_size)
-    steps = plan.schedule(args, len(dataset.train), dp_size, start)
+    steps = schedule(args, len(dataset.train), dp_size, start)
     kernels = plan.missing_kernels(args, here, setup.config, dataset.longest if args.padding_free else None)
     if here.is_main:
         print(plan.describe(args, here, setup, dataset, steps, dp_size, before, kernels), flush=True)
     if not args.dry_run:
         is_done = train(args, here, setup, dataset, steps, start, before)
-        launch.stop()
+        processes.stop()
         if is_done and here.is_main and not args.no_save and not export.is_one_file(args.output_path):
             try:
                 show_samples(args.output_path, here.device, setup.tokenizer)
@@ -64,15 +68,15 @@ def run(args) -> None:
 def train(args, here, setup, dataset, steps, start, before) -> bool:
     """Everything between the checks and the saved model. False if a signal has stopped it."""
     from opt.colossal.build import build
-    from opt.data.tokens import Batches
-    from opt.model import opt as modeling
-    from opt.train import checkpoints, export, plan, step
-    from opt.train import recorder as metrics
+    from opt.data.batches import Batches
+    from opt.model.opt import expect_varying_lengths
+    from opt.train import checkpoints, export, recorder, step
+    from opt.train.checks import check_first_loss
     from opt.train.signals import Control
 
     control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():
-        modeling.expect_varying_lengths()
+        expect_varying_lengths()
     rates = (steps.learning_rate, steps.warmup_steps, steps.total_steps)
     built = build(args, here, setup.config, before.tensors("weights") if before else setup.weights, *rates)
     parallel, model = built.parallel, built.model
@@ -86,11 +90,11 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
     saver = checkpoints.Saver(output, built, here, control, args, dataset.train)
     if before:
         saver.restore(before)
-    recorder = metrics.Recorder(args, output, here.is_main, steps.total_steps, start.step, before.metrics if before else b"")
+    recorder = recorder.Recorder(args, output, here.is_main, steps.total_steps, start.step, before.metrics if before else b"")
     if len(dataset.held_out) and not start.step:
         first_loss = step.evaluate(parallel, model, eval_batches)
         recorder.evaluation(0, first_loss)
-        plan.check_first_loss(first_loss, setup)
+        check_first_loss(first_loss, setup)
     planned = train_batches.steps(start, args.num_epoch, args.gradient_accumulation_steps)
     stopped_by = skipped = 0
     with recorder:
@@ -101,7 +105,7 @@ def train(args, here, setup, dataset, steps, start, before) -> bool:
             epoch = position.epoch + position.rows / len(dataset.train)
             recorder.step(done, epoch, loss, lr, grad_norm, sum(batch.tokens for batch in group))
             if done == 1 and not len(dataset.held_out):
-                plan.check_first_loss(loss.item(), setup)  # summed over all processes by recorder.step
+                check_first_loss(loss.item(), setup)  # summed over all processes by recorder.step
             if len(dataset.held_out) and (done % steps.eval_steps == 0 or is_last):
                 recorder.evaluation(done, step.evaluate(parallel, model, eval_batches))
 

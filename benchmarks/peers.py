@@ -76,9 +76,9 @@ def packages(args) -> list[str]:
 
 def not_installed(args, missing) -> None:
     """Say so, in the terminal and as a result."""
-    from opt.colossal import processes as launch
+    from opt.colossal import processes
 
-    here = launch.place()
+    here = processes.place()
     if not here.is_main:
         return
     print(f"  {args.engine}: not installed ({', '.join(missing)})", flush=True)
@@ -89,10 +89,11 @@ def not_installed(args, missing) -> None:
 
 def measure(args, here, config, contents) -> Measured:
     """Train on synthetic tokens with --engine."""
-    from opt.colossal import processes as launch
-    from opt.data.tokens import SyntheticBatches
+    from opt import measure
+    from opt.colossal import processes
+    from opt.data.batches import SyntheticBatches
 
-    launch.seed_everything(args.seed + here.rank)
+    processes.seed_everything(args.seed + here.rank)
     model = build_model(args, here, config, contents)
     batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, here.rank, here.world_size, args.seed)
     if args.engine == "hf_trainer":
@@ -109,7 +110,7 @@ def measure(args, here, config, contents) -> Measured:
         measured = time_steps(args, here, train_step)
         measured.more |= about
     versions = {name: importlib.metadata.version(name) for name in packages(args)}
-    measured.more |= {"plugin": args.engine, "versions": launch.versions() | versions}
+    measured.more |= {"plugin": args.engine, "versions": measure.versions() | versions}
     return measured
 
 
@@ -177,9 +178,9 @@ def torch_amp(args, here, model):
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from opt.colossal import adam as optimizer
+    from opt.colossal.adam import decay_groups
 
-    adam = torch.optim.AdamW(optimizer.decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     if here.world_size > 1:
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -199,7 +200,7 @@ def fsdp2(args, here, model):
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
-    from opt.colossal import adam as optimizer
+    from opt.colossal.adam import decay_groups
 
     try:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -211,7 +212,7 @@ def fsdp2(args, here, model):
     for layer in model.model.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    adam = torch.optim.AdamW(optimizer.decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
 
     def reducing(is_last):
         model.set_requires_gradient_sync(is_last)
@@ -225,7 +226,7 @@ def deepspeed_zero(args, here, model):
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # which DeepSpeed reads, though no launcher has set it
     import deepspeed
 
-    from opt.colossal import adam as optimizer
+    from opt.colossal.adam import decay_groups
 
     offload = args.engine == "deepspeed_offload"
     stage = 3 if args.engine == "deepspeed_zero3" else 2
@@ -244,7 +245,7 @@ def deepspeed_zero(args, here, model):
     if args.fused_loss and stage == 3:
         # The loss reads the head's weight outside the head's forward, where ZeRO-3 would not have gathered it.
         deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
-    adam = deepspeed_adam(optimizer.decay_groups(model, args.weight_decay), args.learning_rate, offload)
+    adam = deepspeed_adam(decay_groups(model, args.weight_decay), args.learning_rate, offload)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
 
     def step(group):
@@ -285,10 +286,9 @@ def hf_trainer(args, here, model, batches) -> Measured:
     from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from opt.colossal import processes as launch
-    from opt.train import recorder as metrics
+    from opt import measure
 
-    timer = metrics.StepTimer()
+    timer = measure.StepTimer()
     steps = args.warmup_steps + args.repeats * args.max_train_steps
 
     class Clock(TrainerCallback):
@@ -301,7 +301,7 @@ def hf_trainer(args, here, model, batches) -> Measured:
             timer.stop()
             if self.first_step is None:
                 timer.seconds()
-                self.first_step = launch.seconds_since_launch()
+                self.first_step = measure.seconds_since_launch()
             if state.global_step < steps:
                 timer.start()
 
@@ -352,7 +352,7 @@ def hf_trainer(args, here, model, batches) -> Measured:
         trainer.train()
     loss = torch.stack(losses).sum() / here.world_size
     torch.distributed.all_reduce(loss)
-    return Measured(timer.seconds()[args.warmup_steps :], loss.item(), clock.first_step, metrics.peak_memory(here.device))
+    return Measured(timer.seconds()[args.warmup_steps :], loss.item(), clock.first_step, measure.peak_memory(here.device))
 
 
 def rows_of_all_steps(args, here, batches, steps) -> list[dict]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import hf_hub_download
 
-from opt.colossal.processes import has_bf16, memory_limit
+from opt.measure import memory_limit
+from opt.model.kernel_probe import has_bf16
 
 STATE = 0.75  # share of a GPU's memory for weights, gradients and Adam's state; the rest is for activations
 

@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from args import report_user_error
+from opt.errors import report_user_error
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 

@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from args import resolve, train_parser
-from opt.colossal import processes as launch
+from opt.colossal import processes
 from opt.colossal.build import Built, build
-from opt.data import tokens as data
-from opt.model import opt as modeling
-from opt.model import weights
+from opt.data import tokens
+from opt.data.batches import Batches
+from opt.model import kernel_probe, weights
+from opt.model.config import load_config, with_dropout
+from opt.model.opt import meta_model
 from opt.train import step
 from opt.train.export import export_model
 
@@ -29,8 +31,8 @@ from opt.train.export import export_model
 def built(args, here) -> Built:
     """The model as opt_train_demo.py has it before the first step."""
     directory = Path(args.model_name_or_path)
-    config = modeling.with_dropout(modeling.load_config(directory), args.dropout)
-    contents = weights.open_weights(directory, modeling.meta_model(config), args.seed)
+    config = with_dropout(load_config(directory), args.dropout)
+    contents = weights.open_weights(directory, meta_model(config), args.seed)
     return build(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
 
 
@@ -38,8 +40,8 @@ def first_losses(args, here, rows: str) -> list[float]:
     """The loss of all rows, over all data-parallel ranks: evaluated, then at each of --max_train_steps steps (default none)."""
     trained = built(args, here)
     parallel, model = trained.parallel, trained.model
-    rows = data.Rows(Path(rows), "train")
-    batches = data.Batches(rows, len(rows) // parallel.dp_size, parallel.dp_rank, parallel.dp_size, pad_id=1, seed=None)
+    rows = tokens.Rows(Path(rows), "train")
+    batches = Batches(rows, len(rows) // parallel.dp_size, parallel.dp_rank, parallel.dp_size, pad_id=1, seed=None)
     losses = [step.evaluate(parallel, model, batches)]
     for _ in range(args.max_train_steps or 0):
         share, _ = step.train_step(parallel, model, trained.optimizer, trained.schedule, list(batches.epoch()), args.max_norm)
@@ -64,8 +66,8 @@ def gradients(args, here, rows: str) -> dict[str, float]:
     parts of that gradient's norm; the worst of the processes. Each process has rows of its own."""
     trained = built(args, here)
     model, optimizer, booster = trained.model, trained.optimizer, trained.parallel.booster
-    rows = data.Rows(Path(rows), "train")
-    inputs = next(iter(data.Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())).inputs
+    rows = tokens.Rows(Path(rows), "train")
+    inputs = next(iter(Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())).inputs
     named = dict(model.unwrap().named_parameters())
     wanted = torch.autograd.grad(model(**inputs)["loss"], list(named.values()))  # which runs no hook of a parameter
     for _ in range(2):
@@ -102,7 +104,7 @@ def export(args, here, shard_bytes: int) -> None:
     """Write the model to --output_path without having trained it."""
     trained = built(args, here)
     directory = Path(args.model_name_or_path)
-    config, tokenizer = modeling.load_config(directory), data.load_tokenizer(directory)
+    config, tokenizer = load_config(directory), tokens.load_tokenizer(directory)
     export_model(trained.model, trained.parallel, directory, config, tokenizer, args.output_path, shard_bytes)
 
 
@@ -141,17 +143,17 @@ class _PeakMemory(threading.Thread):
 
 
 def main(cases, results) -> None:
-    here = launch.place()
-    launch.start(here)
+    here = processes.place()
+    processes.start(here)
     torch.set_num_threads(1)  # the models are tiny
     found = {}
     for name, case in json.loads(Path(cases).read_text()).items():
-        args = resolve(train_parser().parse_args(case.pop("flags")), here.device.type, launch.has_bf16(here.device))
+        args = resolve(train_parser().parse_args(case.pop("flags")), here.device.type, kernel_probe.has_bf16(here.device))
         functions = {f.__name__: f for f in (first_losses, compiled, gradients, memory, export)}
         found[name] = functions[case.pop("wanted")](args, here, **case)
         if here.is_main:
             Path(results).write_text(json.dumps(found))
-    launch.stop()
+    processes.stop()
 
 
 if __name__ == "__main__":

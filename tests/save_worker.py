@@ -18,11 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from args import resolve, train_parser
-from opt.colossal import processes as launch
+from opt.colossal import processes
 from opt.colossal.build import build
-from opt.data import tokens as data
-from opt.model import opt as modeling
-from opt.model import weights
+from opt.data import tokens
+from opt.data.batches import Position
+from opt.model import kernel_probe, weights
+from opt.model.config import load_config
+from opt.model.opt import meta_model
 from opt.train import checkpoints
 from opt.train.signals import Control
 
@@ -38,7 +40,7 @@ def save_for_ever(output, built, here, args, rows, report: int) -> None:
         step += 1
         for parameter in built.model.parameters():
             parameter.data.fill_(step)
-        saver.begin(data.Position(step, 0, step), output / "metrics.jsonl")
+        saver.begin(Position(step, 0, step), output / "metrics.jsonl")
         saver.finish()
         os.write(report, f"{step}\n".encode())
 
@@ -47,14 +49,14 @@ def main(output: Path, kills: int) -> None:
     """Prints one JSON line: kills, checkpoints made, and how many kills left a half-written one behind."""
     args = train_parser().parse_args(["--dropout", "0"])
     torch.set_num_threads(1)  # threads do not survive a fork
-    here = launch.place()
-    resolve(args, here.device.type, launch.has_bf16(here.device))
-    launch.start(here)
+    here = processes.place()
+    resolve(args, here.device.type, kernel_probe.has_bf16(here.device))
+    processes.start(here)
     torch.set_num_threads(1)
-    config = modeling.load_config(SAMPLE / "opt-tiny")
-    built = build(args, here, config, weights.InitialWeights(modeling.meta_model(config), 0), 1e-3, 1, 10)
-    tokenizer = data.load_tokenizer(SAMPLE / "opt-tiny")
-    dataset = data.open_dataset(data.tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer))
+    config = load_config(SAMPLE / "opt-tiny")
+    built = build(args, here, config, weights.InitialWeights(meta_model(config), 0), 1e-3, 1, 10)
+    tokenizer = tokens.load_tokenizer(SAMPLE / "opt-tiny")
+    dataset = tokens.open_dataset(tokens.tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer))
     (output / "metrics.jsonl").write_text("")
 
     chance, made, in_the_middle = random.Random(0), 0, 0

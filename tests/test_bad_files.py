@@ -17,23 +17,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from args import PLUGINS, PRECISIONS, UserError, train_parser
-from opt.colossal import processes as launch
-from opt.data import tokens as data
-from opt.model import opt as modeling
+from args import PLUGINS, PRECISIONS, train_parser
+from opt.colossal import processes
+from opt.data import tokens
+from opt.data.batches import Position
+from opt.errors import UserError
 from opt.model import weights
+from opt.model.opt import meta_model
 from opt.train import plan
+from opt.train.checks import Setup, check
+from opt.train.schedule import schedule
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL
 
-HERE = launch.Place(0, 1, 0, torch.device("cpu"))
+HERE = processes.Place(0, 1, 0, torch.device("cpu"))
 CONFIG = json.loads((SAMPLE_MODEL / "config.json").read_text())
 
 
-def check(model, *flags, here=HERE) -> plan.Setup:
+def check_run(model, *flags, here=HERE) -> Setup:
     """What opt_train_demo.py checks before it starts."""
     given = ["--model_name_or_path", str(model), "--dataset", str(SAMPLE_DATA), "--output_path", tempfile.gettempdir(), *flags]
-    return plan.check(train_parser().parse_args(given), here)
+    return check(train_parser().parse_args(given), here)
 
 
 def refused(*says):
@@ -43,7 +47,7 @@ def refused(*says):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(SAMPLE_MODEL)
+    return tokens.load_tokenizer(SAMPLE_MODEL)
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def test_a_value_that_makes_no_model(model, change):
     (model / "config.json").write_text(json.dumps(CONFIG | change))
     (name,) = change
     with refused("config.json", name):
-        check(model)
+        check_run(model)
 
 
 CONTENTS = {
@@ -109,16 +113,16 @@ CONTENTS = {
 def test_a_config_that_is_none(model, content):
     (model / "config.json").write_bytes(CONTENTS[content])
     with refused("config.json"):
-        check(model)
+        check_run(model)
 
 
 def test_sizes_that_tensor_parallelism_cannot_divide(model):
     (model / "config.json").write_text(json.dumps(CONFIG | {"ffn_dim": 511}))
-    four = launch.Place(0, 4, 0, HERE.device)
+    four = processes.Place(0, 4, 0, HERE.device)
     for tp_size in ("2", "4"):
         with refused("511 ffn_dim", f"--tp_size {tp_size}"):
-            check(model, "--plugin", "hybrid_parallel", "--tp_size", tp_size, here=four)
-    check(model)
+            check_run(model, "--plugin", "hybrid_parallel", "--tp_size", tp_size, here=four)
+    check_run(model)
 
 
 # ---- tokenizer
@@ -155,7 +159,7 @@ TOKENIZERS = {
 def test_a_broken_tokenizer(model, case):
     TOKENIZERS[case](model)
     with refused("tokenizer"):
-        check(model)
+        check_run(model)
 
 
 # ---- weights
@@ -217,7 +221,7 @@ def test_broken_weights(model, case):
     state = {k: v for k, v in transformers.OPTForCausalLM(config).state_dict().items() if k != weights.TIED_HEAD}
     WEIGHTS[case](model, state)
     with refused(str(model)):
-        contents = weights.open_weights(model, modeling.meta_model(config), seed=0)
+        contents = weights.open_weights(model, meta_model(config), seed=0)
         for name in contents:  # as they are placed
             contents[name]
     assert not Path("/tmp/opt_weights_ran_code").exists()
@@ -260,13 +264,13 @@ DATA = {
 def test_a_broken_data_set(tokenizer, tmp_path, name):
     (tmp_path / name).write_bytes(DATA[name])
     with pytest.raises(UserError, match="(?s)^.{20,700}$"):
-        data.tokenize(str(tmp_path / name), "description", 64, 0, 1, tokenizer)
+        tokens.tokenize(str(tmp_path / name), "description", 64, 0, 1, tokenizer)
 
 
 def test_a_huge_row_is_cut(tokenizer, tmp_path):
     """Ten million characters, without a space among them and with: cut like any other row."""
     (tmp_path / "d.txt").write_text("a" * 10**7 + "\n" + "an inn " * 1_500_000 + "\nOne.\n")
-    rows = data.open_dataset(data.tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer)).train
+    rows = tokens.open_dataset(tokens.tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer)).train
     assert sorted(rows.lengths)[1:] == [64, 64]
 
 
@@ -285,11 +289,11 @@ JSON = st.recursive(
 def test_random_values_in_a_config(model, change):
     (model / "config.json").write_text(json.dumps(CONFIG | change))
     try:
-        setup = check(model)
+        setup = check_run(model)
     except UserError:
         return
     assert setup.weights.num_parameters > 0
-    assert modeling.meta_model(setup.config).config is setup.config
+    assert meta_model(setup.config).config is setup.config
 
 
 @RANDOM
@@ -301,7 +305,7 @@ def test_random_damage_to_a_model(model, name, draw):
     length = draw.draw(st.sampled_from([1, 10, len(content)]))
     (model / name).write_bytes(content[:at] + draw.draw(st.binary(max_size=4)) + content[at + length :])
     try:
-        check(model)
+        check_run(model)
     except UserError:
         pass
     finally:
@@ -315,7 +319,7 @@ def test_random_weights(model, content, raw, kind):
     file = model / names.get(kind, "model.safetensors.index.json")
     file.write_bytes(raw if kind in names else json.dumps({"weight_map": content} if kind == "map" else content).encode())
     with pytest.raises(UserError):
-        check(model)
+        check_run(model)
     file.unlink()
 
 
@@ -329,7 +333,7 @@ def test_random_data(tokenizer, tmp_path, kind, content):
     file = tmp_path / f"d.{kind}"
     file.write_bytes(b"description\n" + content if kind == "csv" else content)
     try:
-        rows = data.open_dataset(data.tokenize(str(file), "description", 16, 0, 1, tokenizer)).train
+        rows = tokens.open_dataset(tokens.tokenize(str(file), "description", 16, 0, 1, tokenizer)).train
     except UserError:
         return
     assert len(rows) and all(rows.lengths <= 16)
@@ -358,7 +362,7 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
     """One line and exit code 2, or a plan of whole numbers of steps."""
     flags = [f"{flag}={value}" for flag, value in numbers.items()]
     flags += [f"--plugin={plugin}", *([f"--precision={precision}"] if precision else [])]
-    here = launch.Place(0, world_size, 0, HERE.device)
+    here = processes.Place(0, world_size, 0, HERE.device)
     try:
         args = train_parser().parse_args(["--model_name_or_path", str(SAMPLE_MODEL), *flags])
     except SystemExit as end:
@@ -366,10 +370,10 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
         assert len(capsys.readouterr().err.splitlines()) == 1
         return
     try:
-        setup = plan.check(args, here)
+        setup = check(args, here)
     except UserError:
         return
     dp_size = world_size // (args.tp_size * args.pp_size)
-    steps = plan.schedule(args, 420, dp_size, data.Position())
+    steps = schedule(args, 420, dp_size, Position())
     assert 1 <= steps.total_steps and 0 <= steps.warmup_steps <= steps.total_steps and steps.learning_rate < 100
     assert isinstance(args, Namespace) and plan.estimate_memory(setup.config, 10**6, args, dp_size) > 0

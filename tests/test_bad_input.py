@@ -16,8 +16,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from args import UserError, resolve, train_parser
+from args import resolve, train_parser
 from opt import installed
+from opt.errors import UserError
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, pretend, run, start
 

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig
 
 from benchmarks import compare, report
+from opt.measure import flops_per_token
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
-from opt.train.recorder import flops_per_token
 
 from .conftest import REPO, SAMPLE_MODEL, run
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from args import UserError
-from opt.data import tokens as data
+from opt.data import tokens
+from opt.errors import UserError
 from opt.train import checkpoints
 
 from . import conftest
@@ -231,7 +231,7 @@ def test_another_run_is_not_taken_up(reference, model, tmp_path):
         checkpoints.find(str(tmp_path), tmp_path)
 
     saved = checkpoints.find("auto", reference / "output")
-    rows = data.Rows.__new__(data.Rows)
+    rows = tokens.Rows.__new__(tokens.Rows)
     rows.tokens, rows.offsets = np.arange(9, dtype=np.int32), np.array([0, 4, 9])
     with pytest.raises(UserError, match="--eval_fraction was .*, not 0.2"):
         checkpoints.check_same_run(saved, argparse.Namespace(**saved.state["arguments"] | {"eval_fraction": 0.2}), {}, rows)

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import OPTConfig
 
-from args import UserError, train_parser
+from args import train_parser
 from opt.colossal.processes import Place
-from opt.data import tokens as data
-from opt.model import opt as modeling
+from opt.data import tokens
+from opt.data.batches import PAD_TO, Batches, collate, pack
+from opt.errors import UserError
+from opt.model.opt import OPTForCausalLM
 from opt.train import plan
 
 from .conftest import REPO, SAMPLE_MODEL, run, train
@@ -39,7 +41,7 @@ def tokenizer(request, tmp_path_factory):
     if request.param == "adds BOS itself":
         directory = tmp_path_factory.mktemp("tokenizer")
         save_opt_tokenizer(directory)
-    loaded = data.load_tokenizer(directory)
+    loaded = tokens.load_tokenizer(directory)
     assert (loaded("One.")["input_ids"][0] == loaded.bos_token_id) == (request.param == "adds BOS itself")
     return loaded
 
@@ -47,7 +49,7 @@ def tokenizer(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A tokenizer for the tests in which it makes no difference."""
-    return data.load_tokenizer(SAMPLE_MODEL)
+    return tokens.load_tokenizer(SAMPLE_MODEL)
 
 
 @pytest.fixture
@@ -78,11 +80,11 @@ def write(file: Path, texts: list, column="description") -> Path:
     return file
 
 
-def read(file, tokenizer, max_length=256, eval_fraction=0.0, seed=1, column="description") -> data.Dataset:
-    return data.open_dataset(data.tokenize(str(file), column, max_length, eval_fraction, seed, tokenizer))
+def read(file, tokenizer, max_length=256, eval_fraction=0.0, seed=1, column="description") -> tokens.Dataset:
+    return tokens.open_dataset(tokens.tokenize(str(file), column, max_length, eval_fraction, seed, tokenizer))
 
 
-def as_lists(rows: data.Rows) -> list[list[int]]:
+def as_lists(rows: tokens.Rows) -> list[list[int]]:
     return [rows[i].tolist() for i in range(len(rows))]
 
 
@@ -142,8 +144,8 @@ def test_wikitext_is_one_text_in_blocks(plain):
     texts = ["", " = The Ferry = \n", "", " It crosses the river .\n", *(f" {text}\n" for text in TEXTS)]
     whole = [plain.bos_token_id, *plain("".join(texts), add_special_tokens=False)["input_ids"]]
     for length in (2, 7, 50, len(whole) - 1, len(whole), len(whole) + 1):
-        counts = data.Counts()
-        blocks = data._blocks(texts, plain, length, counts)
+        counts = tokens.Counts()
+        blocks = tokens._blocks(texts, plain, length, counts)
         assert all(len(block) == length for block in blocks[:-1])
         # A last block of one token would have no target, and so a step no loss.
         left_out = len(whole) % length == 1
@@ -169,11 +171,11 @@ def test_held_out_rows_are_not_trained_on(plain, cache, tmp_path):
 # ---- batches
 
 
-def stored(lengths: list[int], directory: str) -> data.Rows:
+def stored(lengths: list[int], directory: str) -> tokens.Rows:
     """Rows of these lengths, each of its own tokens: row i holds 10 + i."""
     np.save(Path(directory) / "train.tokens.npy", np.repeat(np.arange(len(lengths), dtype=np.int32) + 10, lengths))
     np.save(Path(directory) / "train.offsets.npy", np.cumsum([0, *lengths]))
-    return data.Rows(Path(directory), "train")
+    return tokens.Rows(Path(directory), "train")
 
 
 PAD = 1
@@ -185,7 +187,7 @@ LENGTHS = st.lists(st.integers(2, 9), min_size=1, max_size=40)
 def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
-        ranks = [data.Batches(rows, batch_size, rank, dp_size, PAD, seed) for rank in range(dp_size)]
+        ranks = [Batches(rows, batch_size, rank, dp_size, PAD, seed) for rank in range(dp_size)]
         steps = list(zip(*(rank.epoch(3) for rank in ranks), strict=True))  # strict: as many on every rank
         assert {len(rank) for rank in ranks} == {len(steps)}
 
@@ -207,7 +209,7 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
                 assert [int(n) for n in r.sum(1)] == [lengths[i] for i in own] + [0] * (batch_size - len(own))
                 assert bool((r[:, :-1] >= r[:, 1:]).all())
                 longest = max(int(r.sum(1).max()) for r in real)
-                assert x.shape[1] == min(-(-longest // data.PAD_TO) * data.PAD_TO, max(lengths))
+                assert x.shape[1] == min(-(-longest // PAD_TO) * PAD_TO, max(lengths))
         assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -216,16 +218,16 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
 def test_no_rank_is_idle_while_another_has_two_rows_more(lengths, dp_size):
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
-        for batches in zip(*(data.Batches(rows, 4, rank, dp_size, PAD, 0).epoch() for rank in range(dp_size)), strict=True):
+        for batches in zip(*(Batches(rows, 4, rank, dp_size, PAD, 0).epoch() for rank in range(dp_size)), strict=True):
             held = [int((b.inputs["input_ids"][:, 0] != PAD).sum()) for b in batches]
             assert max(held) - min(held) <= 1
 
 
 def test_each_epoch_has_its_own_order_which_stays(tmp_path):
-    batches = data.Batches(stored([3] * 50, str(tmp_path)), 4, 0, 1, PAD, seed=5)
+    batches = Batches(stored([3] * 50, str(tmp_path)), 4, 0, 1, PAD, seed=5)
     orders = [[b.inputs["input_ids"][:, 0].tolist() for b in batches.epoch(number)] for number in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
-    unseeded = data.Batches(batches.rows, 50, 0, 1, PAD, seed=None)
+    unseeded = Batches(batches.rows, 50, 0, 1, PAD, seed=None)
     assert next(unseeded.epoch(1)).inputs["input_ids"][:, 0].tolist() == list(range(10, 60))
 
 
@@ -233,14 +235,14 @@ def test_pads_are_in_no_loss(tmp_path):
     """The loss of a padded batch is the sum of its rows' losses one by one, whatever the pads are."""
     torch.manual_seed(0)
     lengths = [2, 9, 5]
-    model = modeling.OPTForCausalLM(
+    model = OPTForCausalLM(
         OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16)
     ).eval()
     rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)]
     with torch.no_grad():
-        alone = sum(model(**data.collate([row], 1, len(row), PAD))["loss"] for row in rows)
+        alone = sum(model(**collate([row], 1, len(row), PAD))["loss"] for row in rows)
         for pad in (PAD, 33):
-            together = model(**data.collate(rows, 4, 9, pad))["loss"]  # and a fourth row of pads alone
+            together = model(**collate(rows, 4, 9, pad))["loss"]  # and a fourth row of pads alone
             assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
@@ -251,7 +253,7 @@ def test_rows_without_pads(lengths, batch_size, dp_size):
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
         seen = []
-        for batches in zip(*(data.Batches(rows, batch_size, rank, dp_size, PAD, 0, True).epoch() for rank in range(dp_size)), strict=True):
+        for batches in zip(*(Batches(rows, batch_size, rank, dp_size, PAD, 0, True).epoch() for rank in range(dp_size)), strict=True):
             targets = 0
             for batch in batches:
                 ids, labels, ends = (batch.inputs[name] for name in ("input_ids", "labels", "cu_seqlens"))
@@ -271,7 +273,7 @@ def test_rows_without_pads(lengths, batch_size, dp_size):
 def test_few_shapes_and_few_pads(tmp_path):
     """Of 400 batches of 32 rows of 20 to 60 tokens: a shape is a CUDA graph to record."""
     lengths = np.random.default_rng(0).integers(20, 61, 32 * 400)
-    batches = [batch.inputs["input_ids"] for batch in data.Batches(stored(lengths, str(tmp_path)), 32, 0, 1, PAD, 0, True).epoch()]
+    batches = [batch.inputs["input_ids"] for batch in Batches(stored(lengths, str(tmp_path)), 32, 0, 1, PAD, 0, True).epoch()]
     assert len({ids.shape for ids in batches}) <= 10
     assert lengths.sum() / sum(ids.numel() for ids in batches) > 0.95
 
@@ -282,12 +284,12 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
     config = OPTConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16, init_std=0.5
     )
-    model = modeling.OPTForCausalLM(config).eval()
+    model = OPTForCausalLM(config).eval()
     model.longest_row = 9
     rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate([7, 9, 5])]
 
     def loss(rows, of):
-        inputs = data.pack(rows, 3, 9, PAD)
+        inputs = pack(rows, 3, 9, PAD)
         start, end = inputs["cu_seqlens"][of : of + 2]
         inputs["labels"][0, :start] = inputs["labels"][0, end:] = -100
         with torch.no_grad():
@@ -295,7 +297,7 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
 
     for i, row in enumerate(rows):
         with torch.no_grad():
-            alone = model(**data.collate([row], 1, len(row), PAD))["loss"].item()
+            alone = model(**collate([row], 1, len(row), PAD))["loss"].item()
         assert loss(rows, i) == pytest.approx(alone, rel=1e-5)
         assert loss([row if j == i else (other + 7) % 60 for j, other in enumerate(rows)], i) == loss(rows, i)
 
@@ -316,7 +318,7 @@ def test_where_rows_are_packed(tmp_path, lengths, flags, device, expected):
     args = train_parser().parse_args(flags.split())
     args.pp_size = args.pp_size or 1
     rows = stored(lengths, str(tmp_path))
-    dataset = data.Dataset(rows, rows, data.Counts(), "")
+    dataset = tokens.Dataset(rows, rows, tokens.Counts(), "")
     assert plan.is_padding_free(args, Place(0, 1, 0, torch.device(device)), dataset) is expected
 
 

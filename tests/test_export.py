@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from args import resolve, train_parser
-from opt.colossal import processes as launch
+from opt.colossal import processes
 from opt.colossal.build import build
-from opt.data import tokens as data
-from opt.model import opt as modeling
+from opt.data import tokens
+from opt.model.config import load_config
+from opt.model.opt import meta_model
 from opt.model.weights import open_weights
 from opt.train import export
 
@@ -85,7 +86,7 @@ def test_any_program_loads_it(name, loaded, runs):
     assert found["attention"] == "sdpa"
     assert found["not loaded"] == []
     assert found["text"].startswith("A young") and len(found["text"]) > len("A young")
-    assert found["tokens"] == data.load_tokenizer(SAMPLE_MODEL)("A young", add_special_tokens=False)["input_ids"]
+    assert found["tokens"] == tokens.load_tokenizer(SAMPLE_MODEL)("A young", add_special_tokens=False)["input_ids"]
 
 
 def test_the_run_wrote_three_texts(runs):
@@ -112,7 +113,7 @@ def odd_model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("odd")
     torch.manual_seed(2)
     OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL, vocab_size=2049)).save_pretrained(directory)
-    data.load_tokenizer(SAMPLE_MODEL).save_pretrained(directory)
+    tokens.load_tokenizer(SAMPLE_MODEL).save_pretrained(directory)
     return directory
 
 
@@ -168,18 +169,18 @@ def test_one_file(name, written_by_four, odd_model):
 @pytest.fixture(scope="module")
 def trained(runs):
     """(built, source, config, tokenizer) in this process, the only one of its group, on the CPU."""
-    here = launch.Place(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    here = processes.Place(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     args = resolve(train_parser().parse_args([]), "cpu", False)
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port()), "RANK": "0", "WORLD_SIZE": "1"}
     with pytest.MonkeyPatch.context() as environment:
         for name, value in given.items():
             environment.setenv(name, value)
         accelerator = get_accelerator()
-        launch.start(here)
-        config = modeling.load_config(runs.model)
-        contents = open_weights(runs.model, modeling.meta_model(config), seed=0)
-        yield build(args, here, config, contents, 1e-3, 0, 1), runs.model, config, data.load_tokenizer(runs.model)
-        launch.stop()
+        processes.start(here)
+        config = load_config(runs.model)
+        contents = open_weights(runs.model, meta_model(config), seed=0)
+        yield build(args, here, config, contents, 1e-3, 0, 1), runs.model, config, tokens.load_tokenizer(runs.model)
+        processes.stop()
         set_accelerator(accelerator)
 
 

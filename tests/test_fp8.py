@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from args import UserError, resolve, train_parser
+from args import resolve, train_parser
 from opt.colossal.processes import Place
+from opt.errors import UserError
 from opt.model.fp8 import Float8Linear, use_fp8
-from opt.train import plan
+from opt.train.checks import _check_processes
 
 TOKENS, IN, OUT = 64, 96, 160  # no two alike: a product of the wrong side would not fit
 
@@ -139,8 +140,8 @@ def test_fp8_needs_a_gpu_that_has_it(capability, monkeypatch):
     here = Place(0, 1, 0, torch.device("cuda", 0) if capability else torch.device("cpu"))
     args = train_parser().parse_args(["--fp8"])
     if capability and capability >= (8, 9):
-        plan._check_processes(args, here)
+        _check_processes(args, here)
         assert args.precision == "bf16"
     else:
         with pytest.raises(UserError, match="8.9"):
-            plan._check_processes(args, here)
+            _check_processes(args, here)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from opt.colossal.processes import has_fp8
-from opt.model.kernel_probe import WORK
+from opt.model.kernel_probe import WORK, has_fp8
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from opt.data import tokens as data
-from opt.model import opt as modeling
+from opt.data import tokens
 from opt.model import weights
+from opt.model.config import load_config
+from opt.model.opt import meta_model
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, metrics, run
 from .hub import Hub, save_opt_tokenizer, serving
@@ -103,8 +104,8 @@ def test_the_defaults(hub, home, root, tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = root / "models" / MODEL
-    tokenizer = data.load_tokenizer(folder)
-    held_out = data.open_dataset(data.tokenize(str(SAMPLE_DATA), "description", 128, 0.05, 42, tokenizer)).held_out
+    tokenizer = tokens.load_tokenizer(folder)
+    held_out = tokens.open_dataset(tokens.tokenize(str(SAMPLE_DATA), "description", 128, 0.05, 42, tokenizer)).held_out
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     total, targets = 0.0, 0
     with torch.no_grad():
@@ -124,8 +125,8 @@ def test_wikitext(hub, home, root):
     assert f"Hub, {WIKITEXT}, wikitext-2-raw-v1" in done.stdout
 
     newest = max((home / "xdg" / "opt-colossalai").iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
-    dataset = data.open_dataset(newest)
-    tokenizer = data.load_tokenizer(root / "models" / MODEL)
+    dataset = tokens.open_dataset(newest)
+    tokenizer = tokens.load_tokenizer(root / "models" / MODEL)
     for split, rows in {"train": dataset.train, "validation": dataset.held_out}.items():
         whole = [tokenizer.bos_token_id, *tokenizer("".join(wikitext(split)), add_special_tokens=False)["input_ids"]]
         assert set(rows.lengths[:-1]) == {24}
@@ -212,7 +213,7 @@ def break_off(hub, tmp_path):
 def test_weights_of_an_old_torch(tmp_path):
     """Before 1.6 a .bin was no zip archive; the Hub still has such files."""
     save_model(tmp_path, _use_new_zipfile_serialization=False)
-    meta = modeling.meta_model(modeling.load_config(tmp_path))
+    meta = meta_model(load_config(tmp_path))
     loaded = weights.open_weights(tmp_path, meta, seed=0)
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert set(loaded) == set(expected) - {"lm_head.weight"}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from opt.data import tokens as data
+from opt.data import tokens
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .hub import serving
@@ -66,7 +66,7 @@ def folder(tmp_path, model):
 @pytest.fixture(scope="module")
 def expected(model) -> float:
     """Plain transformers' loss of TEXTS, all targets alike."""
-    tokenizer, total, targets = data.load_tokenizer(SAMPLE_MODEL), 0.0, 0
+    tokenizer, total, targets = tokens.load_tokenizer(SAMPLE_MODEL), 0.0, 0
     with torch.no_grad():
         for text in TEXTS:
             ids = torch.tensor([[2, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]])

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from opt.colossal import adam as optimizer
-from opt.model import opt as modeling
+from opt.colossal import adam
+from opt.colossal.adam import build_optimizer, update
+from opt.model.config import load_config
+from opt.model.opt import meta_model
+from opt.train.schedule import build_schedule
 
 from .conftest import SAMPLE_MODEL
 
@@ -43,14 +46,14 @@ def set_grad(parameter, grad) -> None:
 def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
     """Over 20 steps, with decay in one group and none in the other, under a changing learning rate."""
     ours, theirs = small_network(device), small_network(device)
-    hybrid = optimizer.build_optimizer(ours, learning_rate=1e-2, weight_decay=0.1)
+    hybrid = build_optimizer(ours, learning_rate=1e-2, weight_decay=0.1)
     parameters = list(theirs.parameters())
     groups = [
         {"params": [parameters[i] for i in (0, 4)], "weight_decay": 0.1},
         {"params": [parameters[i] for i in (1, 2, 3, 5)], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1e-2)
-    schedules = [optimizer.build_schedule(o, 5, 25) for o in (hybrid, adamw)]
+    schedules = [build_schedule(o, 5, 25) for o in (hybrid, adamw)]
     for grads in gradients(ours, grad_dtype, 20):
         for mine, reference, grad in zip(ours.parameters(), theirs.parameters(), grads, strict=True):
             set_grad(mine, grad)
@@ -67,7 +70,7 @@ def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_16_bit_weights_follow_and_a_divisor_that_is_not_finite_stops_all(monkeypatch, device):
-    monkeypatch.setattr(optimizer, "PIECE", 4096)  # the largest tensor is cut into three
+    monkeypatch.setattr(adam, "PIECE", 4096)  # the largest tensor is cut into three
     torch.manual_seed(0)
     sizes = (5, 4096, 10000)
     reference = [torch.randn(n, device=device) for n in sizes]
@@ -76,14 +79,14 @@ def test_16_bit_weights_follow_and_a_divisor_that_is_not_finite_stops_all(monkey
     outputs = [torch.empty(n, dtype=torch.bfloat16, device=device) for n in sizes]
     grads = [torch.randn(n, device=device).bfloat16() for n in sizes]
     numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
-    optimizer.update(grads, params, exp_avgs, exp_avg_sqs, None, torch.tensor(float("nan"), device=device), **numbers)
+    update(grads, params, exp_avgs, exp_avg_sqs, None, torch.tensor(float("nan"), device=device), **numbers)
     assert all(torch.equal(p, r) for p, r in zip(params, reference, strict=True))
     assert not any(t.any() for t in (*exp_avgs, *exp_avg_sqs))
 
     leaves = [r.requires_grad_() for r in reference]
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad.float() / 4
-    optimizer.update(grads, params, exp_avgs, exp_avg_sqs, outputs, torch.tensor(4.0, device=device), **numbers)
+    update(grads, params, exp_avgs, exp_avg_sqs, outputs, torch.tensor(4.0, device=device), **numbers)
     torch.optim.AdamW(leaves, lr=1e-2, weight_decay=0.1).step()
     for param, leaf, output in zip(params, leaves, outputs, strict=True):
         torch.testing.assert_close(param, leaf.detach(), rtol=0, atol=2e-6)
@@ -95,7 +98,7 @@ def test_starts_at_once(device):
     """ColossalAI's own HybridAdam compiles for two minutes, or raises without the CUDA toolkit."""
     network = small_network(device)
     start = time.perf_counter()
-    hybrid = optimizer.build_optimizer(network, learning_rate=1e-3, weight_decay=0.0)
+    hybrid = build_optimizer(network, learning_rate=1e-3, weight_decay=0.0)
     set_grad(next(network.parameters()), torch.ones(33, 19, device=device))
     hybrid.step()
     assert time.perf_counter() - start < 2
@@ -104,16 +107,16 @@ def test_starts_at_once(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would compile, for minutes")
 def test_the_flag_gives_colossalais_own_kernel():
     """Also after an optimizer with PyTorch's: here it says itself that it cannot do without a GPU."""
-    optimizer.build_optimizer(small_network("cpu"), 1e-3, 0.0, "torch")
+    build_optimizer(small_network("cpu"), 1e-3, 0.0, "torch")
     with pytest.raises(AssertionError, match="No usable kernel found for CPUAdamLoader"):
-        optimizer.build_optimizer(small_network("cpu"), 1e-3, 0.0, "colossalai")
-    optimizer.build_optimizer(small_network("cpu"), 1e-3, 0.0, "torch")
+        build_optimizer(small_network("cpu"), 1e-3, 0.0, "colossalai")
+    build_optimizer(small_network("cpu"), 1e-3, 0.0, "torch")
 
 
 def test_no_decay_on_biases_and_norms():
-    model = modeling.meta_model(modeling.load_config(SAMPLE_MODEL))
+    model = meta_model(load_config(SAMPLE_MODEL))
     names = {id(p): name for name, p in model.named_parameters()}
-    decay = {names[id(p)]: g["weight_decay"] for g in optimizer.build_optimizer(model, 1e-3, 0.1).param_groups for p in g["params"]}
+    decay = {names[id(p)]: g["weight_decay"] for g in build_optimizer(model, 1e-3, 0.1).param_groups for p in g["params"]}
     assert decay.keys() == set(names.values())
     for name, value in decay.items():
         assert value == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
@@ -123,7 +126,7 @@ def test_no_decay_on_biases_and_norms():
 def test_schedule(warmup, total):
     """Step n of 1..total has peak x n / warmup, then peak x (total - n + 1) / (total - warmup): up to the peak, down to 0."""
     adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = optimizer.build_schedule(adamw, warmup, total)
+    schedule = build_schedule(adamw, warmup, total)
     for n in range(1, total + 1):
         wanted = 0.5 * (n / warmup if n <= warmup else (total - n + 1) / (total - warmup))
         assert math.isclose(adamw.param_groups[0]["lr"], wanted), n

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from opt.data.tokens import Rows, collate
+from opt.data.batches import collate
+from opt.data.tokens import Rows
 from opt.model.weights import TIED_HEAD, InitialWeights
 
 from .conftest import REPO, SAMPLE_MODEL, run, train

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from args import UserError
-from opt.data import texts
-from opt.data import tokens as data
+from opt.data import texts, tokens
+from opt.errors import UserError
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .test_bad_input import assert_refused
@@ -187,7 +186,7 @@ def train(dataset, output, *flags, env=None):
 
 
 def tokens_of(found: list[str]) -> int:
-    tokenizer = data.load_tokenizer(SAMPLE_MODEL)
+    tokenizer = tokens.load_tokenizer(SAMPLE_MODEL)
     return sum(len(ids) + 2 for ids in tokenizer(found, add_special_tokens=False)["input_ids"])
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from opt.data import tokens as data
-from opt.data.tokens import Batches
+from opt.data import tokens
+from opt.data.batches import Batches
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL, metrics, train
 
@@ -122,10 +122,10 @@ class Runs:
         return output
 
     @functools.cached_property
-    def dataset(self) -> data.Dataset:
+    def dataset(self) -> tokens.Dataset:
         """What all of them train on."""
-        tokenizer = data.load_tokenizer(self.model)
-        return data.open_dataset(data.tokenize(str(self.texts), "description", MAX_LENGTH, EVAL_FRACTION, SEED, tokenizer))
+        tokenizer = tokens.load_tokenizer(self.model)
+        return tokens.open_dataset(tokens.tokenize(str(self.texts), "description", MAX_LENGTH, EVAL_FRACTION, SEED, tokenizer))
 
     @functools.cached_property
     def plain(self) -> dict:
@@ -145,7 +145,7 @@ def runs(tmp_path_factory) -> Runs:
     return runs_in(tmp_path_factory.getbasetemp() / "runs")
 
 
-def plain_loop(directory: Path, dataset: data.Dataset) -> dict:
+def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
     """The same ten steps without this project and without ColossalAI, but for the order of the rows."""
     model = OPTForCausalLM.from_pretrained(directory, dropout=0.0, attention_dropout=0.0)
     matrices = [p for p in model.parameters() if p.ndim > 1]

@@ -8,9 +8,7 @@ import torch
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
 from opt.model.kernel_probe import has_kernel
 
 
@@ -221,25 +219,3 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear rise over `warmup_steps`, then linear fall to 0 at `total_steps`.
-
-    The same as transformers.get_linear_schedule_with_warmup, but for the first step, whose rate there is 0: it learns.
-    """
-
-    def factor(step):
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
-
-    return LambdaLR(optimizer, factor)
-
-
-def set_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule where it is after `step` steps; its own way there, step(), warns that no update came before."""
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})

@@ -9,13 +9,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import OPTConfig
 
-from opt.colossal import adam as optimizer
-from opt.colossal import gemini, mixed_precision, plugins, state
-from opt.colossal import processes as launch
+from opt.colossal import gemini, mixed_precision, plugins, processes, state
+from opt.colossal.adam import build_optimizer
+from opt.colossal.new_model import build_model
 from opt.model import fp8, linear, weights
-from opt.model import opt as modeling
+from opt.model.config import DTYPES
 from opt.model.kernel_probe import has_kernel
+from opt.model.opt import compile_layers
 from opt.train import graphs, step
+from opt.train.schedule import build_schedule
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Built:
 
 def build(
     args: Namespace,
-    here: launch.Place,
+    here: processes.Place,
     config: OPTConfig,
     contents: weights.Weights,
     learning_rate: float,
@@ -41,11 +43,11 @@ def build(
     """Booster, model, optimizer, schedule, boost, weights; needs the process group. `args`: resolved by args.resolve."""
     parallel = plugins.build_booster(args, here.device, contents.num_parameters)
     # The ranks of a tensor-parallel group hold parts of the same activations and must drop the same ones; all others differ.
-    launch.seed_everything(args.seed + parallel.dp_rank * parallel.pp_size + parallel.pp_rank)
-    dtype = modeling.DTYPES["fp32" if args.plugin.startswith("torch_ddp") else args.precision]
-    model = modeling.build_model(config, args.plugin, dtype, here.device, args.grad_checkpoint, args.fused_loss)
-    adam = optimizer.build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
-    schedule = optimizer.build_schedule(adam, warmup_steps, total_steps)
+    processes.seed_everything(args.seed + parallel.dp_rank * parallel.pp_size + parallel.pp_rank)
+    dtype = DTYPES["fp32" if args.plugin.startswith("torch_ddp") else args.precision]
+    model = build_model(config, args.plugin, dtype, here.device, args.grad_checkpoint, args.fused_loss)
+    adam = build_optimizer(model, learning_rate, args.weight_decay, args.adam_kernel)
+    schedule = build_schedule(adam, warmup_steps, total_steps)
     model, adam = parallel.boost(model, adam)
     gemini.speed_up(model)
     mixed_precision.speed_up(model, adam, parallel.dp_size, own_update=args.adam_kernel == "torch", recorded=args.cuda_graph)
@@ -56,7 +58,7 @@ def build(
     elif here.device.type == "cuda" and not args.compile:
         linear.speed_up(model.unwrap().own_layers)
     if args.compile:
-        modeling.compile_layers(model.unwrap(), saves_memory=not args.cuda_graph)  # recorded steps are short ones
+        compile_layers(model.unwrap(), saves_memory=not args.cuda_graph)  # recorded steps are short ones
     # After boost: only now does the plugin know this process's share of each tensor.
     weights.place(model, contents)
     model.train()

@@ -19,8 +19,6 @@ from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from torch import nn
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
-
 _finds_overflow = Chunk.has_inf_or_nan.fget
 _shard_move = Chunk.shard_move
 _reduce_chunk = Chunk.reduce

@@ -18,7 +18,6 @@ from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOpt
 from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
 from opt.colossal import reduction
 from opt.colossal.adam import sum_of_squares
 from opt.train.graphs import GraphedUpdate

@@ -19,9 +19,9 @@ from colossalai.booster.plugin import (
 )
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
+from opt.colossal.policy import OPTPolicy
 from opt.colossal.reduction import LayerwiseDDP
-from opt.model.opt import DTYPES, OPTPolicy
+from opt.model.config import DTYPES
 from opt.train.graphs import GraphedBackward
 
 

@@ -2,24 +2,20 @@
 
 import functools
 import os
-import platform
 import random
-import re
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 
-from args import UserError
+from opt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,22 +47,6 @@ def _variable(name: str, default: int) -> int:
     if not text.isdecimal() or name == "WORLD_SIZE" and int(text) == 0:
         raise UserError(f"the environment variable {name} is '{text:.40}', not a number of processes: a launcher sets it")
     return int(text)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the GPU has bf16 matrix units (compute capability 8.0, Ampere, and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What matrix products of `tensor` are computed in: autocast's dtype where it is on, else its own."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether the GPU has fp8 matrix units (compute capability 8.9, Ada, and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> None:
@@ -185,14 +165,6 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def seconds_since_launch() -> float:
-    """Seconds since this run was started: since torchrun's start if that started this process, else since its own."""
-    process = psutil.Process()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        process = process.parent()
-    return time.time() - process.create_time()
-
-
 def seed_everything(seed: int) -> None:
     """Seed every generator that dropout and shuffling draw from."""
     random.seed(seed)
@@ -220,22 +192,3 @@ def node_first(here: Place, work):
     if error is not None:
         raise error
     return result
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called by its maker."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
-    return f"CPU {models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that the device has; on a CPU host, its memory."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {name: metadata.version(name) for name in ("torch", "colossalai", "transformers")}
-    return found | {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}

@@ -18,8 +18,6 @@ from colossalai.zero.low_level.bookkeeping import BucketStore
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
-
 
 class LayerwiseDDP:
     """What DistributedDataParallel does for a model, without its buckets: gradients are averaged as soon as backward has them, those of a

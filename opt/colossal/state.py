@@ -17,7 +17,6 @@ from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
 from opt.colossal.adam import MOMENTS, adam_state
 from opt.model.weights import TIED_HEAD
 

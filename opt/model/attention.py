@@ -3,16 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from colossalai.shardformer.layer import Linear1D_Col
 from colossalai.shardformer.layer._operation import reduce_backward
 from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
-from opt.colossal.processes import has_bf16
 from opt.model import linear
-from opt.model.kernel_probe import has_short_attention
+from opt.model.kernel_probe import has_bf16, has_short_attention
 
 
 class PackedRows(NamedTuple):
@@ -57,21 +53,6 @@ class Attention(OPTSdpaAttention):
         qkv = linear.side_by_side([self.q_proj, self.k_proj, self.v_proj], hidden_states.squeeze(0))
         out = attend(qkv.unflatten(-1, (3, -1, self.head_dim)), attention_mask, self.dropout if self.training else 0.0)
         return self.out_proj(out.flatten(1).unsqueeze(0)), None, None
-
-
-class _ColumnOfSharedInput(Linear1D_Col):
-    """A split linear map that leaves its input's gradient as it is: a part, to be added up over the processes."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-def share_input(attention: Attention, tp_group: dist.ProcessGroup) -> None:
-    """Add up the gradient of the input of q, k and v over `tp_group` once, in place. ColossalAI 0.5.0 does it for each of the three:
-    six all-reduces a layer instead of four, which take half of a step of OPT-1.3b (tp 2, two H200)."""
-    attention.tp_group = tp_group
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        projection.__class__ = _ColumnOfSharedInput
 
 
 def attend(qkv: torch.Tensor, rows: PackedRows, dropout: float) -> torch.Tensor:

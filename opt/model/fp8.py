@@ -7,7 +7,7 @@ in PyTorch 2.5 and later is the product itself, not a pair (seen with 2.11; it c
 import torch
 from torch import nn
 
-from opt.colossal.processes import product_dtype
+from opt.model.linear import product_dtype
 
 UNIT = 16  # the kernel takes matrices whose sizes are multiples of this
 

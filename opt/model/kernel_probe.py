@@ -10,8 +10,6 @@ from collections.abc import Iterable
 
 import torch
 
-from opt.colossal.processes import has_bf16
-
 WORK = {"update": "the update", "norm": "the gradient's norm", "loss": "the fused loss", "attention": "the attention of short rows"}
 # One H100, torch 2.11, commit 95f466b, with all kernels and with none: 63.6 and 58.6 thousand tokens/s, 184.0 and 157.9, in the demo 89.3
 # and 56.6.
@@ -112,3 +110,13 @@ def _try_attention(kernels, device, dtype: torch.dtype, head_dim: int, length: i
 
 
 _TRIALS = {"update": _try_update, "norm": _try_norm, "loss": _try_loss, "attention": _try_attention}
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the GPU has bf16 matrix units (compute capability 8.0, Ampere, and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the GPU has fp8 matrix units (compute capability 8.9, Ada, and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opt.colossal.processes import product_dtype
-
 
 def speed_up(layers: nn.ModuleList) -> None:
     """Change the linear maps in `layers` that are PyTorch's own, in place; parameters and their names stay what they are."""
@@ -60,3 +58,9 @@ class _Product(torch.autograd.Function):
 def _ones(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Made once: a kernel less for each bias, 145 a step of OPT-350m."""
     return torch.ones(length, dtype=dtype, device=device)
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What matrix products of `tensor` are computed in: autocast's dtype where it is on, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -5,9 +5,8 @@ import torch.distributed as dist
 from colossalai.shardformer.layer._operation import reduce_forward
 from torch.nn import functional as F
 
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
-from opt.colossal.processes import product_dtype
 from opt.model.kernel_probe import has_kernel
+from opt.model.linear import product_dtype
 
 IGNORE = -100  # the label of a position that has no loss, as in PyTorch and transformers
 CHUNK = 1024  # tokens whose logits exist at a time: 0.1 GB in bf16

@@ -5,33 +5,21 @@ a pad; what the pads compute is kept out of the loss by labels of -100. So every
 follow one another without pads have attention and positions of their own (opt/attention.py).
 """
 
-import copy
-import json
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
-from colossalai.lazy import LazyInitContext
-from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
 from torch import nn
 from torch._functorch import config as functorch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig
-from transformers.activations import ACT2FN
 from transformers.modeling_utils import no_init_weights
-from transformers.models.opt.modeling_opt import OPTAttention
 
-from args import UserError
-from opt.colossal import light_import as light_imports  # noqa: F401  before colossalai
-from opt.colossal.processes import product_dtype
-from opt.model.attention import Attention, PackedRows, locate, share_input
+from opt.model.attention import Attention, PackedRows, locate
+from opt.model.linear import product_dtype
 from opt.model.loss import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -134,43 +122,6 @@ def run_layer(layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, ro
     return checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
 
 
-class OPTPolicy(OPTForCausalLMPolicy):
-    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with our attention and forward.
-
-    ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU, and its pipeline forward
-    builds a 4-D mask, calls torch.cuda and reduces the loss in the model's dtype.
-    """
-
-    def module_policy(self):
-        config = self.model.config
-        config._attn_implementation = "eager"
-        try:
-            policy = super().module_policy()
-        finally:
-            config._attn_implementation = "sdpa"
-        for base, ours in ((OPTAttention, Attention), (transformers.OPTForCausalLM, OPTForCausalLM)):
-            if base in policy:
-                policy[ours] = policy.pop(base)
-                policy[ours].method_replacement = None
-        return policy
-
-    def set_pipeline_forward(self, model_cls, new_forward, policy):
-        """Our forward knows stages by itself: see postprocess."""
-
-    def postprocess(self):
-        model = super().postprocess()
-        if self.shard_config.enable_tensor_parallelism:
-            model.tp_group = self.shard_config.tensor_parallel_process_group
-        stages = self.pipeline_stage_manager
-        if stages is not None:
-            start, end = stages.get_stage_index(stages.distribute_layers(model.config.num_hidden_layers))
-            model.stage = Stage(start, end, stages.is_first_stage(), stages.is_last_stage())
-        if model.tp_group is not None:
-            for layer in model.own_layers:
-                share_input(layer.self_attn, model.tp_group)
-        return model
-
-
 def expect_varying_lengths() -> None:
     """Keep cuDNN out of attention, for batches whose length changes from step to step.
 
@@ -181,107 +132,10 @@ def expect_varying_lengths() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def load_config(directory: Path) -> OPTConfig:
-    """The configuration in a model's directory. Raises UserError where there is none, it is not OPT's, or makes no model."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise UserError(f"{directory} has no config.json: give a model's directory in Hugging Face layout")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
-        if raw.get("model_type") != "opt":
-            raise UserError(
-                f"{file} describes a model of type '{raw.get('model_type')!s:.40}', not OPT: give an OPT model such as facebook/opt-350m"
-            )
-        config = OPTConfig.from_dict(raw)
-    except UserError:
-        raise
-    except Exception as error:  # of a value that it does not expect OPTConfig says so by almost any exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read ({type(error).__name__}: {reason:.200}): download or copy it again") from error
-    _check_values(config, file)
-    config._attn_implementation = "sdpa"
-    return config
-
-
-# field of config.json -> its type, the least and the most that it may be. OPT-175b has 96 layers of 12,288.
-_SIZES = dict.fromkeys(("vocab_size", "hidden_size", "ffn_dim", "word_embed_proj_dim", "num_attention_heads"), (int, 1, 2**24))
-_VALUES = _SIZES | {
-    "max_position_embeddings": (int, 2, 2**24),
-    "num_hidden_layers": (int, 1, 4096),
-    **dict.fromkeys(("dropout", "attention_dropout"), ((int, float), 0, 1)),
-    "init_std": ((int, float), 0, 1000),
-    **dict.fromkeys(("do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine"), (bool, 0, 1)),
-}
-
-
-def _check_values(config: OPTConfig, file: Path) -> None:
-    for name, (kind, low, high) in _VALUES.items():
-        value = getattr(config, name)
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not low <= value <= high:
-            wanted = "true or false" if kind is bool else f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
-            raise UserError(f"{file}: {name} is {value!r:.60}, and must be {wanted}: correct it")
-    pad = config.pad_token_id
-    if type(pad) is not int or not 0 <= pad < config.vocab_size:
-        raise UserError(f"{file}: pad_token_id is {pad!r:.60}, and must be a token of the vocabulary's {config.vocab_size}: OPT's is 1")
-    if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
-        raise UserError(
-            f"{file}: activation_function is {config.activation_function!r:.60}, which transformers does not have: OPT's is relu"
-        )
-    if config.tie_word_embeddings is not True:
-        raise UserError(
-            f"{file}: tie_word_embeddings is {config.tie_word_embeddings!r:.60}: an output projection (lm_head) of its own, beside the "
-            "embedding, is not supported"
-        )
-    if config.layerdrop:
-        raise UserError(f"{file}: layerdrop is {config.layerdrop!r:.60}, and not supported: set it to 0")
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"the model's hidden_size {config.hidden_size} is not divisible by its {config.num_attention_heads} attention heads: correct its config.json"
-        )
-
-
-def with_dropout(config: OPTConfig, dropout: float | None) -> OPTConfig:
-    """A copy of `config` with another dropout probability, unless that is None; with 0, attention's dropout is off as well."""
-    config = copy.deepcopy(config)
-    if dropout is not None:
-        config.dropout = dropout
-        if dropout == 0:
-            config.attention_dropout = 0.0
-    return config
-
-
 def meta_model(config: OPTConfig) -> OPTForCausalLM:
     """The model without memory for its weights: names, shapes, parameter counts."""
     with torch.device("meta"), no_init_weights():
         return OPTForCausalLM(config)
-
-
-def build_model(
-    config: OPTConfig,
-    plugin: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    grad_checkpoint: bool = False,
-    fused_loss: bool = False,
-) -> OPTForCausalLM:
-    """A model ready for Booster.boost, its weights still to be placed (weights.place).
-
-    Under gemini and hybrid_parallel the parameters get memory only when the plugin has cut them to this process's share;
-    the others need the whole model on each device, which they get at once, in `dtype`.
-    """
-    lazy = plugin in ("gemini", "hybrid_parallel")
-    with LazyInitContext(default_device=device) if lazy else nullcontext(), no_init_weights():
-        if lazy:
-            model = OPTForCausalLM(config)
-        else:
-            with torch.device(device):
-                model = OPTForCausalLM(config).to(dtype)
-    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
-    model.recompute_activations = grad_checkpoint
-    model.fused_loss = fused_loss
-    return model
 
 
 def compile_layers(model: OPTForCausalLM, saves_memory: bool) -> None:

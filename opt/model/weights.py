@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from args import UserError
+from opt.errors import UserError
 
 EMBEDDING = "model.decoder.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"

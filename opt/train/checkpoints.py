@@ -28,14 +28,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from args import UserError
-from opt.colossal.adam import MOMENTS, set_step
+from opt.colossal.adam import MOMENTS
 from opt.colossal.build import Built
 from opt.colossal.processes import Place
 from opt.colossal.state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
-from opt.data.tokens import Position, Rows
+from opt.data.batches import Position
+from opt.data.tokens import Rows
+from opt.errors import UserError
 from opt.model import weights
 from opt.train.export import flush_to_disk
+from opt.train.schedule import set_step
 from opt.train.signals import Control
 
 _MANIFEST, _WRITING, _REMOVING = "manifest.json", ".writing-", ".removing-"

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from args import UserError, say_once
-from opt.colossal import processes as launch
+from opt.colossal import processes
+from opt.errors import UserError, say_once
 
 OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 
@@ -45,7 +45,7 @@ def _end(line: str, code: int) -> None:
     say_once(line)
     if not _several():
         raise SystemExit(code)
-    launch.leave_word()
+    processes.leave_word()
     # At once: the interpreter's own end waits for the process group's threads, which wait for processes that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -97,6 +97,6 @@ def lost_process(error: Exception, timeout_minutes: float) -> str | None:
             f"another process did not answer for {timeout_minutes:g} minutes (--timeout_minutes): it hangs, or was not started, or is "
             "busy with work that takes longer (then raise --timeout_minutes)"
         )
-    if killed := launch.killed_processes():
+    if killed := processes.killed_processes():
         return f"another process was lost: {killed}"
     return f"another process was lost ({_first_line(error)[-80:]}): the reason stands above, or on its node"

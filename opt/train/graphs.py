@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from opt.colossal import processes as launch
+from opt.colossal import processes
 
 # NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
 _MODE = "thread_local"
@@ -31,7 +31,7 @@ class GraphedBackward:
         # The optimizer finds gradients by their address, whichever graph has computed them: they stay where they are.
         self._gradients: list[torch.Tensor] = []
         self._nothing = [None] * len(parameters)
-        launch.before_stop.append(self._recorded.clear)
+        processes.before_stop.append(self._recorded.clear)
         self._is_first = True  # of a step's batches, but for such as have been reduced
 
     def __call__(self, inputs: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
@@ -113,6 +113,6 @@ class GraphedUpdate:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=_MODE):
                 self._norm = self._update()
             self._graph = graph
-            launch.before_stop.append(graph.reset)
+            processes.before_stop.append(graph.reset)
         self._graph.replay()
         return None if self._norm is None else self._norm.clone()

@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import statistics
 import sys
 import time
 from argparse import Namespace
@@ -12,9 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import OPTConfig
 
-from opt.colossal.processes import seconds_since_launch
+from opt.measure import _mark, _seconds, seconds_since_launch
 
 
 class Recorder:
@@ -123,87 +120,6 @@ class Recorder:
 def perplexity(loss: float) -> float:
     """exp(loss); infinite where that is over what a float holds."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def flops_per_token(config: OPTConfig, length: int) -> float:
-    """Floating-point operations of forward and backward for a token in a row of `length`; recomputation not counted.
-
-    2 for each multiply-add, and backward twice the forward's: 6 for every weight of a matrix product (embedding look-ups
-    are none, the output projection is one); and for the attention scores and their product with the values 2 products of
-    `hidden` multiply-adds for each position seen, of which a causal row has (length + 1) / 2 on average. As in PaLM
-    (arXiv:2204.02311, appendix B), which counts the whole square of attention.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    weights = layers * (4 * hidden * hidden + 2 * hidden * config.ffn_dim) + config.vocab_size * config.word_embed_proj_dim
-    if config.word_embed_proj_dim != hidden:
-        weights += 2 * hidden * config.word_embed_proj_dim
-    return 6 * weights + 3 * layers * 2 * 2 * hidden * (length + 1) / 2
-
-
-def matmul_flops(device: torch.device) -> float:
-    """The device's measured rate at matrix products, FLOP/s: 8192 x 8192 in bf16 on a GPU, 1024 x 1024 in fp32 on a CPU.
-
-    The median of ten; random data, since products of zeros run faster.
-    """
-    on_gpu = device.type == "cuda"
-    n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    timer = StepTimer()
-    for _ in range(13):
-        timer.start()
-        a @ b
-        timer.stop()
-    return 2 * n**3 / statistics.median(timer.seconds()[3:])
-
-
-def _mark() -> torch.cuda.Event | float:
-    """Now, on the device: a CUDA event, or the clock on a CPU, which computes in order. The host may be many steps ahead."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start, stop) -> float:
-    """From one mark to a later one; waits for the device to come by."""
-    if isinstance(start, float):
-        return stop - start
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1000
-
-
-class StepTimer:
-    """Times stretches of work on the device."""
-
-    def __init__(self):
-        self._marks = []
-
-    def start(self) -> None:
-        self._marks.append([_mark()])
-
-    def stop(self) -> None:
-        self._marks[-1].append(_mark())
-
-    def seconds(self) -> list[float]:
-        """The length of each stretch; waits for the device."""
-        return [_seconds(*marks) for marks in self._marks]
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Highest use so far, bytes, the largest of all processes: on the device (0 on a CPU host) and in host memory."""
-    on_gpu = device.type == "cuda"
-    peaks = torch.tensor(
-        [
-            torch.cuda.max_memory_allocated(device) if on_gpu else 0,
-            torch.cuda.max_memory_reserved(device) if on_gpu else 0,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
-        ],
-        device=device,
-    )
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    allocated, reserved, host = peaks.tolist()
-    return {"peak_memory_allocated_bytes": allocated, "peak_memory_reserved_bytes": reserved, "peak_host_memory_bytes": host}
 
 
 class _NoTracker:

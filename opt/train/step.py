@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from opt.colossal.plugins import Parallel
-from opt.data.tokens import Batch, Batches
+from opt.data.batches import Batch, Batches
 
 
 def train_step(parallel: Parallel, model, optimizer, schedule, batches: list[Batch], max_norm: float = 0.0):

@@ -1,0 +1,183 @@
+"""Everything that can go wrong before training, checked.
+
+check() runs on every process before any of them waits for another: it reaches the same verdict everywhere, so a mistake
+ends all processes at once.
+"""
+
+import fcntl
+import importlib.util
+import math
+import os
+import socket
+import tempfile
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig, PreTrainedTokenizerFast
+
+from args import resolve
+from opt.colossal.processes import Place
+from opt.data import tokens
+from opt.errors import UserError
+from opt.model import weights
+from opt.model.config import load_config, with_dropout
+from opt.model.kernel_probe import has_bf16, has_fp8
+from opt.model.opt import meta_model
+from opt.model.sizes import PRESETS, preset_config
+from opt.train.export import is_one_file, output_directory
+
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass
+class Setup:
+    """What check() found: enough to start without another look at the disk's directories."""
+
+    directory: Path  # of the model
+    source: OPTConfig  # as config.json has it
+    config: OPTConfig  # to train with, see --dropout
+    tokenizer: PreTrainedTokenizerFast
+    weights: weights.Weights
+
+
+def check(args: Namespace, here: Place) -> Setup:
+    """Check arguments, paths, model and tokenizer; fill in what `args` left open. Raises UserError."""
+    _check_processes(args, here)
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise UserError(
+            f"--report_to {args.report_to} needs a package that is not installed: pip install {args.report_to}, or leave it out"
+        )
+    _check_writable(args.output_path)
+
+    directory = weights.locate(args.model_name_or_path)
+    source = load_config(directory)
+    config = with_dropout(source, args.dropout)
+    _check_shape(config, args)
+    if args.max_length is None:
+        args.max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
+    _check_length("--max_length", args.max_length, config)
+    tokenizer = tokens.load_tokenizer(directory)
+    _check_tokenizer(tokenizer, config, directory)
+    contents = weights.open_weights(directory, meta_model(config), args.seed, here.device)
+    return Setup(directory, source, config, tokenizer, contents)
+
+
+def check_benchmark(args: Namespace, here: Place) -> tuple[OPTConfig, weights.Weights]:
+    """The same for the benchmark, which needs no data and no trained weights. Raises UserError."""
+    _check_processes(args, here)
+    size = args.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
+    if size in PRESETS:
+        config = with_dropout(preset_config(size), args.dropout)
+    elif Path(args.model_name_or_path).is_dir():
+        config = with_dropout(load_config(Path(args.model_name_or_path)), args.dropout)
+    else:
+        raise UserError(f"--model_name_or_path {args.model_name_or_path}: neither a directory nor one of {', '.join(PRESETS)}")
+    _check_shape(config, args)
+    _check_length("--seq_length", args.seq_length, config)
+    return config, weights.InitialWeights(meta_model(config), args.seed, here.device)
+
+
+def check_first_loss(loss: float, setup: Setup) -> None:
+    """Refuse to train a model whose first loss no model has whose weights are in place. Raises UserError.
+
+    Without any knowledge of the text the loss is ln(vocabulary); half as much again takes wrong weights.
+    """
+    bound = 1.5 * math.log(setup.config.vocab_size)
+    if not loss <= bound:  # nan too
+        raise UserError(
+            f"the first loss is {loss:.3f}, over {bound:.3f} (1.5 x ln {setup.config.vocab_size}): the weights in {setup.directory} "
+            "did not load, are damaged, or belong to another model or tokenizer; download or copy it again"
+        )
+
+
+def _check_processes(args: Namespace, here: Place) -> None:
+    if args.fp8 and not has_fp8(here.device):
+        raise UserError("--fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later: leave it out")
+    resolve(args, here.device.type, has_bf16(here.device))
+    if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
+        raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
+    model_ranks = args.tp_size * args.pp_size
+    if args.cuda_graph and here.world_size > 1 and (args.zero_stage == 0 or model_ranks > 1):
+        raise UserError(
+            f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero, where they talk to one another outside of what "
+            "is recorded: choose that, or leave it out"
+        )
+    if here.world_size % model_ranks:
+        raise UserError(
+            f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes"
+        )
+
+
+def _check_shape(config: OPTConfig, args: Namespace) -> None:
+    for what, number in (("attention heads", config.num_attention_heads), ("ffn_dim", config.ffn_dim)):
+        if number % args.tp_size:
+            raise UserError(f"the model's {number} {what} are not divisible by --tp_size {args.tp_size}: choose another")
+    if config.num_hidden_layers < args.pp_size:
+        raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {args.pp_size}")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: OPTConfig, directory: Path) -> None:
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokens} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together"
+        )
+    if tokenizer.eos_token_id != config.eos_token_id:
+        raise UserError(
+            f"the tokenizer in {directory} ends a text with token {tokenizer.eos_token_id}, its config.json's eos_token_id is "
+            f"{config.eos_token_id!r:.60}: they do not belong together"
+        )
+
+
+def _check_length(flag: str, length: int, config: OPTConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less"
+        )
+
+
+def _check_writable(output_path: str) -> None:
+    """Write and remove a file where the results will go, or in the nearest folder above that exists."""
+    if not output_path:
+        raise UserError("--output_path is empty: name a directory")
+    target = output_directory(output_path)
+    if is_one_file(output_path) and os.path.isdir(output_path):
+        raise UserError(f"--output_path {output_path} is a directory, its name one file's: choose another name")
+    nearest = target
+    try:
+        nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:  # of exists() too: a name too long, a folder that this user may not look into
+        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose another place") from error
+
+
+def lock_output(output_path: str) -> None:
+    """Keep other runs out of the output directory until this process ends. To be called by one process of a run.
+
+    Raises UserError if another run is there. The kernel releases the lock with the process, however that ends; the file stays.
+    """
+    file = output_directory(output_path) / ".opt_train.lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+")
+    except OSError as error:
+        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {file}): choose another place") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"--output_path {output_path} is in use by another run ({lock.read().strip()}): choose another, or end that run"
+        ) from None
+    except OSError as error:  # a network file system without locks
+        print(f"{file} cannot be locked ({error.strerror}): take care that no other run writes there", flush=True)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _locks.append(lock)
+
+
+_locks: list = []  # open files: closing one would release it

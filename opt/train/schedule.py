@@ -1,0 +1,58 @@
+"""A run in optimizer steps, and the learning rate of each."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from opt.data.batches import Position, batches_an_epoch
+
+
+@dataclass
+class Schedule:
+    """The run in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    eval_steps: int
+    learning_rate: float
+
+
+def schedule(args: Namespace, rows: int, dp_size: int, start: Position) -> Schedule:
+    """Rows to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller.
+
+    `start`: where the run starts; if steps were larger or smaller until there, the total is what they were and what is left.
+    """
+
+    def steps_for(number):
+        return -(-batches_an_epoch(number, args.batch_size, dp_size) // args.gradient_accumulation_steps)
+
+    steps = steps_for(rows)
+    left = steps * (args.num_epoch - start.epoch - 1) + steps_for(rows - start.rows) if start.epoch < args.num_epoch else 0
+    total = max(start.step, min(start.step + left, args.max_train_steps or start.step + left))
+    rate = args.learning_rate * (dp_size if args.scale_lr else 1)
+    return Schedule(steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Linear rise over `warmup_steps`, then linear fall to 0 at `total_steps`.
+
+    The same as transformers.get_linear_schedule_with_warmup, but for the first step, whose rate there is 0: it learns.
+    """
+
+    def factor(step):
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+    return LambdaLR(optimizer, factor)
+
+
+def set_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where it is after `step` steps; its own way there, step(), warns that no update came before."""
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
