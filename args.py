@@ -1,7 +1,7 @@
 """Command-line arguments of opt_train_demo.py and opt_benchmark.py.
 
 Nothing heavy is imported here: `--help` and a mistyped flag answer at once. What needs the model's configuration, the data
-or the device is checked in opt/plan.py.
+or the device is checked in opt/train/checks.py.
 """
 
 import argparse
@@ -12,8 +12,27 @@ PLUGINS = ("torch_ddp", "torch_ddp_fp16", "low_level_zero", "gemini", "hybrid_pa
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
+class Settings(argparse.Namespace):
+    """Values by the flags' names, which nothing writes to: the flags, that is what the user said; or the plan, what that means for this
+    model, data and device."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name} is settled: make other Settings with but()")
+
+    def but(self, **changes) -> "Settings":
+        """The same with some other values."""
+        return Settings(**vars(self) | changes)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line, once a node."""
+
+    def parse_args(self, args=None, namespace=None) -> Settings:
+        """The flags."""
+        return Settings(**vars(super().parse_args(args, namespace)))
 
     def error(self, message):
         report_user_error(f"{message} (see --help)")
@@ -128,13 +147,6 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         action="store_true",
         help="record forward and backward of each shape of batch once and replay them: small steps no longer wait for the host; "
         "gradients keep their memory; on one GPU, not with gemini, on several with low_level_zero; default off",
-    )
-    g.add_argument(
-        "--adam_kernel",
-        choices=("torch", "colossalai"),
-        default="torch",
-        help="HybridAdam's arithmetic: torch, which is PyTorch's fused AdamW or on a GPU one Triton kernel that equals it, ready at "
-        "once; or ColossalAI's own, compiled at first use with the CUDA toolkit (minutes); default torch",
     )
 
 
@@ -267,11 +279,13 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--json", metavar="PATH", help="write the result as JSON into this file")
 
 
-def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argparse.Namespace:
-    """Fill in what depends on plugin and device; refuse combinations that the plugin cannot honour.
+def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
+    """The flags with what they leave open filled in, as far as it depends on plugin and device alone.
 
-    Raises UserError. `device_type` is "cuda" or "cpu"; `has_bf16` says whether that GPU computes in bf16.
+    Raises UserError for combinations that the plugin cannot honour. `device_type` is "cuda" or "cpu"; `has_bf16` says whether that GPU
+    computes in bf16.
     """
+    args = argparse.Namespace(**vars(flags))
     hybrid, zero, gemini = args.plugin == "hybrid_parallel", args.plugin == "low_level_zero", args.plugin == "gemini"
     only = {
         "--tp_size": (args.tp_size, hybrid, "hybrid_parallel"),
@@ -285,8 +299,9 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
             raise UserError(f"{flag} has no meaning for --plugin {args.plugin}: it is for {by}; leave it out or change the plugin")
     args.tp_size, args.pp_size = args.tp_size or 1, args.pp_size or 1
     args.offload_optim_frac = args.offload_optim_frac or 0.0
-    if getattr(args, "max_norm", None) == 0:
-        args.max_norm = float("inf")  # nothing is clipped, but the norm is known: a step along nan is not to be taken
+    # The benchmark has no such flag, and does not take the norm. Where training does not clip, the norm is known all the same: a step along
+    # nan is not to be taken.
+    args.max_norm = (args.max_norm or float("inf")) if hasattr(args, "max_norm") else 0.0
 
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):
@@ -306,8 +321,8 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
             raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
         if args.grad_checkpoint:
             raise UserError("--cuda_graph cannot record --grad_checkpoint, which asks the host in between: leave one out")
-        if (hybrid or zero) and (args.precision != "bf16" or args.adam_kernel != "torch"):
-            raise UserError(f"--cuda_graph with {args.plugin} is for --precision bf16 and --adam_kernel torch: leave one out")
+        if (hybrid or zero) and args.precision != "bf16":
+            raise UserError(f"--cuda_graph with {args.plugin} is for --precision bf16: leave one out")
     if args.fused_loss and args.tp_size > 1:
         raise UserError("--fused_loss needs a vocabulary in one piece (--tp_size 1): leave it out")
 
@@ -338,4 +353,4 @@ def resolve(args: argparse.Namespace, device_type: str, has_bf16: bool) -> argpa
             raise UserError(
                 f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} micro-batches: change --batch_size or --num_microbatches"
             )
-    return args
+    return Settings(**vars(args))

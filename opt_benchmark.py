@@ -15,64 +15,54 @@ from pathlib import Path
 from args import benchmark_parser
 from opt import installed
 
-
-def main() -> None:
-    run(benchmark_parser().parse_args(), measure)
-
-
-def run(args, measure) -> None:
-    """Check, start the processes, `measure`, print and write the result: the course of benchmarks/peers.py as well."""
+if __name__ == "__main__":  # ahead of the imports below, which take seconds
     installed.check()
+    FLAGS = benchmark_parser().parse_args()
 
-    from opt.train import faults  # after the arguments: the libraries below take seconds to import
+import torch
+import torch.distributed as dist
 
-    with faults.reported(args):
-        _run(args, measure)
+from opt import measure
+from opt.colossal import processes
+from opt.data.batches import SyntheticBatches
+from opt.train import checks, faults
+from opt.train import plan as plans
+from opt_train_demo import boost, train_step
 
 
-def _run(args, measure) -> None:
-    import torch
-
-    from opt import measure
-    from opt.colossal import processes
-    from opt.train.checks import check_benchmark
-
+def main(flags, measured_by) -> None:
+    """Check, start the processes, measure, print and write the result: the course of benchmarks/peers.py as well."""
     here = processes.place()
-    config, contents = check_benchmark(args, here)
-    processes.start(here, args.mem_cap, args.timeout_minutes)
+    plan, config, weights = checks.check_benchmark(flags, here)
+    processes.start(here, plan.mem_cap, plan.timeout_minutes)
     matmul_rate = measure.matmul_flops(here.device)
     if here.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    result = summarize(args, here, config, measure(args, here, config, contents), matmul_rate)
+    result = summarize(plan, here, config, measured_by(plan, here, config, weights), matmul_rate)
     if here.is_main:
         print(describe(result), flush=True)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        if plan.json:
+            Path(plan.json).write_text(json.dumps(result, indent=1) + "\n")
     processes.stop()
 
 
-def measure(args, here, config, contents) -> "Measured":
+def by_training(plan, here, config, weights) -> "Measured":
     """Train on synthetic tokens."""
-    from opt.colossal.build import build
-    from opt.data.batches import SyntheticBatches
-    from opt.train import plan, step
+    kernels = plans.missing_kernels(plan, here, config, None)
+    boosted = boost(plan, here, config, weights, plan.learning_rate, warmup_steps=0, total_steps=10**9)
+    spread = boosted.plugin.spread
+    batches = SyntheticBatches(plan.batch_size, plan.seq_length, config.vocab_size, spread.dp_rank, spread.dp_size, plan.seed)
 
-    kernels = plan.missing_kernels(args, here, config, None)
-    built = build(args, here, config, contents, args.learning_rate, 0, 10**9)
-    parallel = built.parallel
-    batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, parallel.dp_rank, parallel.dp_size, args.seed)
-
-    def train_step():
-        group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
-        loss, _ = step.train_step(parallel, built.model, built.optimizer, built.schedule, group)
+    def step():
+        loss, _ = train_step(boosted, [next(batches) for _ in range(plan.gradient_accumulation_steps)])
         return loss
 
-    measured = time_steps(args, here, train_step)
+    measured = time_steps(plan, here, step)
     if kernels:
         measured.more["missing_kernels"] = kernels
-    if args.profile:
-        profile(train_step, args.profile, here)
+    if plan.profile:
+        profile(step, plan.profile, here)
     return measured
 
 
@@ -87,59 +77,53 @@ class Measured:
     more: dict = field(default_factory=dict)  # what else the result is to say
 
 
-def time_steps(args, here, train_step) -> Measured:
-    """Time `train_step()`, which returns this process's share of the step's loss: --repeats blocks, after the warm-up."""
-    import torch.distributed as dist
-
-    from opt import measure
-
+def time_steps(plan, here, step) -> Measured:
+    """Time `step()`, which returns this process's share of the step's loss: --repeats blocks, after the warm-up."""
     timer, first_step = measure.StepTimer(), None
-    for i in range(args.warmup_steps + args.repeats * args.max_train_steps):
-        if (i - args.warmup_steps) % args.max_train_steps == 0:
+    for i in range(plan.warmup_steps + plan.repeats * plan.max_train_steps):
+        if (i - plan.warmup_steps) % plan.max_train_steps == 0:
             dist.barrier()
         timer.start()
-        loss = train_step()
+        loss = step()
         timer.stop()
         if first_step is None:
             timer.seconds()
             first_step = measure.seconds_since_launch()
-    seconds = timer.seconds()[args.warmup_steps :]
+    seconds = timer.seconds()[plan.warmup_steps :]
     dist.all_reduce(loss)
     return Measured(seconds, loss.item(), first_step, measure.peak_memory(here.device))
 
 
-def summarize(args, here, config, measured, matmul_rate) -> dict:
+def summarize(plan, here, config, measured, matmul_rate) -> dict:
     """The result's JSON object."""
-    from opt import measure
-
-    seconds, size = measured.seconds, args.max_train_steps
+    seconds, size = measured.seconds, plan.max_train_steps
     blocks = [statistics.median(seconds[i : i + size]) for i in range(0, len(seconds), size)]
     median = statistics.median(blocks)
     deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-    rows = args.batch_size * args.gradient_accumulation_steps * here.world_size // (args.tp_size * args.pp_size)
-    rate = rows * args.seq_length / median
-    flops = rate / here.world_size * measure.flops_per_token(config, args.seq_length)
+    rows = plan.batch_size * plan.gradient_accumulation_steps * here.world_size // (plan.tp_size * plan.pp_size)
+    rate = rows * plan.seq_length / median
+    flops = rate / here.world_size * measure.flops_per_token(config, plan.seq_length)
     return {
-        "plugin": args.plugin,
-        "model": args.model_name_or_path,
-        "precision": args.precision,
-        "batch_size": args.batch_size,
-        "seq_length": args.seq_length,
+        "plugin": plan.plugin,
+        "model": plan.model_name_or_path,
+        "precision": plan.precision,
+        "batch_size": plan.batch_size,
+        "seq_length": plan.seq_length,
         "world_size": here.world_size,
-        "tp_size": args.tp_size,
-        "pp_size": args.pp_size,
-        "zero_stage": args.zero_stage,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "grad_checkpoint": args.grad_checkpoint,
-        "compile": args.compile,
-        "cuda_graph": args.cuda_graph,
-        "fused_loss": args.fused_loss,
-        "fp8": args.fp8,
-        "offload_optim_frac": args.offload_optim_frac,
+        "tp_size": plan.tp_size,
+        "pp_size": plan.pp_size,
+        "zero_stage": plan.zero_stage,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "grad_checkpoint": plan.grad_checkpoint,
+        "compile": plan.compile,
+        "cuda_graph": plan.cuda_graph,
+        "fused_loss": plan.fused_loss,
+        "fp8": plan.fp8,
+        "offload_optim_frac": plan.offload_optim_frac,
         "dropout": config.dropout,
         "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},
         "repeats": blocks,
-        "samples_per_second": rate / args.seq_length,
+        "samples_per_second": rate / plan.seq_length,
         "tokens_per_second": rate,
         "tokens_per_second_per_gpu": rate / here.world_size,
         "tflops_per_gpu": flops / 1e12,
@@ -156,14 +140,12 @@ def summarize(args, here, config, measured, matmul_rate) -> dict:
     }
 
 
-def profile(train_step, directory, here) -> None:
+def profile(step, directory, here) -> None:
     """Trace three steps; open the file at https://ui.perfetto.dev, or read the table of the costliest operations beside it."""
-    import torch
-
     Path(directory).mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as trace:
         for _ in range(3):
-            train_step()
+            step()
     trace.export_chrome_trace(f"{directory}/rank{here.rank}.json.gz")
     by = "self_cuda_time_total" if here.device.type == "cuda" else "self_cpu_time_total"
     Path(directory, f"rank{here.rank}.txt").write_text(trace.key_averages().table(sort_by=by, row_limit=40))
@@ -195,4 +177,5 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with faults.reported(FLAGS):
+        main(FLAGS, by_training)

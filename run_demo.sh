@@ -70,7 +70,7 @@ if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * 
   flags+=(--fused_loss)
   # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded, and some of what a user may ask for not at all.
   if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then
-    case " $*" in *" --grad_checkpoint"* | *" --precision"* | *" --adam_kernel"*) ;; *) flags+=(--cuda_graph) ;; esac
+    case " $*" in *" --grad_checkpoint"* | *" --precision"*) ;; *) flags+=(--cuda_graph) ;; esac
   fi
 fi
 flags+=("$@")

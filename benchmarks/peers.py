@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from args import Parser, add_measurement_arguments, add_run_arguments  # noqa: E402
-from opt_benchmark import Measured, run, time_steps  # noqa: E402
+from opt import installed  # noqa: E402
 
 # engine -> the packages that it needs beside PyTorch and transformers
 ENGINES = {
@@ -53,6 +53,7 @@ def main() -> None:
         cuda_graph=False,
         fp8=False,
     )
+    installed.check()
     args = parser.parse_args()
     if args.fused_loss and args.engine == "hf_trainer":
         parser.error("--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out")
@@ -64,9 +65,13 @@ def main() -> None:
 
     import torch
 
-    if args.precision is None:
-        args.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    run(args, measure)
+    import opt_benchmark  # behind the flags: it takes seconds
+    from opt.train import faults
+
+    precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args = args.but(precision=precision, compile=args.compile and args.engine != "deepspeed_zero3")
+    with faults.reported(args):
+        opt_benchmark.main(args, measure_engine)
 
 
 def packages(args) -> list[str]:
@@ -87,11 +92,12 @@ def not_installed(args, missing) -> None:
         Path(args.json).write_text(json.dumps(result | {"status": "not installed"}, indent=1) + "\n")
 
 
-def measure(args, here, config, contents) -> Measured:
-    """Train on synthetic tokens with --engine."""
+def measure_engine(args, here, config, contents):
+    """Train on synthetic tokens with --engine; an opt_benchmark.Measured."""
     from opt import measure
     from opt.colossal import processes
     from opt.data.batches import SyntheticBatches
+    from opt_benchmark import time_steps
 
     processes.seed_everything(args.seed + here.rank)
     model = build_model(args, here, config, contents)
@@ -133,7 +139,6 @@ def build_model(args, here, config, contents):
     if args.grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # ZeRO-3 fetches each submodule's weights in hooks, between which nothing is left to compile.
-    args.compile = args.compile and args.engine != "deepspeed_zero3"
     if args.compile:
         from torch._dynamo import config as dynamo
 
@@ -275,7 +280,7 @@ def deepspeed_adam(groups, learning_rate: float, offload: bool):
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
-def hf_trainer(args, here, model, batches) -> Measured:
+def hf_trainer(args, here, model, batches):
     """transformers' Trainer: autocast, the whole model compiled, fused AdamW; nothing saved, evaluated or logged.
 
     A step lasts from the end of the one before to its own end, so that the Trainer's loop and data loader count.
@@ -287,6 +292,7 @@ def hf_trainer(args, here, model, batches) -> Measured:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from opt import measure
+    from opt_benchmark import Measured
 
     timer = measure.StepTimer()
     steps = args.warmup_steps + args.repeats * args.max_train_steps

@@ -9,6 +9,14 @@ from pathlib import Path
 class UserError(Exception):
     """Something that the user can put right. Printed as one line, once a node, with exit code 2."""
 
+    code = 2
+
+
+class Diverged(UserError):
+    """Training came to nothing. Exit code 1."""
+
+    code = 1
+
 
 def report_user_error(message) -> None:
     """Print `message` as one line, once a node, and exit with code 2."""

@@ -84,6 +84,18 @@ def pretend(folder: Path, *packages: str) -> dict:
     return {"PYTHONPATH": str(folder)}
 
 
+def workers(launcher: subprocess.Popen, script: str) -> list[psutil.Process]:
+    """The processes that run `script` under a launcher, by rank."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            if any(part.endswith(script) for part in process.cmdline()[1:3]):
+                found[int(process.environ().get("RANK", 0))] = process
+        except psutil.Error:  # over by now
+            pass
+    return [found[rank] for rank in sorted(found)]
+
+
 def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env=None, timeout=180):
     """Run opt_train_demo.py, or a `script` like it, on the sample, writing to `output`; fail with its own words if it fails."""
     given = {"--model_name_or_path": SAMPLE_MODEL, "--dataset": SAMPLE_DATA, "--output_path": output}

@@ -28,5 +28,6 @@ if __name__ == "__main__":
     dist.all_gather_into_tensor = in_host_memory(dist.all_gather_into_tensor)
 
     import opt_train_demo
+    from args import train_parser
 
-    opt_train_demo.main()
+    opt_train_demo.main(train_parser().parse_args())

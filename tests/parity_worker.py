@@ -18,33 +18,32 @@ from torch.nn import functional as F
 
 from args import resolve, train_parser
 from opt.colossal import processes
-from opt.colossal.build import Built, build
 from opt.data import tokens
 from opt.data.batches import Batches
 from opt.model import kernel_probe, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.opt import meta_model
-from opt.train import step
 from opt.train.export import export_model
+from opt_train_demo import Boosted, boost, evaluate, train_step
 
 
-def built(args, here) -> Built:
+def boosted(args, here) -> Boosted:
     """The model as opt_train_demo.py has it before the first step."""
     directory = Path(args.model_name_or_path)
     config = with_dropout(load_config(directory), args.dropout)
     contents = weights.open_weights(directory, meta_model(config), args.seed)
-    return build(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
+    return boost(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
 
 
 def first_losses(args, here, rows: str) -> list[float]:
     """The loss of all rows, over all data-parallel ranks: evaluated, then at each of --max_train_steps steps (default none)."""
-    trained = built(args, here)
-    parallel, model = trained.parallel, trained.model
+    trained = boosted(args, here)
+    spread = trained.plugin.spread
     rows = tokens.Rows(Path(rows), "train")
-    batches = Batches(rows, len(rows) // parallel.dp_size, parallel.dp_rank, parallel.dp_size, pad_id=1, seed=None)
-    losses = [step.evaluate(parallel, model, batches)]
+    batches = Batches(rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None)
+    losses = [evaluate(trained, batches)]
     for _ in range(args.max_train_steps or 0):
-        share, _ = step.train_step(parallel, model, trained.optimizer, trained.schedule, list(batches.epoch()), args.max_norm)
+        share, _ = train_step(trained, list(batches.epoch()))
         dist.all_reduce(share)
         losses.append(share.item())
     return losses
@@ -62,22 +61,22 @@ def compiled(args, here, rows: str) -> dict[str, list]:
 
 
 def gradients(args, here, rows: str) -> dict[str, float]:
-    """By parameter, how far what opt/reduction.py keeps after two backwards is from twice the mean gradient over all processes, in
+    """By parameter, how far what opt/colossal/reduction.py keeps after two backwards is from twice the mean gradient over all processes, in
     parts of that gradient's norm; the worst of the processes. Each process has rows of its own."""
-    trained = built(args, here)
-    model, optimizer, booster = trained.model, trained.optimizer, trained.parallel.booster
+    trained = boosted(args, here)
+    model, optimizer, reduction = trained.model, trained.optimizer, trained.plugin.form.reduction
     rows = tokens.Rows(Path(rows), "train")
     inputs = next(iter(Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())).inputs
     named = dict(model.unwrap().named_parameters())
     wanted = torch.autograd.grad(model(**inputs)["loss"], list(named.values()))  # which runs no hook of a parameter
     for _ in range(2):
-        booster.backward(model(**inputs)["loss"], optimizer)
-    optimizer.reduction.finish()
+        trained.booster.backward(model(**inputs)["loss"], optimizer)
+    reduction.finish()
     distances = torch.zeros(len(named))
     for i, (parameter, grad) in enumerate(zip(named.values(), wanted, strict=True)):
         whole = grad.flatten().float()
         dist.all_reduce(whole)
-        own = optimizer.reduction.grads[parameter]
+        own = reduction.grads[parameter]
         padded = F.pad(2 * whole / here.world_size, (0, len(own) * here.world_size - len(whole)))
         distances[i] = (own - padded.chunk(here.world_size)[here.rank]).norm() / padded.norm()
     dist.all_reduce(distances, dist.ReduceOp.MAX)
@@ -91,7 +90,7 @@ def memory(args, here) -> dict[str, list[int]]:
     for _ in range(2):  # the last case's model: autograd lets go of its tensors when Python has, and then they are garbage
         gc.collect()
     with _PeakMemory() as watch:
-        held = built(args, here)
+        held = boosted(args, here)
     gc.collect()
     by_rank = torch.zeros(2, here.world_size, dtype=torch.int64)
     by_rank[:, here.rank] = torch.tensor([watch.peak, watch.kept])
@@ -102,10 +101,10 @@ def memory(args, here) -> dict[str, list[int]]:
 
 def export(args, here, shard_bytes: int) -> None:
     """Write the model to --output_path without having trained it."""
-    trained = built(args, here)
+    trained = boosted(args, here)
     directory = Path(args.model_name_or_path)
     config, tokenizer = load_config(directory), tokens.load_tokenizer(directory)
-    export_model(trained.model, trained.parallel, directory, config, tokenizer, args.output_path, shard_bytes)
+    export_model(trained.plugin, directory, config, tokenizer, args.output_path, shard_bytes)
 
 
 class _PeakMemory(threading.Thread):

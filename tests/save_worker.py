@@ -19,7 +19,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from args import resolve, train_parser
 from opt.colossal import processes
-from opt.colossal.build import build
 from opt.data import tokens
 from opt.data.batches import Position
 from opt.model import kernel_probe, weights
@@ -27,18 +26,19 @@ from opt.model.config import load_config
 from opt.model.opt import meta_model
 from opt.train import checkpoints
 from opt.train.signals import Control
+from opt_train_demo import boost
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 
 
-def save_for_ever(output, built, here, args, rows, report: int) -> None:
+def save_for_ever(output, boosted, initial, here, plan, rows, report: int) -> None:
     """What a run does that has nothing to do but to save: from the newest checkpoint on. Reports each that is complete."""
     found = checkpoints.find("auto", output)
-    saver = checkpoints.Saver(output, built, here, Control(here), args, rows)
+    saver = checkpoints.Saver(plan, here, Control(here), boosted.plugin, boosted.optimizer, boosted.lr_schedule, rows, initial)
     step = found.position.step if found else 0
     while True:
         step += 1
-        for parameter in built.model.parameters():
+        for parameter in boosted.model.parameters():
             parameter.data.fill_(step)
         saver.begin(Position(step, 0, step), output / "metrics.jsonl")
         saver.finish()
@@ -47,14 +47,15 @@ def save_for_ever(output, built, here, args, rows, report: int) -> None:
 
 def main(output: Path, kills: int) -> None:
     """Prints one JSON line: kills, checkpoints made, and how many kills left a half-written one behind."""
-    args = train_parser().parse_args(["--dropout", "0"])
     torch.set_num_threads(1)  # threads do not survive a fork
     here = processes.place()
-    resolve(args, here.device.type, kernel_probe.has_bf16(here.device))
+    flags = train_parser().parse_args(["--dropout", "0", "--output_path", str(output)])
+    plan = resolve(flags, here.device.type, kernel_probe.has_bf16(here.device))
     processes.start(here)
     torch.set_num_threads(1)
     config = load_config(SAMPLE / "opt-tiny")
-    built = build(args, here, config, weights.InitialWeights(meta_model(config), 0), 1e-3, 1, 10)
+    initial = weights.InitialWeights(meta_model(config), 0)
+    boosted = boost(plan, here, config, initial, 1e-3, 1, 10)
     tokenizer = tokens.load_tokenizer(SAMPLE / "opt-tiny")
     dataset = tokens.open_dataset(tokens.tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer))
     (output / "metrics.jsonl").write_text("")
@@ -64,7 +65,7 @@ def main(output: Path, kills: int) -> None:
         reading, report = os.pipe()
         child = os.fork()
         if child == 0:
-            save_for_ever(output, built, here, args, dataset.train, report)
+            save_for_ever(output, boosted, initial, here, plan, dataset.train, report)
         os.close(report)
         first = os.read(reading, 100)  # its first checkpoint of this round is complete
         assert first, "the child ended by itself"
@@ -80,7 +81,7 @@ def main(output: Path, kills: int) -> None:
         found = checkpoints.find("auto", output)  # reads every byte
         assert found.position.step in (last, last + 1), f"{last} was complete, {found.path} is found"
         saved = found.tensors("weights")
-        assert len(saved) == len(built.shapes) and all((saved[name] == found.position.step).all() for name in saved), found.path
+        assert len(saved) == len(initial) and all((saved[name] == found.position.step).all() for name in saved), found.path
         assert json.loads(json.dumps(found.state["position"])) == {"step": found.position.step, "epoch": 0, "rows": found.position.step}
         made = found.position.step
         in_the_middle += any((output / "checkpoints").glob(".writing-*"))

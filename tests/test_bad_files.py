@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,9 @@ from opt.data.batches import Position
 from opt.errors import UserError
 from opt.model import weights
 from opt.model.opt import meta_model
-from opt.train import plan
 from opt.train.checks import Setup, check
-from opt.train.schedule import schedule
+from opt.train.plan import memory_bytes
+from opt.train.schedule import count_steps
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL
 
@@ -373,7 +372,6 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
         setup = check(args, here)
     except UserError:
         return
-    dp_size = world_size // (args.tp_size * args.pp_size)
-    steps = schedule(args, 420, dp_size, Position())
+    steps = count_steps(setup.plan, 420, Position())
     assert 1 <= steps.total_steps and 0 <= steps.warmup_steps <= steps.total_steps and steps.learning_rate < 100
-    assert isinstance(args, Namespace) and plan.estimate_memory(setup.config, 10**6, args, dp_size) > 0
+    assert memory_bytes(setup.plan, setup.config, 10**6) > 0

@@ -335,7 +335,7 @@ def test_every_process_ends(broken, tmp_path):
         ("--plugin gemini", "gemini"),
         ("--plugin torch_ddp --grad_checkpoint", "--grad_checkpoint"),
         ("--plugin low_level_zero --precision fp16", "bf16"),
-        ("--plugin hybrid_parallel --adam_kernel colossalai", "--adam_kernel"),
+        ("--plugin hybrid_parallel --precision fp16", "bf16"),
     ],
 )
 def test_what_a_cuda_graph_cannot_record(flags, says):

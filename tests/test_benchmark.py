@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
 import transformers
@@ -22,7 +21,7 @@ from opt.measure import flops_per_token
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
 
-from .conftest import REPO, SAMPLE_MODEL, run
+from .conftest import REPO, SAMPLE_MODEL, run, workers
 
 # Large steps, no dropout: whoever updates other weights, or with another decay, has another loss after the third.
 WORK = ("--precision", "fp32", "--dropout", 0, "--learning_rate", 0.01, "--seq_length", 64, "--warmup_steps", 1, "--max_train_steps", 2)
@@ -137,15 +136,8 @@ def test_a_combination_that_is_killed_is_a_row_that_says_so(tmp_path):
     env = os.environ | {name: str(value) for name, value in settings.items()} | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(REPO / "run_benchmark.sh"), "--max_train_steps", "1000000"]
     sweep = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    workers = []
-
-    def has_worker():
-        family = psutil.Process(sweep.pid).children(recursive=True)
-        workers[:] = [p for p in family if any(part.endswith("opt_benchmark.py") for part in p.cmdline()[1:3])]
-        return workers
-
-    wait_for(has_worker)
-    workers[0].kill()
+    wait_for(lambda: workers(sweep, "opt_benchmark.py"))
+    workers(sweep, "opt_benchmark.py")[0].kill()
     printed, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 0
     with open(tmp_path / "results.csv", newline="") as f:
@@ -258,7 +250,7 @@ def recorded_result(model, engine, batch_size, rate):
 
 
 def test_tables_and_plots_from_recorded_results(recorded):
-    done = run(REPO / "opt" / "report.py", "table", recorded, env={"PYTHONPATH": str(REPO)})
+    done = run(REPO / "benchmarks" / "report.py", "table", recorded, env={"PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
     with open(recorded / "results.csv", newline="") as f:
         rows = list(csv.DictReader(f))

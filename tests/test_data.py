@@ -315,11 +315,11 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
     ],
 )
 def test_where_rows_are_packed(tmp_path, lengths, flags, device, expected):
-    args = train_parser().parse_args(flags.split())
-    args.pp_size = args.pp_size or 1
+    flags = train_parser().parse_args(flags.split())
     rows = stored(lengths, str(tmp_path))
     dataset = tokens.Dataset(rows, rows, tokens.Counts(), "")
-    assert plan.is_padding_free(args, Place(0, 1, 0, torch.device(device)), dataset) is expected
+    settled = plan.with_data(flags.but(pp_size=flags.pp_size or 1), Place(0, 1, 0, torch.device(device)), dataset)
+    assert settled.padding_free is expected
 
 
 # ---- once
@@ -362,13 +362,13 @@ def test_one_process_a_node_works_and_all_get_its_result(tmp_path):
 import sys
 sys.path.insert(0, {str(REPO)!r})
 import torch.distributed as dist
-from opt import launch
+from opt.colossal import processes
 
 def say(what):
     sys.stdout.write(what + "\\n")
 
 dist.init_process_group("gloo")
-here = launch.place()
+here = processes.place()
 
 def work(fails):
     say(f"worked {{here.rank}}")
@@ -376,12 +376,12 @@ def work(fails):
         raise KeyError("broken")
     return here.rank + 10
 
-say(f"result {{launch.node_first(here, lambda: work(False))}}")
+say(f"result {{processes.node_first(here, lambda: work(False))}}")
 try:
-    launch.node_first(here, lambda: work(True))
+    processes.node_first(here, lambda: work(True))
 except KeyError as error:
     say(f"error {{error}}")
-launch.stop()
+processes.stop()
 """)
     done = run(script, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from args import resolve, train_parser
 from opt.colossal import processes
-from opt.colossal.build import build
 from opt.data import tokens
 from opt.model.config import load_config
 from opt.model.opt import meta_model
 from opt.model.weights import open_weights
 from opt.train import export
+from opt_train_demo import boost
 
 from .conftest import SAMPLE_MODEL, metrics
 from .test_parity import HYBRID, run_worker
@@ -168,7 +168,7 @@ def test_one_file(name, written_by_four, odd_model):
 
 @pytest.fixture(scope="module")
 def trained(runs):
-    """(built, source, config, tokenizer) in this process, the only one of its group, on the CPU."""
+    """(boosted, source, config, tokenizer) in this process, the only one of its group, on the CPU."""
     here = processes.Place(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     args = resolve(train_parser().parse_args([]), "cpu", False)
     given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port()), "RANK": "0", "WORLD_SIZE": "1"}
@@ -179,14 +179,14 @@ def trained(runs):
         processes.start(here)
         config = load_config(runs.model)
         contents = open_weights(runs.model, meta_model(config), seed=0)
-        yield build(args, here, config, contents, 1e-3, 0, 1), runs.model, config, tokens.load_tokenizer(runs.model)
+        yield boost(args, here, config, contents, 1e-3, 0, 1), runs.model, config, tokens.load_tokenizer(runs.model)
         processes.stop()
         set_accelerator(accelerator)
 
 
 def write(trained, output_path, shard_bytes=10**9):
-    built, source, config, tokenizer = trained
-    export.export_model(built.model, built.parallel, source, config, tokenizer, str(output_path), shard_bytes)
+    boosted, source, config, tokenizer = trained
+    export.export_model(boosted.plugin, source, config, tokenizer, str(output_path), shard_bytes)
 
 
 @pytest.mark.parametrize("output", ["directory", "shards", "one.safetensors", "one.bin"])

@@ -197,14 +197,16 @@ import sys
 sys.path.insert(0, {str(REPO)!r})
 import torch
 import torch.distributed as dist
-from args import UserError, train_parser
-from opt import faults, launch
+from args import train_parser
+from opt.colossal import processes
+from opt.errors import UserError
+from opt.train import faults
 
 with faults.reported(train_parser().parse_args([])):
-    here = launch.place()
+    here = processes.place()
     if sys.argv[1] == "early" and here.rank == 1:
         raise UserError("only rank 1 sees it")
-    launch.start(here)
+    processes.start(here)
     if sys.argv[1] == "alike":
         raise UserError("all see it")
     if here.rank == 1:

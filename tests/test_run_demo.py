@@ -16,7 +16,7 @@ from opt.choose import Machine, parameters_of, plugin
 from opt.model.opt import meta_model
 from opt.model.sizes import preset_config
 
-from .conftest import REPO, metrics, pretend
+from .conftest import REPO, metrics, pretend, workers
 
 # Nothing listens there: the Hub is out of reach at once. Without CUDA devices the script takes the CPU's way anywhere.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": "", "INSTALL": "0", "PYTHON": sys.executable}
@@ -186,15 +186,13 @@ def test_two_processes_say_their_plan_once_and_nothing_of_others(tmp_path):
 def test_a_kill_is_named(tmp_path, nproc):
     """By run_demo.sh, and by the process that is left."""
     demo = start_demo("--num_epoch", "100000", "--no_save", GPUNUM=str(nproc), OUTPUT=str(tmp_path))
-    workers = until_training(demo, tmp_path, nproc)
-    workers[-1].kill()
+    victim = until_training(demo, tmp_path, nproc)[-1]
+    victim.kill()
     out, err = demo.communicate(timeout=60)
     assert demo.returncode == 137
     assert "run_demo: killed, most likely for host memory (exit code 137)" in err
     if nproc == 2:
-        assert re.search(
-            rf"error: another process was lost: rank 1 \(process {workers[-1].pid}\) was killed, most likely for host memory", err
-        )
+        assert re.search(rf"error: another process was lost: rank 1 \(process {victim.pid}\) was killed, most likely for host memory", err)
     assert "Traceback" not in out + err
 
 
@@ -221,7 +219,6 @@ def until_training(demo: subprocess.Popen, output, nproc: int) -> list[psutil.Pr
     while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 3:
         assert time.monotonic() < end and demo.poll() is None
         time.sleep(0.1)
-    family = psutil.Process(demo.pid).children(recursive=True)
-    workers = [p for p in family if any(part.endswith("opt_train_demo.py") for part in p.cmdline()[1:3])]
-    assert len(workers) == nproc
-    return sorted(workers, key=lambda p: int(p.environ().get("RANK", 0)))
+    family = workers(demo, "opt_train_demo.py")
+    assert len(family) == nproc
+    return family

@@ -43,7 +43,7 @@ RUNS = {
     "low_level_zero, stage 2": Run(
         2, ("--plugin", "low_level_zero", "--zero_stage", 2, "--batch_size", 8, "--scale_lr", "--learning_rate", LEARNING_RATE / 2)
     ),
-    # bf16 weights with fp32 copies have an update of their own (opt/mixed_precision.py), with one process and with several.
+    # bf16 weights with fp32 copies have an update of their own (opt/colossal/copies.py), with one process and with several.
     "low_level_zero, bf16": Run(2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 8), near=0.02),
     "low_level_zero, bf16, accumulated": Run(
         2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 4, "--gradient_accumulation_steps", 2), near=0.02

@@ -166,30 +166,11 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
-class CompiledHybridAdam(HybridAdam):
-    """The same with ColossalAI's kernels, and with `div_scale` honoured for bf16 gradients in host memory too."""
-
-    @torch.no_grad()
-    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None, max_norm: float = math.inf):
-        """See HybridAdam.step."""
-        norm = self.find_norm() if self.find_norm else grad_norm
-        if norm is not None and not math.isfinite(norm):
-            return
-        if norm is not None and norm > max_norm:
-            torch._foreach_mul_(self._gradients(), max_norm / (norm + 1e-6))
-        self._div_scale = div_scale
-        colossalai_optimizer.HybridAdam.step(self, closure, div_scale)
-
-    def torch_adam_update(self, data, grad, *args, **kwargs):
-        if self._div_scale > 0:
-            grad = grad.to(data.dtype) / self._div_scale
-        super().torch_adam_update(data, grad, *args, **kwargs)
+gemini_optimizer._AVAIL_OPTIM_LIST |= {HybridAdam}  # Gemini asks for one of these very classes, not for a subclass
+for _loader in (FusedOptimizerLoader, CPUAdamLoader):
+    _loader.REGISTRY = [_NoKernel]  # alone: beside ColossalAI's own it warns about every choice that it has to make
 
 
-gemini_optimizer._AVAIL_OPTIM_LIST |= {HybridAdam, CompiledHybridAdam}  # Gemini asks for one of these very classes, not for a subclass
-
-
-_COLOSSALAI_KERNELS = {loader: loader.REGISTRY for loader in (FusedOptimizerLoader, CPUAdamLoader)}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -199,19 +180,6 @@ def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size
     if not state:
         state |= {"step": 0, **{name: torch.zeros(shape, device=key.device) for name in MOMENTS}}
     return state
-
-
-def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_kernel: str = "torch") -> HybridAdam:
-    """HybridAdam over `model`'s parameters, in decay_groups.
-
-    `adam_kernel`: "torch", update(); or "colossalai", whose kernels 0.5.0 compiles at first use: minutes, and an error without nvcc of
-    torch's CUDA version.
-    """
-    for loader, kernels in _COLOSSALAI_KERNELS.items():
-        # Alone, not beside ColossalAI's kernels: the loader warns about every choice that it has to make.
-        loader.REGISTRY = [_NoKernel] if adam_kernel == "torch" else kernels
-    hybrid_adam = HybridAdam if adam_kernel == "torch" else CompiledHybridAdam
-    return hybrid_adam(decay_groups(model, weight_decay), lr=learning_rate)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

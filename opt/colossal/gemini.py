@@ -1,4 +1,5 @@
-"""Gemini without what it does for each gradient and each chunk in vain (ColossalAI 0.5.0).
+"""--plugin gemini: weights, gradients and optimizer state in chunks that are spread over the processes; without what ColossalAI 0.5.0
+does for each gradient and each chunk in vain.
 
 One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there it works without Gemini's
 hooks. Otherwise a decoder layer is fetched and reduced as a whole: ColossalAI fetches parameters around each torch function that
@@ -12,22 +13,80 @@ import logging
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
+from colossalai.booster.plugin import GeminiPlugin
 from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import TensorState, gemini_ddp
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from torch import nn
 
+from opt.colossal.chunks import Chunks
+from opt.colossal.plugin import Plugin
+from opt.model.config import DTYPES
+
 _finds_overflow = Chunk.has_inf_or_nan.fget
 _shard_move = Chunk.shard_move
 _reduce_chunk = Chunk.reduce
 
 
-def speed_up(model: nn.Module) -> None:
-    """Apply to a boosted model, in place, if it is Gemini's. What it computes stays the same."""
-    if not isinstance(model, GeminiDDP):
-        return
+class OptGeminiPlugin(Plugin, GeminiPlugin):
+    """ColossalAI's, which fetches and reduces a decoder layer as a whole, or does nothing at all where there is nothing to do."""
+
+    is_lazy = True
+
+    def __init__(self, plan, device, num_parameters):
+        on_gpu, several = device.type == "cuda", dist.get_world_size() > 1
+        alone = not several and plan.offload_optim_frac == 0
+        super().__init__(
+            precision=plan.precision,
+            placement_policy="static",
+            offload_optim_frac=plan.offload_optim_frac,
+            enable_gradient_accumulation=plan.gradient_accumulation_steps > 1,
+            # A model of fewer parameters than a chunk holds is kept whole: one process saves nothing by letting go of parameters
+            # that it will gather from itself (see _do_without_hooks). Of several processes the chunks must be smaller than any
+            # model (the default is 32 Mi), or ColossalAI 0.5.0 adds up accumulated gradients world_size times
+            # (tests/test_training.py, gemini with accumulation).
+            min_chunk_size_m=num_parameters / 2**20 + 1 if alone else min(32, num_parameters / 2**20 / 4),
+            # Pinned memory and a reduction stream exist beside a GPU only.
+            enable_async_reduce=on_gpu and several,
+            max_prefetch=3 if several else 0,  # chunks of 32 Mi elements or more; a layer of OPT-1.3b has 48 Mi
+            pin_memory=on_gpu,
+            initial_scale=2**16,
+            max_norm=plan.max_norm,
+        )
+        self._begin(plan, device)
+
+    # ---- before there are processes
+
+    @staticmethod
+    def state_bytes(plan, parameters, dp_size):
+        """All of it spread; gradients take the weights' place, unless they accumulate; Adam's part may be in host memory."""
+        gradients = 2 if plan.gradient_accumulation_steps > 1 else 0
+        return parameters * (2 + gradients + 12 * (1 - plan.offload_optim_frac)) / dp_size
+
+    @staticmethod
+    def update_kernels(plan):
+        """Gradients come in 16 bits, the weights follow by ColossalAI's copy."""
+        if plan.offload_optim_frac < 1:
+            yield "update", DTYPES[plan.precision], None
+
+    # ---- plugin, travel, form
+
+    def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
+        """Booster.boost calls this."""
+        model, optimizer, *rest = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+        _mend(model)
+        self.form = Chunks(model, optimizer)
+        if self.knows_grad_norm:
+            optimizer.optim.find_norm = optimizer.get_grad_norm
+        self._finish_layers(model.unwrap())
+        return model, optimizer, *rest
+
+
+def _mend(model: GeminiDDP) -> None:
+    """What it computes stays the same."""
     gemini_ddp.free_storage = chunk_module.free_storage = _free_storage
     Chunk.reduce = _reduce
     Chunk.set_l2_norm = _set_l2_norm

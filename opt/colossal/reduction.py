@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.low_level import LowLevelZeroOptimizer
-from colossalai.zero.low_level.bookkeeping import BucketStore
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
@@ -89,7 +88,6 @@ class LayerwiseZero:
 
     def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module, recorded: bool):
         """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group."""
-        stop_hooks(optimizer)
         (self.group,) = optimizer.pg_to_param_list
         self.grads: dict[torch.Tensor, torch.Tensor] = {}
         self._optimizer, self._stream, self._recorded = optimizer, get_accelerator().Stream(), recorded
@@ -244,33 +242,3 @@ def _runs(sizes: list[int]) -> Iterator[tuple[int, int]]:
         if elements >= RUN or i == len(sizes) - 1:
             yield first, i + 1
             first, elements = i + 1, 0
-
-
-def reduce_nothing(optimizer: LowLevelZeroOptimizer) -> None:
-    """Leave gradients where backward puts them: there is no other process to reduce them with."""
-    stop_hooks(optimizer)
-    optimizer._partition_grads = False
-
-
-def stop_hooks(optimizer: LowLevelZeroOptimizer) -> None:
-    """Take away ColossalAI's hooks on parameters, and what follows backward: the rest of the reduction, the host's wait for its stream."""
-    optimizer._reduce_grad = lambda partition_grad: None
-    for hook in optimizer.grad_handles:
-        hook.remove()
-    optimizer._overlap_communication = False
-
-
-def bucket_a_group(optimizer: LowLevelZeroOptimizer) -> None:
-    """Give each parameter group a gradient bucket of its own, where ColossalAI's hooks stay.
-
-    There is one for all, reduced whenever a gradient comes from another group than the last: with biases and matrices in
-    different groups that is an all-reduce a parameter, 292 a step for OPT-350m.
-    """
-    for group, parameters in optimizer._working_param_groups.items():
-        if group == 0:
-            continue  # keeps the one that is there
-        for process_group in list(optimizer.pg_to_param_list):
-            own = [p for p in parameters if optimizer.param_to_pg[p] is process_group]
-            store = BucketStore(process_group, optimizer._reduce_bucket_size)
-            optimizer.pg_to_bucket_store[(process_group, group)] = store
-            optimizer.pid_to_bucket_store |= {id(p): store for p in own}

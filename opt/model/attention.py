@@ -1,9 +1,9 @@
 """OPT's causal attention, for rows of a rectangle and for rows that follow one another without pads."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from colossalai.shardformer.layer._operation import reduce_backward
 from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
@@ -38,7 +38,9 @@ def locate(cu_seqlens: torch.Tensor, tokens: int, longest: int, head_dim: int, d
 class Attention(OPTSdpaAttention):
     """transformers' attention, which also takes packed rows; its parameters and their names are the same."""
 
-    tp_group = None  # the processes that the heads are split over, set by share_input
+    enter: Callable[[torch.Tensor], torch.Tensor] | None = (
+        None  # of the input of q, k and v, see linear.Linear: where the heads are split over processes
+    )
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: PackedRows | None = None, **kwargs):
         """hidden_states (batch, length, width) -> (the same shape, None, None).
@@ -46,8 +48,8 @@ class Attention(OPTSdpaAttention):
         attention_mask: the name by which transformers' decoder layer hands something on. None: each row of the batch is a text.
         Otherwise the batch is one row, and the texts follow one another in it.
         """
-        if self.tp_group is not None:
-            hidden_states = reduce_backward(hidden_states, self.tp_group)
+        if self.enter is not None:
+            hidden_states = self.enter(hidden_states)
         if attention_mask is None:
             return super().forward(hidden_states, **kwargs)
         qkv = linear.side_by_side([self.q_proj, self.k_proj, self.v_proj], hidden_states.squeeze(0))

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from colossalai.shardformer.layer._operation import reduce_forward
 from torch.nn import functional as F
 
 from opt.model.kernel_probe import has_kernel
@@ -79,7 +78,20 @@ def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, fi
     logits = logits - highest.unsqueeze(1)
     here = (targets >= first) & (targets < first + logits.shape[1])
     own = logits.gather(1, torch.where(here, targets - first, 0).unsqueeze(1)).squeeze(1)
-    # reduce_forward: the sum over the processes forward, and backward each process's own share of the gradient.
-    total = reduce_forward(logits.exp().sum(1), group)
-    target_logit = reduce_forward(torch.where(here, own, 0.0), group)
+    total = _Sum.apply(logits.exp().sum(1), group)
+    target_logit = _Sum.apply(torch.where(here, own, 0.0), group)
     return torch.where(targets == IGNORE, 0.0, total.log() - target_logit).sum()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; backward each process's own part of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.contiguous()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -29,14 +30,15 @@ import torch
 from safetensors import safe_open
 
 from opt.colossal.adam import MOMENTS
-from opt.colossal.build import Built
+from opt.colossal.pieces import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
+from opt.colossal.plugin import Plugin
 from opt.colossal.processes import Place
-from opt.colossal.state import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
 from opt.data.batches import Position
 from opt.data.tokens import Rows
-from opt.errors import UserError
+from opt.errors import Diverged, UserError
 from opt.model import weights
-from opt.train.export import flush_to_disk
+from opt.train.export import flush_to_disk, output_directory
+from opt.train.recorder import Recorder
 from opt.train.schedule import set_step
 from opt.train.signals import Control
 
@@ -45,17 +47,47 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 class Saver:
-    """Writes checkpoints, one at a time. Made and used by all processes together."""
+    """Writes checkpoints, one at a time, and says when a run is to stop. Made and used by all processes together."""
 
-    def __init__(self, output_directory: Path, built: Built, here: Place, control: Control, args: Namespace, rows: Rows):
-        self._directory, self._built, self._here, self._control = folder(output_directory), built, here, control
-        self._arguments, self._keep, self._rows, self._checksum = vars(args), args.save_total_limit, rows, None
-        self._state = TrainingState(built)
+    def __init__(
+        self, plan: Namespace, here: Place, control: Control, plugin: Plugin, optimizer, lr_schedule, rows: Rows, model: weights.Weights
+    ):
+        """`rows`: to train on; `model`: its weights, of which the shapes are asked."""
+        self._directory, self._plan, self._here, self._control = folder(output_directory(plan.output_path)), plan, here, control
+        self._optimizer, self._lr_schedule, self._rows, self._checksum = optimizer, lr_schedule, rows, None
+        self._state = TrainingState(plugin.form, plugin.spread, {name: torch.Size(model.shape(name)) for name in model})
         self._thread: threading.Thread | None = None
         self.saved: Path | None = None  # the newest that is complete
         if here.is_main:
             for left_over in (*self._directory.glob(f"{_WRITING}*"), *self._directory.glob(f"{_REMOVING}*")):
                 shutil.rmtree(left_over)
+
+    def after(self, position: Position, recorder: Recorder, is_last: bool) -> str | None:
+        """To be called after each step: saves where that is due, or where a signal asks the run to stop, which it returns the name of.
+
+        Raises Diverged on all processes after --max_bad_steps steps in a row that changed nothing.
+        """
+        is_due = bool(self._plan.save_steps) and (position.step % self._plan.save_steps == 0 or position.rows == 0 or is_last)
+        if is_due or is_last:
+            recorder.flush()
+        skipped, signal_ = recorder.skipped_in_a_row, self._control.signal or 0
+        everyones = self._control.agree(signal=signal_, skipped=skipped, writing=self.is_writing)
+        stopped_by, skipped = 0 if is_last else everyones["signal"], everyones["skipped"]
+        if skipped >= self._plan.max_bad_steps:
+            recorder.flush()
+            self.finish()
+            way = (
+                f"the newest checkpoint is {self.saved}: go on from it with --resume"
+                if self.saved
+                else "there is no checkpoint: start anew"
+            )
+            raise Diverged(f"{skipped} steps in a row had a loss or a gradient that is not finite; {way}, and with a lower --learning_rate")
+        if stopped_by or (is_due and not skipped):
+            recorder.flush()
+            self.begin(position, recorder.path)
+        elif not everyones["writing"]:
+            self.finish()
+        return signal.Signals(stopped_by).name if stopped_by else None
 
     @property
     def is_writing(self) -> bool:
@@ -70,8 +102,8 @@ class Saver:
         for kind in MOMENTS:
             self._state.load(kind, checkpoint.tensors(kind))
         self._state.updates = checkpoint.state["updates"]
-        set_step(self._built.schedule, checkpoint.position.step)
-        load_scaler_state(self._built.optimizer, checkpoint.state["scaler"] or {})
+        set_step(self._lr_schedule, checkpoint.position.step)
+        load_scaler_state(self._optimizer, checkpoint.state["scaler"] or {})
         if checkpoint.state["world_size"] == self._here.world_size:
             _set_rng_state(checkpoint.tensors("rng"), self._here)
         self.saved = checkpoint.path
@@ -86,9 +118,9 @@ class Saver:
             state = {
                 "position": asdict(position),
                 "updates": self._state.updates,
-                "scaler": scaler_state(self._built.optimizer),
+                "scaler": scaler_state(self._optimizer),
                 "world_size": self._here.world_size,
-                "arguments": self._arguments,
+                "arguments": vars(self._plan),
             }
             texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}
         self._final, self._written, self._error = self._directory / f"step-{position.step:08d}", {}, "its writer did not come to an end"
@@ -154,7 +186,7 @@ class Saver:
         flush_to_disk(self._directory)
         there = complete(self._directory)
         abandoned = [c for c in there if c.name > self._final.name]  # the run went back behind them
-        for old in abandoned + [c for c in there if c not in abandoned][: -self._keep]:
+        for old in abandoned + [c for c in there if c not in abandoned][: -self._plan.save_total_limit]:
             self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
@@ -235,11 +267,11 @@ def find(resume: str | None, output_directory: Path) -> Checkpoint | None:
     return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
-def check_same_run(checkpoint: Checkpoint, args: Namespace, model: weights.Weights, rows: Rows) -> None:
+def check_same_run(checkpoint: Checkpoint, plan: Namespace, model: weights.Weights, rows: Rows) -> None:
     """Raise UserError if a checkpoint is of other data, another order of them, or another model."""
-    before, now = checkpoint.state["arguments"], vars(args)
-    if before["seed"] != args.seed:
-        raise UserError(f"checkpoint {checkpoint.path} was made with --seed {before['seed']}, not {args.seed}: give the same")
+    before, now = checkpoint.state["arguments"], vars(plan)
+    if before["seed"] != plan.seed:
+        raise UserError(f"checkpoint {checkpoint.path} was made with --seed {before['seed']}, not {plan.seed}: give the same")
     if checkpoint.state["data"] != rows.checksum():
         flags = ("dataset", "text_column", "max_length", "eval_fraction")
         changed = ", ".join(f"--{flag} was {before[flag]}, not {now[flag]}" for flag in flags if before[flag] != now[flag])
@@ -249,7 +281,7 @@ def check_same_run(checkpoint: Checkpoint, args: Namespace, model: weights.Weigh
     saved = checkpoint.tensors(WEIGHTS)
     for name in sorted({*saved, *model}):
         if name not in saved or name not in model or saved.shape(name) != model.shape(name):
-            raise UserError(f"checkpoint {checkpoint.path} is of another model than {args.model_name_or_path}: they differ in {name}")
+            raise UserError(f"checkpoint {checkpoint.path} is of another model than {plan.model_name_or_path}: they differ in {name}")
 
 
 def safetensors_parts(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:

@@ -31,10 +31,11 @@ from opt.train.export import is_one_file, output_directory
 DEFAULT_MAX_LENGTH = 512
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setup:
     """What check() found: enough to start without another look at the disk's directories."""
 
+    plan: Namespace  # the flags, with what they left open
     directory: Path  # of the model
     source: OPTConfig  # as config.json has it
     config: OPTConfig  # to train with, see --dropout
@@ -42,41 +43,40 @@ class Setup:
     weights: weights.Weights
 
 
-def check(args: Namespace, here: Place) -> Setup:
-    """Check arguments, paths, model and tokenizer; fill in what `args` left open. Raises UserError."""
-    _check_processes(args, here)
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+def check(flags: Namespace, here: Place) -> Setup:
+    """Check flags, paths, model and tokenizer. Raises UserError."""
+    plan = _check_processes(flags, here)
+    if plan.report_to != "none" and importlib.util.find_spec(plan.report_to) is None:
         raise UserError(
-            f"--report_to {args.report_to} needs a package that is not installed: pip install {args.report_to}, or leave it out"
+            f"--report_to {plan.report_to} needs a package that is not installed: pip install {plan.report_to}, or leave it out"
         )
-    _check_writable(args.output_path)
+    _check_writable(plan.output_path)
 
-    directory = weights.locate(args.model_name_or_path)
+    directory = weights.locate(plan.model_name_or_path)
     source = load_config(directory)
-    config = with_dropout(source, args.dropout)
-    _check_shape(config, args)
-    if args.max_length is None:
-        args.max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
-    _check_length("--max_length", args.max_length, config)
+    config = with_dropout(source, plan.dropout)
+    _check_shape(config, plan)
+    plan = plan.but(max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings))
+    _check_length("--max_length", plan.max_length, config)
     tokenizer = tokens.load_tokenizer(directory)
     _check_tokenizer(tokenizer, config, directory)
-    contents = weights.open_weights(directory, meta_model(config), args.seed, here.device)
-    return Setup(directory, source, config, tokenizer, contents)
+    contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
+    return Setup(plan, directory, source, config, tokenizer, contents)
 
 
-def check_benchmark(args: Namespace, here: Place) -> tuple[OPTConfig, weights.Weights]:
-    """The same for the benchmark, which needs no data and no trained weights. Raises UserError."""
-    _check_processes(args, here)
-    size = args.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
+def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig, weights.Weights]:
+    """The same for the benchmark, which needs no data and no trained weights: its plan, and the model. Raises UserError."""
+    plan = _check_processes(flags, here)
+    size = plan.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
     if size in PRESETS:
-        config = with_dropout(preset_config(size), args.dropout)
-    elif Path(args.model_name_or_path).is_dir():
-        config = with_dropout(load_config(Path(args.model_name_or_path)), args.dropout)
+        config = with_dropout(preset_config(size), plan.dropout)
+    elif Path(plan.model_name_or_path).is_dir():
+        config = with_dropout(load_config(Path(plan.model_name_or_path)), plan.dropout)
     else:
-        raise UserError(f"--model_name_or_path {args.model_name_or_path}: neither a directory nor one of {', '.join(PRESETS)}")
-    _check_shape(config, args)
-    _check_length("--seq_length", args.seq_length, config)
-    return config, weights.InitialWeights(meta_model(config), args.seed, here.device)
+        raise UserError(f"--model_name_or_path {plan.model_name_or_path}: neither a directory nor one of {', '.join(PRESETS)}")
+    _check_shape(config, plan)
+    _check_length("--seq_length", plan.seq_length, config)
+    return plan, config, weights.InitialWeights(meta_model(config), plan.seed, here.device)
 
 
 def check_first_loss(loss: float, setup: Setup) -> None:
@@ -92,30 +92,29 @@ def check_first_loss(loss: float, setup: Setup) -> None:
         )
 
 
-def _check_processes(args: Namespace, here: Place) -> None:
-    if args.fp8 and not has_fp8(here.device):
+def _check_processes(flags: Namespace, here: Place) -> Namespace:
+    """The plan, as far as processes and devices make it."""
+    if flags.fp8 and not has_fp8(here.device):
         raise UserError("--fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later: leave it out")
-    resolve(args, here.device.type, has_bf16(here.device))
+    plan = resolve(flags, here.device.type, has_bf16(here.device))
     if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
-    model_ranks = args.tp_size * args.pp_size
-    if args.cuda_graph and here.world_size > 1 and (args.zero_stage == 0 or model_ranks > 1):
-        raise UserError(
-            f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero, where they talk to one another outside of what "
-            "is recorded: choose that, or leave it out"
-        )
+    model_ranks = plan.tp_size * plan.pp_size
+    if plan.cuda_graph and here.world_size > 1 and (plan.zero_stage == 0 or model_ranks > 1):
+        raise UserError(f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero: choose that, or leave it out")
     if here.world_size % model_ranks:
         raise UserError(
-            f"{here.world_size} processes are not divisible by tp_size {args.tp_size} x pp_size {args.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes"
+            f"{here.world_size} processes are not divisible by tp_size {plan.tp_size} x pp_size {plan.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes"
         )
+    return plan.but(dp_size=here.world_size // model_ranks)
 
 
-def _check_shape(config: OPTConfig, args: Namespace) -> None:
+def _check_shape(config: OPTConfig, plan: Namespace) -> None:
     for what, number in (("attention heads", config.num_attention_heads), ("ffn_dim", config.ffn_dim)):
-        if number % args.tp_size:
-            raise UserError(f"the model's {number} {what} are not divisible by --tp_size {args.tp_size}: choose another")
-    if config.num_hidden_layers < args.pp_size:
-        raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {args.pp_size}")
+        if number % plan.tp_size:
+            raise UserError(f"the model's {number} {what} are not divisible by --tp_size {plan.tp_size}: choose another")
+    if config.num_hidden_layers < plan.pp_size:
+        raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {plan.pp_size}")
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: OPTConfig, directory: Path) -> None:

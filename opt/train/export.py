@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
 from transformers import OPTConfig
 
-from opt.colossal.plugins import Parallel
-from opt.model.weights import TIED_HEAD
+from opt.colossal.plugin import Plugin
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit for one weights file
 
@@ -31,10 +28,8 @@ def output_directory(output_path: str) -> Path:
 GENERATION = "generation_config.json"
 
 
-def export_model(
-    model: nn.Module, parallel: Parallel, source: Path, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write the model in Hugging Face layout; to be called by all processes. `source`: the directory that it came from, `config` what its
+def export_model(plugin: Plugin, source: Path, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a boosted model in Hugging Face layout; to be called by all processes. `source`: the directory that it came from, `config` what its
     config.json says.
 
     With pipeline stages each stage writes its own shards, so on several nodes output_path must be a folder that they share.
@@ -50,21 +45,22 @@ def export_model(
         aside.mkdir(parents=True)
     dist.barrier()
 
-    writes = parallel.dp_rank == 0 and parallel.tp_rank == 0
+    spread = plugin.spread
+    writes = spread.dp_rank == 0 and spread.tp_rank == 0
     shards, dtype = [], None  # [(file, {name: bytes})] of this process
     block, size = {}, 0
-    for name, tensor in _whole_parameters(model, parallel):
+    for name, tensor in plugin.form.whole_weights():
         if not writes:
             continue
         dtype = dtype or tensor.dtype
         nbytes = tensor.numel() * tensor.element_size()
         if block and size + nbytes > shard_bytes and not one_file:
-            shards.append(_write_shard(aside, parallel.pp_rank, len(shards), block))
+            shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
             block, size = {}, 0
         block[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += nbytes
     if block:
-        shards.append(_write_shard(aside, parallel.pp_rank, len(shards), block))
+        shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
 
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, shards)
@@ -85,25 +81,6 @@ def export_model(
             _publish(aside, target)
         shutil.rmtree(aside)
     dist.barrier()
-
-
-def _whole_parameters(model: nn.Module, parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole, unpadded tensors of this pipeline stage; the tied head is left out. A collective."""
-    from colossalai.accelerator import get_accelerator
-    from colossalai.checkpoint_io.utils import gather_distributed_param
-    from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
-    from colossalai.zero import GeminiDDP
-
-    if isinstance(model, GeminiDDP):
-        for shard, _ in model.state_dict_shard(max_shard_size=1024):
-            yield from ((name, tensor) for name, tensor in shard.items() if name != TIED_HEAD)
-        return
-    get_accelerator().synchronize()  # weights may still be on their way from other processes, see reduction.LayerwiseZero
-    for name, parameter in model.unwrap().named_parameters():
-        if name == TIED_HEAD:
-            continue
-        whole = gather_distributed_param(parameter, keep_vars=False)
-        yield name, to_unpadded_tensor(whole) if is_padded_tensor(whole) else whole.data
 
 
 def _write_shard(directory: Path, stage: int, number: int, tensors: dict) -> tuple[str, dict[str, int]]:

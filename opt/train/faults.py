@@ -18,7 +18,7 @@ OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 
 
 @contextmanager
-def reported(args: Namespace) -> Iterator[None]:
+def reported(flags: Namespace) -> Iterator[None]:
     """End the process, and by that the run, if the body raises: exit code 2 for a UserError, 3 for memory, 1 for the rest.
 
     The others learn of it by their connections to this process, which close: they end with a line that says so.
@@ -26,13 +26,13 @@ def reported(args: Namespace) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(f"error: {error}", 2)
+        _end(f"error: {error}", error.code)
     except Exception as error:
         if is_out_of_memory(error):
-            _end(f"out of memory ({_first_line(error)}); {memory_advice(args)}", OUT_OF_MEMORY)
+            _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)
         if "No space left on device" in str(error):  # safetensors has an exception of its own for it
             _end(f"error: the disk is full ({_first_line(error)}): make room, or choose another place; what is complete there stays so", 1)
-        if lost := lost_process(error, args.timeout_minutes):
+        if lost := lost_process(error, flags.timeout_minutes):
             _end(f"error: {lost}", 1)
         traceback.print_exc()
         where = f" on rank {dist.get_rank()} of {dist.get_world_size()}" if _several() else ""
@@ -66,17 +66,16 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def memory_advice(args: Namespace) -> str:
+def memory_advice(flags: Namespace) -> str:
     """Which flags would lower the memory that a run takes, of those that it does not have already."""
-    on_gpu = torch.cuda.is_available()
     advice = []
-    if not args.grad_checkpoint:
+    if not flags.grad_checkpoint:
         advice.append("--grad_checkpoint")
-    if args.batch_size > 1:
-        advice.append(f"--batch_size under {args.batch_size} with more --gradient_accumulation_steps")
-    if args.tp_size == 1 and not args.fused_loss:
+    if flags.batch_size > 1:
+        advice.append(f"--batch_size under {flags.batch_size} with more --gradient_accumulation_steps")
+    if not flags.fused_loss and (flags.tp_size or 1) == 1:
         advice.append("--fused_loss")
-    if on_gpu and not (args.plugin == "gemini" and args.offload_optim_frac == 1):
+    if torch.cuda.is_available() and flags.offload_optim_frac != 1:
         advice.append("--plugin gemini --offload_optim_frac 1")
     return f"try {', or '.join(advice)}" if advice else "use more processes, shorter rows or a smaller model"
 

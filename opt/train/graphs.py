@@ -11,9 +11,19 @@ from collections.abc import Callable
 import torch
 
 from opt.colossal import processes
+from opt.colossal.plugin import Plugin
+from opt.model.kernel_probe import has_kernel
 
 # NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
 _MODE = "thread_local"
+
+
+def record(run: Callable, plugin: Plugin, model) -> "GraphedBackward":
+    """A step of a boosted model, recorded: `run(inputs, weight)` of forward and backward, and the plugin's update if it can be."""
+    graphed = GraphedBackward(run, list(model.parameters()), getattr(plugin.form, "reduction", None))
+    if hasattr(plugin.form, "run") and all(has_kernel(name, plugin.device, *kind) for name, *kind in plugin.update_kernels(plugin.plan)):
+        plugin.form.replay = GraphedUpdate(plugin.form.run, graphed.pool, graphed.stream)
+    return graphed
 
 
 class GraphedBackward:

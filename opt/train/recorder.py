@@ -21,10 +21,10 @@ class Recorder:
     from the end of the one before to its own end, on the device.
     """
 
-    def __init__(self, args: Namespace, directory: Path, is_main: bool, total_steps: int, start_step: int = 0, before: bytes = b""):
+    def __init__(self, plan: Namespace, directory: Path, is_main: bool, total_steps: int, start_step: int = 0, before: bytes = b""):
         """`before`: the metrics.jsonl of a run that is taken up again after `start_step`."""
         self.is_main, self._pending, self._shown = is_main, [], time.perf_counter()
-        self._scales_loss, self._start_step = args.precision == "fp16", start_step
+        self._scales_loss, self._start_step = plan.precision == "fp16", start_step
         self.skipped_in_a_row = 0  # steps without an update, up to the last that was written; known to the main process
         self._last = _mark()
         self.path = directory / "metrics.jsonl"
@@ -38,7 +38,7 @@ class Recorder:
         # In a log file, where each refresh is a line of its own, a line now and then is enough.
         often = 0.1 if sys.stderr.isatty() else 10
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=often)
-        self._tracker = _tracker(args.report_to, directory, vars(args), start_step)
+        self._tracker = _tracker(plan.report_to, directory, vars(plan), start_step)
 
     def step(self, step: int, epoch: float, share: torch.Tensor, lr: float, grad_norm, tokens: int) -> None:
         """Record an optimizer step. `share`: see step.train_step; `tokens`: real tokens of all ranks. All processes call it."""

@@ -9,8 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from opt.data.batches import Position, batches_an_epoch
 
 
-@dataclass
-class Schedule:
+@dataclass(frozen=True)
+class Steps:
     """The run in optimizer steps."""
 
     steps_per_epoch: int
@@ -20,20 +20,20 @@ class Schedule:
     learning_rate: float
 
 
-def schedule(args: Namespace, rows: int, dp_size: int, start: Position) -> Schedule:
+def count_steps(plan: Namespace, rows: int, start: Position) -> Steps:
     """Rows to steps: the batches of an epoch in groups of gradient_accumulation_steps, the last group may be smaller.
 
     `start`: where the run starts; if steps were larger or smaller until there, the total is what they were and what is left.
     """
 
     def steps_for(number):
-        return -(-batches_an_epoch(number, args.batch_size, dp_size) // args.gradient_accumulation_steps)
+        return -(-batches_an_epoch(number, plan.batch_size, plan.dp_size) // plan.gradient_accumulation_steps)
 
     steps = steps_for(rows)
-    left = steps * (args.num_epoch - start.epoch - 1) + steps_for(rows - start.rows) if start.epoch < args.num_epoch else 0
-    total = max(start.step, min(start.step + left, args.max_train_steps or start.step + left))
-    rate = args.learning_rate * (dp_size if args.scale_lr else 1)
-    return Schedule(steps, total, round(total * args.warmup_ratio), args.eval_steps or steps, rate)
+    left = steps * (plan.num_epoch - start.epoch - 1) + steps_for(rows - start.rows) if start.epoch < plan.num_epoch else 0
+    total = max(start.step, min(start.step + left, plan.max_train_steps or start.step + left))
+    rate = plan.learning_rate * (plan.dp_size if plan.scale_lr else 1)
+    return Steps(steps, total, round(total * plan.warmup_ratio), plan.eval_steps or steps, rate)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
-from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+from colossalai.checkpoint_io.utils import gather_distributed_param
 from colossalai.interface import OptimizerWrapper
-from colossalai.zero import GeminiDDP
-from colossalai.zero.low_level import LowLevelZeroOptimizer
+from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
 from opt.colossal.adam import MOMENTS, adam_state
-from opt.model.weights import TIED_HEAD
+from opt.model.weights import TIED_HEAD, Weights
 
 if TYPE_CHECKING:
-    from opt.colossal.build import Built
+    from opt.colossal.plugin import Spread
 
 # Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are that copy rounded.
 WEIGHTS = "weights"
@@ -29,7 +28,7 @@ KINDS = (WEIGHTS, *MOMENTS)
 
 
 @dataclass
-class _Piece:
+class Piece:
     """What this process holds of one parameter."""
 
     name: str
@@ -41,37 +40,69 @@ class _Piece:
     group: dist.ProcessGroup | None  # the processes whose pieces make up the parameter; None: this one holds it all
 
 
+class Form:
+    """The form in which a boosted model's optimizer keeps its state. A subclass says where the pieces are, and how they are updated."""
+
+    replay = None  # replays run(), with --cuda_graph: a graphs.GraphedUpdate
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def pieces(self) -> Iterator[Piece]:
+        """All parameters of this pipeline stage, in the same order on all its processes."""
+        raise NotImplementedError
+
+    def place(self, weights: Weights, spread: "Spread") -> None:
+        """Fill the model, and the fp32 copies of 16-bit weights, in the precision that `weights` have."""
+        working = dict(self.model.unwrap().named_parameters())
+        for piece in self.pieces():
+            whole = weights[piece.name]
+            part = _part(whole, piece.shape, spread.tp_rank)
+            working[piece.name].data.copy_(part)
+            if piece.size and piece.weights.data_ptr() != working[piece.name].data_ptr():
+                own = part.flatten()[piece.start : piece.start + piece.size]
+                piece.weights[: own.numel()].copy_(own)
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and whole, unpadded tensors of this pipeline stage as they compute; the tied head is left out. A collective."""
+        get_accelerator().synchronize()  # weights may still be on their way from other processes, see reduction.LayerwiseZero
+        for name, parameter in self.model.unwrap().named_parameters():
+            if name != TIED_HEAD:
+                whole = gather_distributed_param(parameter, keep_vars=False)
+                yield name, to_unpadded_tensor(whole) if is_padded_tensor(whole) else whole.data
+
+
 class TrainingState:
     """Reads and writes the fp32 weights and Adam's state of a boosted model."""
 
-    def __init__(self, built: "Built"):
-        self._parallel, self._shapes, self._adam = built.parallel, built.shapes, built.optimizer
+    def __init__(self, form: Form, spread: "Spread", shapes: dict[str, torch.Size]):
+        """`shapes`: of the named parameters in the whole model, unsplit and unpadded."""
+        self._spread, self._shapes, self._adam = spread, shapes, form.optimizer
         while isinstance(self._adam, OptimizerWrapper):
             self._adam = self._adam.optim
-        find = _gemini_pieces if isinstance(built.model, GeminiDDP) else _pieces
-        self._pieces = list(find(built.model, built.optimizer))
+        self._pieces = list(form.pieces())
 
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole fp32 tensors (host memory, copies) of one of KINDS. A collective.
 
         Each tensor of the model comes out on one process alone, which is to write it; they are dealt out by size.
         """
-        parallel = self._parallel
-        dealt = [0] * (parallel.dp_size * parallel.tp_size)  # elements so far, by process of this pipeline stage
+        spread = self._spread
+        dealt = [0] * (spread.dp_size * spread.tp_size)  # elements so far, by process of this pipeline stage
         for piece in self._pieces:
             if piece.name == TIED_HEAD:  # the embedding itself, on a last stage its twin
                 continue
             owner = dealt.index(min(dealt))
             whole = self._shapes[piece.name]
             dealt[owner] += whole.numel()
-            is_owner = owner == parallel.dp_rank * parallel.tp_size + parallel.tp_rank
+            is_owner = owner == spread.dp_rank * spread.tp_size + spread.tp_rank
             split = _split_dim(piece.shape, whole)
             if piece.group is None and split is None and not is_owner:
                 continue
             tensor = self._flat(piece, kind).view(piece.shape)
             if split is not None:
-                parts = [torch.empty_like(tensor) for _ in range(parallel.tp_size)]
-                dist.all_gather(parts, tensor, group=parallel.tp_group)
+                parts = [torch.empty_like(tensor) for _ in range(spread.tp_size)]
+                dist.all_gather(parts, tensor, group=spread.tp_group)
                 # The vocabulary is padded to a multiple of the ranks.
                 tensor = torch.cat(parts, split).narrow(split, 0, whole[split]).contiguous()
             if is_owner:
@@ -81,7 +112,8 @@ class TrainingState:
         """Take this process's pieces of whole tensors."""
         for piece in self._pieces:
             if piece.size:
-                flat = self._part(tensors[piece.name], piece.shape).flatten()[piece.start : piece.start + piece.size]
+                part = _part(tensors[piece.name], piece.shape, self._spread.tp_rank)
+                flat = part.flatten()[piece.start : piece.start + piece.size]
                 self._own(piece, kind)[: flat.numel()].copy_(flat)
 
     @property
@@ -94,7 +126,7 @@ class TrainingState:
         for state in self._adam.state.values():
             state["step"] = number
 
-    def _own(self, piece: _Piece, kind: str) -> torch.Tensor:
+    def _own(self, piece: Piece, kind: str) -> torch.Tensor:
         """This process's piece, flat; a view, to be written through."""
         if kind == WEIGHTS:
             return piece.weights
@@ -102,7 +134,7 @@ class TrainingState:
         # between updates.
         return adam_state(self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,))[kind].view(-1)
 
-    def _flat(self, piece: _Piece, kind: str) -> torch.Tensor:
+    def _flat(self, piece: Piece, kind: str) -> torch.Tensor:
         """The parameter on this tensor-parallel rank, flat, put together from all pieces; a copy."""
         numel = piece.shape.numel()
         # A slice of ZeRO's may reach past the parameter's end, into padding.
@@ -115,54 +147,21 @@ class TrainingState:
             dist.all_reduce(flat, group=piece.group)
         return flat
 
-    def _part(self, whole: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """This tensor-parallel rank's part of a whole tensor, filled up with zeros."""
-        split = _split_dim(shape, whole.shape)
-        if split is None:
-            return whole
-        first = min(self._parallel.tp_rank * shape[split], whole.shape[split])
-        there = min(shape[split], whole.shape[split] - first)
-        part = whole.new_zeros(shape)
-        part.narrow(split, 0, there).copy_(whole.narrow(split, first, there))
-        return part
 
-
-def fill_copies(built: "Built", weights: Mapping[str, torch.Tensor]) -> None:
-    """Where there are fp32 copies of 16-bit weights, fill them from the whole `weights`, in the precision that these have.
-
-    ColossalAI 0.5.0 makes them of the 16-bit weights (update_master_params, and Gemini's shards). Updates too small to show in
-    those then wait for one another: after one step at a learning rate of 5e-6 the loss of OPT-350m, from scratch, was 10.82
-    instead of 10.74.
-    """
-    if isinstance(built.optimizer, (LowLevelZeroOptimizer, MixedPrecisionOptimizer)) or isinstance(built.model, GeminiDDP):
-        TrainingState(built).load(WEIGHTS, weights)
+def _part(whole: torch.Tensor, shape: torch.Size, tp_rank: int) -> torch.Tensor:
+    """A tensor-parallel rank's part, of `shape`, of a whole tensor, filled up with zeros."""
+    split = _split_dim(shape, whole.shape)
+    if split is None:
+        return whole
+    first = min(tp_rank * shape[split], whole.shape[split])
+    there = min(shape[split], whole.shape[split] - first)
+    part = whole.new_zeros(shape)
+    part.narrow(split, 0, there).copy_(whole.narrow(split, first, there))
+    return part
 
 
 def _split_dim(part, whole) -> int | None:
     return next((d for d, (p, w) in enumerate(zip(part, whole, strict=True)) if p != w), None)
-
-
-def _pieces(model, optimizer) -> Iterator[_Piece]:
-    """torch_ddp, low_level_zero and hybrid_parallel: a tensor a parameter, or a slice of it."""
-    for name, working in model.unwrap().named_parameters():
-        key, start, group = working, 0, None
-        if isinstance(optimizer, LowLevelZeroOptimizer):
-            key, group = optimizer.working_to_master_param[id(working)], optimizer.param_to_pg[working]
-            start = dist.get_rank(group) * key.numel()
-        elif isinstance(optimizer, MixedPrecisionOptimizer):
-            key = optimizer.working_to_master_map[working]
-        yield _Piece(name, working.shape, start, key.numel(), key, key.data.view(-1), group)
-
-
-def _gemini_pieces(model: GeminiDDP, optimizer) -> Iterator[_Piece]:
-    """Gemini: what lies in this process's slice of each parameter's chunk."""
-    for number, working in optimizer.id_to_real_params.items():
-        chunk = model.chunk_manager.get_chunk(working)
-        offset, start, size = optimizer.get_offsets(number)  # -1 each where nothing of it is here
-        key = optimizer.id_to_fake_params.get(number)
-        weights = chunk.paired_chunk.payload[offset : offset + size] if key is not None else None
-        group = None if chunk.keep_gathered else chunk.torch_pg
-        yield _Piece(model.param2name[working], working.shape, max(0, start), max(0, size), key, weights, group)
 
 
 def scaler_state(optimizer) -> dict[str, float] | None:

@@ -1,0 +1,76 @@
+"""--plugin torch_ddp and torch_ddp_fp16: a whole model in fp32 on each device, forward under autocast."""
+
+import torch
+from colossalai.booster.mixed_precision.mixed_precision_base import MixedPrecision
+from colossalai.booster.plugin import TorchDDPPlugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+
+from opt.colossal.plain import ClippingOptimizer, Plain
+from opt.colossal.plugin import Plugin
+from opt.colossal.reduction import LayerwiseDDP
+from opt.model.config import DTYPES
+
+
+class DDPPlugin(Plugin, TorchDDPPlugin):
+    """Gradients are averaged over all processes, by LayerwiseDDP in DistributedDataParallel's place."""
+
+    can_defer_sync = True
+    weights_dtype = torch.float32
+
+    def __init__(self, plan, device, num_parameters):
+        super().__init__()
+        self._begin(plan, device)
+        self.knows_grad_norm = plan.max_norm > 0  # ClippingOptimizer's has no loss scale in it
+        self.mixed_precision = AutocastPrecision(DTYPES[plan.precision], device.type, plan.max_norm)
+        self._ddp: LayerwiseDDP | None = None
+
+    # ---- before there are processes
+
+    @staticmethod
+    def state_bytes(plan, parameters, dp_size):
+        """fp32: weights, gradients, two moments."""
+        return 16 * parameters
+
+    @staticmethod
+    def update_kernels(plan):
+        """Of fp32 gradients, and no 16-bit weights."""
+        yield "update", torch.float32, None
+        if plan.max_norm > 0:
+            yield "norm", torch.float32
+
+    # ---- plugin, travel, form
+
+    def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
+        """Booster.boost calls this, and then mixed_precision.configure, which wraps the optimizer."""
+        if self.spread.dp_size > 1:
+            self._ddp = LayerwiseDDP(model, None)
+        self._finish_layers(model)
+        model, optimizer = ModelWrapper(model), OptimizerWrapper(optimizer)
+        self.form = Plain(model, optimizer)
+        return model, optimizer, criterion, dataloader, lr_scheduler
+
+    def no_sync(self, model, optimizer):
+        """Gradients of this backward stay in this process."""
+        return self._ddp.no_sync()
+
+    def accumulate(self, model, optimizer, is_last_batch):
+        """See Plugin."""
+        return super().accumulate(model, optimizer, is_last_batch or self._ddp is None)
+
+
+class AutocastPrecision(MixedPrecision):
+    """fp32 weights, forward under autocast to `dtype`, gradients clipped by the update; with a loss scaler for fp16.
+
+    Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, and its 'fp16' scales on CUDA only.
+    """
+
+    def __init__(self, dtype: torch.dtype, device_type: str, max_norm: float):
+        self.dtype, self.device_type, self.max_norm = dtype, device_type, max_norm
+
+    def configure(self, model, optimizer=None, criterion=None):
+        """Called by Booster.boost."""
+        if self.dtype != torch.float32:
+            inner = model.unwrap()
+            inner.forward = torch.autocast(self.device_type, dtype=self.dtype)(inner.forward)
+        scaler = torch.amp.GradScaler(self.device_type, init_scale=2.0**16, enabled=self.dtype == torch.float16)
+        return model, ClippingOptimizer(optimizer.optim, scaler, self.max_norm), criterion

@@ -1,0 +1,195 @@
+"""--plugin hybrid_parallel: tensor and pipeline parallelism, with or without ZeRO over the data-parallel ranks."""
+
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import transformers
+from colossalai.booster.plugin import HybridParallelPlugin, hybrid_parallel_plugin
+from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
+from colossalai.shardformer.layer._operation import linear_with_async_comm, reduce_backward, reduce_forward
+from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
+from transformers.models.opt.modeling_opt import OPTAttention
+
+from opt.colossal.copies import Copies
+from opt.colossal.plain import Plain
+from opt.colossal.plugin import Plugin, Spread
+from opt.colossal.reduction import LayerwiseDDP
+from opt.colossal.sharded import Sharded
+from opt.model.attention import Attention
+from opt.model.config import DTYPES
+from opt.model.opt import OPTForCausalLM, Stage
+
+
+class HybridPlugin(Plugin, HybridParallelPlugin):
+    """ColossalAI's, with our policy, attention and forward."""
+
+    is_lazy = True
+
+    def __init__(self, plan, device, num_parameters):
+        super().__init__(
+            tp_size=plan.tp_size,
+            pp_size=plan.pp_size,
+            precision=plan.precision,
+            zero_stage=plan.zero_stage,
+            num_microbatches=plan.num_microbatches,
+            max_norm=plan.max_norm,
+            overlap_communication=device.type == "cuda",
+            custom_policy=OPTPolicy(),
+            make_vocab_size_divisible_by=1,  # the vocabulary is padded to a multiple of this times tp_size
+        )
+        stages = self.stage_manager
+        spread = Spread(
+            dp_rank=dist.get_rank(self.dp_group),
+            dp_size=dist.get_world_size(self.dp_group),
+            tp_rank=dist.get_rank(self.tp_group),
+            tp_size=plan.tp_size,
+            tp_group=self.tp_group,
+            pp_rank=int(stages.stage) if stages else 0,
+            pp_size=plan.pp_size,
+            is_last_stage=stages is None or stages.is_last_stage(),
+        )
+        self._begin(plan, device, spread)
+        self.can_defer_sync = plan.zero_stage < 2
+        self._ddp: LayerwiseDDP | None = None
+        self._shape: torch.Size | None = None  # of the batches that stages have told one another of
+
+    # ---- before there are processes
+
+    @staticmethod
+    def describe(plan, dp_size):
+        """The sizes."""
+        return f"tp {plan.tp_size} x pp {plan.pp_size} x dp {dp_size}, ZeRO stage {plan.zero_stage}"
+
+    @staticmethod
+    def state_bytes(plan, parameters, dp_size):
+        """This stage's and rank's part of weights, gradients and Adam's state, which ZeRO spreads."""
+        width, adam = (4, 8) if plan.precision == "fp32" else (2, 12)
+        gradients = width / (dp_size if plan.zero_stage == 2 else 1)
+        own = parameters / (plan.tp_size * plan.pp_size)
+        return own * (width + gradients + adam / (dp_size if plan.zero_stage > 0 else 1))
+
+    @staticmethod
+    def update_kernels(plan):
+        """In bf16 the update is ours (copies.Copies, sharded.Sharded); otherwise ColossalAI widens gradients before it."""
+        own = plan.precision == "bf16"
+        yield "update", torch.bfloat16 if own else torch.float32, DTYPES[plan.precision] if own else None
+        if own and plan.max_norm > 0 and plan.tp_size * plan.pp_size == 1:
+            yield "norm", torch.bfloat16
+
+    # ---- plugin, travel, form
+
+    def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
+        """Booster.boost calls this."""
+
+        def average(module, process_group=None, **_):
+            """In DistributedDataParallel's place, where there is something to average."""
+            if self.spread.dp_size > 1:
+                self._ddp = LayerwiseDDP(module, process_group)
+            return module
+
+        with patch.object(hybrid_parallel_plugin, "DDP", average):
+            model, optimizer, *rest = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+        model.use_ddp = False
+        if self.plan.zero_stage > 0:
+            self.form = Sharded(model, optimizer, self.spread.dp_size, recorded=self.plan.cuda_graph)
+        else:
+            self.form = (Plain if self.plan.precision == "fp32" else Copies)(model, optimizer)
+        if self.knows_grad_norm:
+            optimizer.optim.find_norm = optimizer.get_grad_norm
+        inner = model.unwrap()
+        if inner.tp_group is not None:
+            self._share_input(inner)
+        self._finish_layers(inner, self._cut)
+        return model, optimizer, *rest
+
+    def _share_input(self, model: OPTForCausalLM) -> None:
+        """Add up the gradient of the input of q, k and v over the tensor-parallel ranks once. ColossalAI 0.5.0 does it for each of the
+        three: six all-reduces a layer instead of four, which take half of a step of OPT-1.3b (tp 2, two H200)."""
+        for layer in model.own_layers:
+            layer.self_attn.enter = partial(_add_up_gradient, group=self.tp_group)
+        self._inputs_shared = {
+            m for layer in model.own_layers for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        }
+
+    def _cut(self, module) -> dict | None:
+        """What linear.Linear is to do with a map that the policy has cut."""
+        if isinstance(module, Linear1D_Row):
+            return {"leave": partial(_add_up, group=self.tp_group)}
+        if isinstance(module, Linear1D_Col):
+            return {} if module in self._inputs_shared else {"product": partial(_columns, group=self.tp_group)}
+        return None
+
+    def accumulate(self, model, optimizer, is_last_batch):
+        """See Plugin."""
+        if self._ddp is not None and not is_last_batch:
+            return self._ddp.no_sync()
+        return super().accumulate(model, optimizer, is_last_batch)
+
+    def execute_pipeline(self, data_iter, model, criterion, optimizer=None, return_loss=True, return_outputs=False):
+        """See ColossalAI's. A batch's shape is told to the next stage with its first micro-batch, once while it stays the same.
+
+        ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host waits for the GPU each time. Our batches
+        are as long as their longest row; of a batch to be evaluated the last micro-batch may have fewer rows.
+        """
+        batch = next(data_iter)
+        shape = batch["input_ids"].shape if optimizer is not None else None
+        if shape is None or shape != self._shape:
+            self.scheduler.send_tensor_metadata = self.scheduler.send_grad_metadata = True
+            self.scheduler.tensor_metadata_recv = self.scheduler.grad_metadata_recv = None
+        self.scheduler.enable_metadata_cache = shape is not None
+        self._shape = shape
+        # ColossalAI 0.5.0 reduces the tied weights' gradients even where there are none, but for no_sync.
+        with model.no_sync() if optimizer is None else nullcontext():
+            return super().execute_pipeline(iter([batch]), model, criterion, optimizer, return_loss, return_outputs)
+
+
+def _columns(x, weight, bias, group):
+    """A product by columns, whose input's gradient is added up beside the weight's."""
+    return linear_with_async_comm(x, weight, bias, group, True)
+
+
+def _add_up(x, group):
+    """Over the tensor-parallel ranks, forward."""
+    return reduce_forward(x, group)
+
+
+def _add_up_gradient(x, group):
+    """Over the tensor-parallel ranks, backward."""
+    return reduce_backward(x, group)
+
+
+class OPTPolicy(OPTForCausalLMPolicy):
+    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with our attention and forward.
+
+    ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU, and its pipeline forward
+    builds a 4-D mask, calls torch.cuda and reduces the loss in the model's dtype.
+    """
+
+    def module_policy(self):
+        config = self.model.config
+        config._attn_implementation = "eager"
+        try:
+            policy = super().module_policy()
+        finally:
+            config._attn_implementation = "sdpa"
+        for base, ours in ((OPTAttention, Attention), (transformers.OPTForCausalLM, OPTForCausalLM)):
+            if base in policy:
+                policy[ours] = policy.pop(base)
+                policy[ours].method_replacement = None
+        return policy
+
+    def set_pipeline_forward(self, model_cls, new_forward, policy):
+        """Our forward knows stages by itself: see postprocess."""
+
+    def postprocess(self):
+        model = super().postprocess()
+        if self.shard_config.enable_tensor_parallelism:
+            model.tp_group = self.shard_config.tensor_parallel_process_group
+        stages = self.pipeline_stage_manager
+        if stages is not None:
+            start, end = stages.get_stage_index(stages.distribute_layers(model.config.num_hidden_layers))
+            model.stage = Stage(start, end, stages.is_first_stage(), stages.is_last_stage())
+        return model
