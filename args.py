@@ -1,7 +1,7 @@
 """Command-line arguments of opt_train_demo.py and opt_benchmark.py.
 
-Nothing heavy is imported here: `--help` and a mistyped flag answer at once. What needs the model's configuration, the data
-or the device is checked in opt/train/checks.py.
+Nothing heavy is imported here: `--help` and a mistyped flag answer at once. What needs the model's
+configuration, the data or the device is checked in opt/train/checks.py.
 """
 
 import argparse
@@ -13,8 +13,8 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class Settings(argparse.Namespace):
-    """Values by the flags' names, which nothing writes to: the flags, that is what the user said; or the plan, what that means for this
-    model, data and device."""
+    """Values by the flags' names, which nothing writes to: the flags, that is what the user said;
+    or the plan, what that means for this model, data and device."""
 
     def __init__(self, **values):
         self.__dict__.update(values)
@@ -52,7 +52,9 @@ def _number(kind, low, high=None, low_open=False):
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text:.40}' is not a number") from None
         if not (low < value if low_open else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"{text:.40} must be {'over' if low_open else 'at least'} {low} and at most {high}")
+            raise argparse.ArgumentTypeError(
+                f"{text:.40} must be {'over' if low_open else 'at least'} {low} and at most {high}"
+            )
         return value
 
     return parse
@@ -60,28 +62,47 @@ def _number(kind, low, high=None, low_open=False):
 
 def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
     """What every way of training takes, the peers in benchmarks/ too."""
-    g.add_argument("--batch_size", type=_number(int, 1), default=32, help="rows per data-parallel rank and step; default 32")
+    g.add_argument(
+        "--batch_size",
+        type=_number(int, 1),
+        default=32,
+        help="rows per data-parallel rank and step; default 32",
+    )
     g.add_argument(
         "--gradient_accumulation_steps",
         type=_number(int, 1),
         default=1,
         help="batches per optimizer step; default 1",
     )
-    g.add_argument("--mem_cap", type=_number(float, 0), default=0, help="GPU memory that a process may use, GiB; default 0, no cap")
+    g.add_argument(
+        "--mem_cap",
+        type=_number(float, 0),
+        default=0,
+        help="GPU memory that a process may use, GiB; default 0, no cap",
+    )
     g.add_argument(
         "--grad_checkpoint",
         action="store_true",
-        help="recompute each layer's activations in backward: less memory, about a third more arithmetic; default off",
+        help="recompute each layer's activations in backward: less memory, about a third more "
+        "arithmetic; default off",
     )
     g.add_argument(
         "--fused_loss",
         action="store_true",
-        help="compute the loss and its gradients without the whole logits: less memory, and faster; not with --tp_size over 1; default off",
+        help="compute the loss and its gradients without the whole logits: less memory, and "
+        "faster; not with --tp_size over 1; default off",
     )
     g.add_argument(
-        "--dropout", type=_number(float, 0, 1), help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off"
+        "--dropout",
+        type=_number(float, 0, 1),
+        help="dropout probability, 0 to 1; default the model's own; 0 turns all dropout off",
     )
-    g.add_argument("--learning_rate", type=_number(float, 0, 10), default=5e-5, help="peak learning rate, 10 at most; default 5e-5")
+    g.add_argument(
+        "--learning_rate",
+        type=_number(float, 0, 10),
+        default=5e-5,
+        help="peak learning rate, 10 at most; default 5e-5",
+    )
     g.add_argument(
         "--weight_decay",
         type=_number(float, 0, 10),
@@ -89,40 +110,59 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
         help="AdamW's decay of matrices; biases and norms have none; default 0.01",
     )
     g.add_argument(
-        "--seed", type=_number(int, 0, 2**32 - 1), default=seed, help=f"seed of initial weights, data order and dropout; default {seed}"
+        "--seed",
+        type=_number(int, 0, 2**32 - 1),
+        default=seed,
+        help=f"seed of initial weights, data order and dropout; default {seed}",
     )
     g.add_argument(
         "--timeout_minutes",
         type=_number(float, 0, 10**6, low_open=True),
         default=10,
-        help="how long a process waits for another that does not answer, before it ends with an error; default 10",
+        help="how long a process waits for another that does not answer, before it ends with an "
+        "error; default 10",
     )
 
 
 def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
-    """What decides how the model is built, spread over the devices and updated: the same for training and benchmark."""
+    """What decides how the model is built, spread over the devices and updated: the same for
+    training and benchmark."""
     g = parser.add_argument_group("model and plugin")
-    g.add_argument("--plugin", choices=PLUGINS, default="torch_ddp", help="the ColossalAI Booster plugin; default torch_ddp")
+    g.add_argument(
+        "--plugin",
+        choices=PLUGINS,
+        default="torch_ddp",
+        help="the ColossalAI Booster plugin; default torch_ddp",
+    )
     g.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="arithmetic of forward and backward; default bf16 on a GPU that has it, fp16 on an older GPU, fp32 on a CPU "
+        help="arithmetic of forward and backward; default bf16 on a GPU that has it, fp16 on an "
+        "older GPU, fp32 on a CPU "
         "(bf16 there with gemini, which has no fp32); torch_ddp_fp16 is always fp16",
     )
     add_run_arguments(g, seed)
-    g.add_argument("--tp_size", type=_number(int, 1), help="tensor parallel size, hybrid_parallel only; default 1")
-    g.add_argument("--pp_size", type=_number(int, 1), help="pipeline stages, hybrid_parallel only; default 1")
+    g.add_argument(
+        "--tp_size",
+        type=_number(int, 1),
+        help="tensor parallel size, hybrid_parallel only; default 1",
+    )
+    g.add_argument(
+        "--pp_size", type=_number(int, 1), help="pipeline stages, hybrid_parallel only; default 1"
+    )
     g.add_argument(
         "--num_microbatches",
         type=_number(int, 1),
-        help="micro-batches that a batch is cut into, with --pp_size over 1; default twice the stages where that divides "
+        help="micro-batches that a batch is cut into, with --pp_size over 1; default twice the "
+        "stages where that divides "
         "the batch, else the stages",
     )
     g.add_argument(
         "--zero_stage",
         type=int,
         choices=(0, 1, 2),
-        help="what ZeRO spreads over the data-parallel ranks: 1 optimizer state, 2 gradients too; low_level_zero (default 1) "
+        help="what ZeRO spreads over the data-parallel ranks: 1 optimizer state, 2 gradients too; "
+        "low_level_zero (default 1) "
         "and hybrid_parallel (default 0; at most 1 with pipeline stages)",
     )
     g.add_argument(
@@ -133,20 +173,25 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     g.add_argument(
         "--compile",
         action="store_true",
-        help="compile each decoder layer (torch.compile): faster steps and less memory, after some seconds to minutes at the start; "
+        help="compile each decoder layer (torch.compile): faster steps and less memory, after some "
+        "seconds to minutes at the start; "
         "default off",
     )
     g.add_argument(
         "--fp8",
         action="store_true",
-        help="multiply the decoder layers' matrices in 8-bit floats, scaled tensor by tensor, the rest stays in --precision: faster "
-        "together with --compile; on a GPU of compute capability 8.9 or later, not in fp32, not with --tp_size over 1; default off",
+        help="multiply the decoder layers' matrices in 8-bit floats, scaled tensor by tensor, the "
+        "rest stays in --precision: faster "
+        "together with --compile; on a GPU of compute capability 8.9 or later, not in fp32, not "
+        "with --tp_size over 1; default off",
     )
     g.add_argument(
         "--cuda_graph",
         action="store_true",
-        help="record forward and backward of each shape of batch once and replay them: small steps no longer wait for the host; "
-        "gradients keep their memory; on one GPU, not with gemini, on several with low_level_zero; default off",
+        help="record forward and backward of each shape of batch once and replay them: small steps "
+        "no longer wait for the host; "
+        "gradients keep their memory; on one GPU, not with gemini, on several with low_level_zero; "
+        "default off",
     )
 
 
@@ -154,20 +199,24 @@ def train_parser() -> argparse.ArgumentParser:
     """The parser of opt_train_demo.py."""
     parser = Parser(
         prog="opt_train_demo.py",
-        description="Fine-tune an OPT model with ColossalAI. Start it with `colossalai run --nproc_per_node N "
+        description="Fine-tune an OPT model with ColossalAI. Start it with `colossalai run "
+        "--nproc_per_node N "
         "opt_train_demo.py ...`, with torchrun, or with python for one process.",
     )
     parser.add_argument(
         "--model_name_or_path",
         default="facebook/opt-350m",
-        help="Hub id, or a directory with config and tokenizer; weights there are loaded, without any it trains from "
+        help="Hub id, or a directory with config and tokenizer; weights there are loaded, without "
+        "any it trains from "
         "scratch; default facebook/opt-350m",
     )
     parser.add_argument(
         "--output_path",
         default="./output_model",
-        help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; a name that ends in .bin "
-        "or .safetensors gives that one file of weights alone, no config.json and no tokenizer, metrics.jsonl and loss.png beside it; "
+        help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; "
+        "a name that ends in .bin "
+        "or .safetensors gives that one file of weights alone, no config.json and no tokenizer, "
+        "metrics.jsonl and loss.png beside it; "
         "default ./output_model",
     )
     _add_setup_arguments(parser, seed=42)
@@ -176,21 +225,27 @@ def train_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--dataset",
         default="hugginglearners/netflix-shows",
-        help="Hub id, wikitext-2-raw, or a local csv, tsv, json, jsonl, txt or parquet file; default hugginglearners/netflix-shows",
+        help="Hub id, wikitext-2-raw, or a local csv, tsv, json, jsonl, txt or parquet file; "
+        "default hugginglearners/netflix-shows",
     )
     g.add_argument(
-        "--text_column", default="description", help="column that holds the text; default description (a txt file is one text a line)"
+        "--text_column",
+        default="description",
+        help="column that holds the text; default description (a txt file is one text a line)",
     )
     g.add_argument(
         "--max_length",
         type=_number(int, 2),
-        help="longest row in tokens, start and end tokens included; default 512 or the model's positions if fewer",
+        help="longest row in tokens, start and end tokens included; default 512 or the model's "
+        "positions if fewer",
     )
     g.add_argument(
         "--padding_free",
         action=argparse.BooleanOptionalAction,
-        help="put a batch's rows one after the other instead of padding them to the longest, with attention and positions for each "
-        "row alone; not with --pp_size over 1; default on where rows are on average under 0.9 of the longest, on a CPU also over 0.4",
+        help="put a batch's rows one after the other instead of padding them to the longest, with "
+        "attention and positions for each "
+        "row alone; not with --pp_size over 1; default on where rows are on average under 0.9 of "
+        "the longest, on a CPU also over 0.4",
     )
     g.add_argument(
         "--eval_fraction",
@@ -200,13 +255,23 @@ def train_parser() -> argparse.ArgumentParser:
     )
 
     g = parser.add_argument_group("schedule")
-    g.add_argument("--num_epoch", type=_number(int, 1), default=10, help="passes over the training texts; default 10")
-    g.add_argument("--max_train_steps", type=_number(int, 1), help="optimizer steps at most; default as many as the epochs give")
+    g.add_argument(
+        "--num_epoch",
+        type=_number(int, 1),
+        default=10,
+        help="passes over the training texts; default 10",
+    )
+    g.add_argument(
+        "--max_train_steps",
+        type=_number(int, 1),
+        help="optimizer steps at most; default as many as the epochs give",
+    )
     g.add_argument(
         "--warmup_ratio",
         type=_number(float, 0, 1),
         default=0.1,
-        help="share of the steps that the learning rate rises for; default 0.1, then it falls linearly to 0",
+        help="share of the steps that the learning rate rises for; default 0.1, then it falls "
+        "linearly to 0",
     )
     g.add_argument(
         "--max_norm",
@@ -214,37 +279,60 @@ def train_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="gradients are scaled down to this global L2 norm; default 1.0; 0 for no clipping",
     )
-    g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the data-parallel size; default off")
-    g.add_argument("--eval_steps", type=_number(int, 1), help="optimizer steps between evaluations; default once an epoch")
+    g.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="multiply the learning rate by the data-parallel size; default off",
+    )
+    g.add_argument(
+        "--eval_steps",
+        type=_number(int, 1),
+        help="optimizer steps between evaluations; default once an epoch",
+    )
 
     g = parser.add_argument_group("results")
     g.add_argument(
-        "--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where metrics go beside metrics.jsonl; default none"
+        "--report_to",
+        choices=("none", "tensorboard", "wandb"),
+        default="none",
+        help="where metrics go beside metrics.jsonl; default none",
     )
     g.add_argument(
         "--save_steps",
         type=_number(int, 1),
-        help="write a checkpoint after every so many optimizer steps and after each epoch, into output_path/checkpoints; it takes 12 "
-        "bytes a parameter (4 GB for opt-350m); default: only when a signal stops the run (Ctrl-C, SIGTERM, SIGUSR1)",
+        help="write a checkpoint after every so many optimizer steps and after each epoch, into "
+        "output_path/checkpoints; it takes 12 "
+        "bytes a parameter (4 GB for opt-350m); default: only when a signal stops the run (Ctrl-C, "
+        "SIGTERM, SIGUSR1)",
     )
-    g.add_argument("--save_total_limit", type=_number(int, 1), default=2, help="checkpoints to keep, the newest ones; default 2")
+    g.add_argument(
+        "--save_total_limit",
+        type=_number(int, 1),
+        default=2,
+        help="checkpoints to keep, the newest ones; default 2",
+    )
     g.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on from a checkpoint: the newest in output_path, or from the start if there is none (auto), or this one; also with "
+        help="go on from a checkpoint: the newest in output_path, or from the start if there is "
+        "none (auto), or this one; also with "
         "another number of processes, plugin or parallel sizes; default: start anew",
     )
     g.add_argument(
         "--max_bad_steps",
         type=_number(int, 1),
         default=10,
-        help="a step whose loss or gradient is not finite is skipped; stop after so many in a row; default 10",
+        help="a step whose loss or gradient is not finite is skipped; stop after so many in a row; "
+        "default 10",
     )
-    g.add_argument("--no_save", action="store_true", help="do not write the trained model; default off")
+    g.add_argument(
+        "--no_save", action="store_true", help="do not write the trained model; default off"
+    )
     g.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything, print the plan, and do not train; one process is enough: it takes the number of processes "
+        help="check everything, print the plan, and do not train; one process is enough: it takes "
+        "the number of processes "
         "from WORLD_SIZE; default off",
     )
     return parser
@@ -254,12 +342,17 @@ def benchmark_parser() -> argparse.ArgumentParser:
     """The parser of opt_benchmark.py."""
     parser = Parser(
         prog="opt_benchmark.py",
-        description="Measure throughput and peak memory of training OPT on synthetic tokens, with the training script's "
+        description="Measure throughput and peak memory of training OPT on synthetic tokens, with "
+        "the training script's "
         "model, plugin and optimizer. Started like opt_train_demo.py.",
     )
     add_measurement_arguments(parser)
     _add_setup_arguments(parser, seed=42)
-    parser.add_argument("--profile", metavar="DIR", help="write a torch.profiler trace of three more steps into this folder")
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="write a torch.profiler trace of three more steps into this folder",
+    )
     return parser
 
 
@@ -268,25 +361,49 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_name_or_path",
         default="125m",
-        help="a published size (125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b; facebook/opt-125m means 125m), built from "
-        "constants, without network or trained weights; or a directory with config.json; default 125m",
+        help="a published size (125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b; "
+        "facebook/opt-125m means 125m), built from "
+        "constants, without network or trained weights; or a directory with config.json; default "
+        "125m",
     )
     g = parser.add_argument_group("measurement")
-    g.add_argument("--seq_length", type=_number(int, 2), default=1024, help="tokens a row; default 1024")
-    g.add_argument("--max_train_steps", type=_number(int, 1), default=20, help="optimizer steps that are timed; default 20")
-    g.add_argument("--warmup_steps", type=_number(int, 1), default=5, help="optimizer steps before those, not timed; default 5")
-    g.add_argument("--repeats", type=_number(int, 1), default=1, help="blocks of --max_train_steps that are timed; default 1")
+    g.add_argument(
+        "--seq_length", type=_number(int, 2), default=1024, help="tokens a row; default 1024"
+    )
+    g.add_argument(
+        "--max_train_steps",
+        type=_number(int, 1),
+        default=20,
+        help="optimizer steps that are timed; default 20",
+    )
+    g.add_argument(
+        "--warmup_steps",
+        type=_number(int, 1),
+        default=5,
+        help="optimizer steps before those, not timed; default 5",
+    )
+    g.add_argument(
+        "--repeats",
+        type=_number(int, 1),
+        default=1,
+        help="blocks of --max_train_steps that are timed; default 1",
+    )
     g.add_argument("--json", metavar="PATH", help="write the result as JSON into this file")
 
 
 def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
-    """The flags with what they leave open filled in, as far as it depends on plugin and device alone.
+    """The flags with what they leave open filled in, as far as it depends on plugin and device
+    alone.
 
-    Raises UserError for combinations that the plugin cannot honour. `device_type` is "cuda" or "cpu"; `has_bf16` says whether that GPU
-    computes in bf16.
+    Raises UserError for combinations that the plugin cannot honour. `device_type` is "cuda" or
+    "cpu"; `has_bf16` says whether that GPU computes in bf16.
     """
     args = argparse.Namespace(**vars(flags))
-    hybrid, zero, gemini = args.plugin == "hybrid_parallel", args.plugin == "low_level_zero", args.plugin == "gemini"
+    hybrid, zero, gemini = (
+        args.plugin == "hybrid_parallel",
+        args.plugin == "low_level_zero",
+        args.plugin == "gemini",
+    )
     only = {
         "--tp_size": (args.tp_size, hybrid, "hybrid_parallel"),
         "--pp_size": (args.pp_size, hybrid, "hybrid_parallel"),
@@ -296,61 +413,95 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
     }
     for flag, (value, honoured, by) in only.items():
         if value is not None and not honoured:
-            raise UserError(f"{flag} has no meaning for --plugin {args.plugin}: it is for {by}; leave it out or change the plugin")
+            raise UserError(
+                f"{flag} has no meaning for --plugin {args.plugin}: it is for {by}; leave it out "
+                "or change the plugin"
+            )
     args.tp_size, args.pp_size = args.tp_size or 1, args.pp_size or 1
     args.offload_optim_frac = args.offload_optim_frac or 0.0
-    # The benchmark has no such flag, and does not take the norm. Where training does not clip, the norm is known all the same: a step along
-    # nan is not to be taken.
+    # The benchmark has no such flag, and does not take the norm. Where training does not clip, the
+    # norm is known all the same: a step along nan is not to be taken.
     args.max_norm = (args.max_norm or float("inf")) if hasattr(args, "max_norm") else 0.0
 
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):
             raise UserError(
-                f"--plugin torch_ddp_fp16 computes in fp16, not {args.precision}: use --plugin torch_ddp --precision {args.precision}"
+                f"--plugin torch_ddp_fp16 computes in fp16, not {args.precision}: use --plugin "
+                f"torch_ddp --precision {args.precision}"
             )
         args.precision = "fp16"
     if args.precision is None:
-        args.precision = ("bf16" if has_bf16 else "fp16") if device_type == "cuda" else ("bf16" if gemini else "fp32")
+        args.precision = (
+            ("bf16" if has_bf16 else "fp16")
+            if device_type == "cuda"
+            else ("bf16" if gemini else "fp32")
+        )
     if args.precision == "bf16" and device_type == "cuda" and not has_bf16:
         raise UserError("this GPU has no bf16: use --precision fp16")
     if gemini and args.precision == "fp32":
-        raise UserError("gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp")
+        raise UserError(
+            "gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp"
+        )
 
     if args.cuda_graph:
         if device_type != "cuda" or gemini:
-            raise UserError("--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters in memory: leave it out")
+            raise UserError(
+                "--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters "
+                "in memory: leave it out"
+            )
         if args.grad_checkpoint:
-            raise UserError("--cuda_graph cannot record --grad_checkpoint, which asks the host in between: leave one out")
+            raise UserError(
+                "--cuda_graph cannot record --grad_checkpoint, which asks the host in between: "
+                "leave one out"
+            )
         if (hybrid or zero) and args.precision != "bf16":
-            raise UserError(f"--cuda_graph with {args.plugin} is for --precision bf16: leave one out")
+            raise UserError(
+                f"--cuda_graph with {args.plugin} is for --precision bf16: leave one out"
+            )
     if args.fused_loss and args.tp_size > 1:
         raise UserError("--fused_loss needs a vocabulary in one piece (--tp_size 1): leave it out")
 
     if args.fp8 and (args.precision == "fp32" or args.tp_size > 1):
-        raise UserError("--fp8 goes with --precision bf16 or fp16 and with layers in one piece (--tp_size 1): change that, or leave it out")
+        raise UserError(
+            "--fp8 goes with --precision bf16 or fp16 and with layers in one piece (--tp_size 1): "
+            "change that, or leave it out"
+        )
 
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0
     if zero and args.zero_stage == 0:
         raise UserError("low_level_zero is ZeRO stage 1 or 2: for stage 0 use --plugin torch_ddp")
     if hybrid and args.zero_stage > 0 and args.precision == "fp32":
-        raise UserError("hybrid_parallel has no ZeRO in fp32: use --zero_stage 0 or --precision bf16")
+        raise UserError(
+            "hybrid_parallel has no ZeRO in fp32: use --zero_stage 0 or --precision bf16"
+        )
     if args.pp_size > 1 and getattr(args, "padding_free", None):
-        raise UserError("--padding_free does not go with pipeline stages, which cut a batch between its rows: leave it out")
+        raise UserError(
+            "--padding_free does not go with pipeline stages, which cut a batch between its rows: "
+            "leave it out"
+        )
     if args.pp_size == 1:
         if args.num_microbatches is not None:
-            raise UserError("--num_microbatches needs pipeline stages: set --pp_size 2 or more, or leave it out")
+            raise UserError(
+                "--num_microbatches needs pipeline stages: set --pp_size 2 or more, or leave it out"
+            )
     else:
         if args.zero_stage > 1:
-            raise UserError("ZeRO stage 2 does not go with pipeline stages: use --zero_stage 1 or 0")
+            raise UserError(
+                "ZeRO stage 2 does not go with pipeline stages: use --zero_stage 1 or 0"
+            )
         if args.num_microbatches is None:
-            args.num_microbatches = args.pp_size * (2 if args.batch_size % (2 * args.pp_size) == 0 else 1)
+            args.num_microbatches = args.pp_size * (
+                2 if args.batch_size % (2 * args.pp_size) == 0 else 1
+            )
         if args.num_microbatches < args.pp_size:
             raise UserError(
-                f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a stage would always be idle; use {args.pp_size} or more"
+                f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a "
+                f"stage would always be idle; use {args.pp_size} or more"
             )
         if args.batch_size % args.num_microbatches:
             raise UserError(
-                f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} micro-batches: change --batch_size or --num_microbatches"
+                f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} "
+                "micro-batches: change --batch_size or --num_microbatches"
             )
     return Settings(**vars(args))

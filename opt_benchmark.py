@@ -1,9 +1,12 @@
-"""Measure throughput and peak memory of training OPT: the training script's setup on synthetic tokens.
+"""Measure throughput and peak memory of training OPT: the training script's setup on synthetic
+tokens.
 
     python opt_benchmark.py --model_name_or_path 125m --plugin low_level_zero --batch_size 32
-    torchrun --nproc_per_node 2 opt_benchmark.py --model_name_or_path 1.3b --plugin gemini --json result.json
+    torchrun --nproc_per_node 2 opt_benchmark.py --model_name_or_path 1.3b --plugin gemini --json
+    result.json
 
-This is the training loop with everything but the measured step taken out. run_benchmark.sh sweeps it.
+This is the training loop with everything but the measured step taken out. run_benchmark.sh sweeps
+it.
 """
 
 import json
@@ -27,11 +30,13 @@ from opt.colossal import processes
 from opt.data.batches import SyntheticBatches
 from opt.train import checks, faults
 from opt.train import plan as plans
+from opt.train.schedule import Steps
 from opt_train_demo import boost, train_step
 
 
 def main(flags, measured_by) -> None:
-    """Check, start the processes, measure, print and write the result: the course of benchmarks/peers.py as well."""
+    """Check, start the processes, measure, print and write the result: the course of
+    benchmarks/peers.py as well."""
     here = processes.place()
     plan, config, weights = checks.check_benchmark(flags, here)
     processes.start(here, plan.mem_cap, plan.timeout_minutes)
@@ -50,12 +55,21 @@ def main(flags, measured_by) -> None:
 def by_training(plan, here, config, weights) -> "Measured":
     """Train on synthetic tokens."""
     kernels = plans.missing_kernels(plan, here, config, None)
-    boosted = boost(plan, here, config, weights, plan.learning_rate, warmup_steps=0, total_steps=10**9)
+    boosted = boost(plan, here, config, weights, Steps.of_benchmark(plan.learning_rate))
     spread = boosted.plugin.spread
-    batches = SyntheticBatches(plan.batch_size, plan.seq_length, config.vocab_size, spread.dp_rank, spread.dp_size, plan.seed)
+    batches = SyntheticBatches(
+        plan.batch_size,
+        plan.seq_length,
+        config.vocab_size,
+        spread.dp_rank,
+        spread.dp_size,
+        plan.seed,
+    )
 
     def step():
-        loss, _ = train_step(boosted, [next(batches) for _ in range(plan.gradient_accumulation_steps)])
+        loss, _ = train_step(
+            boosted, [next(batches) for _ in range(plan.gradient_accumulation_steps)]
+        )
         return loss
 
     measured = time_steps(plan, here, step)
@@ -78,7 +92,8 @@ class Measured:
 
 
 def time_steps(plan, here, step) -> Measured:
-    """Time `step()`, which returns this process's share of the step's loss: --repeats blocks, after the warm-up."""
+    """Time `step()`, which returns this process's share of the step's loss: --repeats blocks, after
+    the warm-up."""
     timer, first_step = measure.StepTimer(), None
     for i in range(plan.warmup_steps + plan.repeats * plan.max_train_steps):
         if (i - plan.warmup_steps) % plan.max_train_steps == 0:
@@ -99,8 +114,15 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
     seconds, size = measured.seconds, plan.max_train_steps
     blocks = [statistics.median(seconds[i : i + size]) for i in range(0, len(seconds), size)]
     median = statistics.median(blocks)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-    rows = plan.batch_size * plan.gradient_accumulation_steps * here.world_size // (plan.tp_size * plan.pp_size)
+    deciles = (
+        statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
+    )
+    rows = (
+        plan.batch_size
+        * plan.gradient_accumulation_steps
+        * here.world_size
+        // (plan.tp_size * plan.pp_size)
+    )
     rate = rows * plan.seq_length / median
     flops = rate / here.world_size * measure.flops_per_token(config, plan.seq_length)
     return {
@@ -141,14 +163,17 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
 
 
 def profile(step, directory, here) -> None:
-    """Trace three steps; open the file at https://ui.perfetto.dev, or read the table of the costliest operations beside it."""
+    """Trace three steps; open the file at https://ui.perfetto.dev, or read the table of the
+    costliest operations beside it."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as trace:
         for _ in range(3):
             step()
     trace.export_chrome_trace(f"{directory}/rank{here.rank}.json.gz")
     by = "self_cuda_time_total" if here.device.type == "cuda" else "self_cpu_time_total"
-    Path(directory, f"rank{here.rank}.txt").write_text(trace.key_averages().table(sort_by=by, row_limit=40))
+    Path(directory, f"rank{here.rank}.txt").write_text(
+        trace.key_averages().table(sort_by=by, row_limit=40)
+    )
 
 
 def describe(result) -> str:
@@ -158,20 +183,29 @@ def describe(result) -> str:
     peak = result["peak_memory_allocated_bytes"] or result["peak_host_memory_bytes"]
     kernels = f"\n  kernels   {result['missing_kernels']}" if "missing_kernels" in result else ""
     return (
-        f"  {result['model']} {result['plugin']} {result['precision']}, {result['batch_size']} x {result['seq_length']} tokens, "
+        f"  {result['model']} {result['plugin']} {result['precision']}, {result['batch_size']} x "
+        f"{result['seq_length']} tokens, "
         f"{result['world_size']} x {result['device']}\n"
-        f"  step      {step['median'] * 1000:,.1f} ms (p10 {step['p10'] * 1000:,.1f}, p90 {step['p90'] * 1000:,.1f})\n"
-        f"  rate      {result['tokens_per_second']:,.0f} tokens/s, {result['samples_per_second']:,.2f} samples/s, "
-        f"{result['tflops_per_gpu']:,.2f} TFLOP/s each, MFU {result['mfu']:.1%} of {result['matmul_tflops']:,.1f}\n"
+        f"  step      {step['median'] * 1000:,.1f} ms (p10 {step['p10'] * 1000:,.1f}, p90 "
+        f"{step['p90'] * 1000:,.1f})\n"
+        f"  rate      {result['tokens_per_second']:,.0f} tokens/s, "
+        f"{result['samples_per_second']:,.2f} samples/s, "
+        f"{result['tflops_per_gpu']:,.2f} TFLOP/s each, MFU {result['mfu']:.1%} of "
+        f"{result['matmul_tflops']:,.1f}\n"
         f"  memory    {peak / gib:.2f} GiB {where} at the peak\n"
-        f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s after launch{kernels}"
+        f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s "
+        f"after launch{kernels}"
     )
 
 
 def commit() -> str:
-    """The commit of this code, "+" behind it where files have changed since; empty outside a git checkout."""
+    """The commit of this code, "+" behind it where files have changed since; empty outside a git
+    checkout."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     return done.stdout.strip()
 

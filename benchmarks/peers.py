@@ -1,10 +1,11 @@
 """Measure what a user would pick instead of ColossalAI, on the work that opt_benchmark.py does.
 
     python benchmarks/peers.py --engine hf_trainer --model_name_or_path 350m --batch_size 16
-    torchrun --nproc_per_node 2 benchmarks/peers.py --engine fsdp2 --model_name_or_path 1.3b --fused_loss --json result.json
+    torchrun --nproc_per_node 2 benchmarks/peers.py --engine fsdp2 --model_name_or_path 1.3b
+    --fused_loss --json result.json
 
-Plain transformers' OPTForCausalLM, with its own forward and loss, from the same initial weights, on the same tokens, with the
-same AdamW. benchmarks/compare.py runs these beside the plugins.
+Plain transformers' OPTForCausalLM, with its own forward and loss, from the same initial weights, on
+the same tokens, with the same AdamW. benchmarks/compare.py runs these beside the plugins.
 """
 
 import importlib.metadata
@@ -32,14 +33,29 @@ ENGINES = {
 
 
 def main() -> None:
-    parser = Parser(prog="peers.py", description="Measure a training engine other than ColossalAI on the work of opt_benchmark.py.")
-    parser.add_argument("--engine", choices=ENGINES, required=True, help="what trains; benchmarks/README.md describes each")
+    parser = Parser(
+        prog="peers.py",
+        description="Measure a training engine other than ColossalAI on the work of "
+        "opt_benchmark.py.",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        required=True,
+        help="what trains; benchmarks/README.md describes each",
+    )
     parser.add_argument(
         "--precision",
         choices=("bf16", "fp32"),
-        help="arithmetic of forward and backward, the master weights are fp32; default bf16 on a GPU, fp32 on a CPU",
+        help="arithmetic of forward and backward, the master weights are fp32; default bf16 on a "
+        "GPU, fp32 on a CPU",
     )
-    parser.add_argument("--no_compile", dest="compile", action="store_false", help="without torch.compile, which peers use where they can")
+    parser.add_argument(
+        "--no_compile",
+        dest="compile",
+        action="store_false",
+        help="without torch.compile, which peers use where they can",
+    )
     add_measurement_arguments(parser)
     add_run_arguments(parser.add_argument_group("training"), seed=42)
     # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
@@ -56,7 +72,9 @@ def main() -> None:
     installed.check()
     args = parser.parse_args()
     if args.fused_loss and args.engine == "hf_trainer":
-        parser.error("--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out")
+        parser.error(
+            "--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out"
+        )
 
     missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
     if missing:
@@ -87,9 +105,16 @@ def not_installed(args, missing) -> None:
     if not here.is_main:
         return
     print(f"  {args.engine}: not installed ({', '.join(missing)})", flush=True)
-    result = {"plugin": args.engine, "model": args.model_name_or_path, "batch_size": args.batch_size, "world_size": here.world_size}
+    result = {
+        "plugin": args.engine,
+        "model": args.model_name_or_path,
+        "batch_size": args.batch_size,
+        "world_size": here.world_size,
+    }
     if args.json:
-        Path(args.json).write_text(json.dumps(result | {"status": "not installed"}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps(result | {"status": "not installed"}, indent=1) + "\n"
+        )
 
 
 def measure_engine(args, here, config, contents):
@@ -101,7 +126,9 @@ def measure_engine(args, here, config, contents):
 
     processes.seed_everything(args.seed + here.rank)
     model = build_model(args, here, config, contents)
-    batches = SyntheticBatches(args.batch_size, args.seq_length, config.vocab_size, here.rank, here.world_size, args.seed)
+    batches = SyntheticBatches(
+        args.batch_size, args.seq_length, config.vocab_size, here.rank, here.world_size, args.seed
+    )
     if args.engine == "hf_trainer":
         measured = hf_trainer(args, here, model, batches)
     else:
@@ -110,7 +137,12 @@ def measure_engine(args, here, config, contents):
 
         def train_step():
             group = [next(batches).inputs for _ in range(args.gradient_accumulation_steps)]
-            loss = step([{name: t.to(here.device, non_blocking=True) for name, t in inputs.items()} for inputs in group])
+            loss = step(
+                [
+                    {name: t.to(here.device, non_blocking=True) for name, t in inputs.items()}
+                    for inputs in group
+                ]
+            )
             return loss / (len(group) * here.world_size)
 
         measured = time_steps(args, here, train_step)
@@ -121,7 +153,8 @@ def measure_engine(args, here, config, contents):
 
 
 def build_model(args, here, config, contents):
-    """transformers' own model on the device, in fp32, with the weights that the plugins start from."""
+    """transformers' own model on the device, in fp32, with the weights that the plugins start
+    from."""
     import torch
     import transformers
     from transformers.modeling_utils import no_init_weights
@@ -142,7 +175,8 @@ def build_model(args, here, config, contents):
     if args.compile:
         from torch._dynamo import config as dynamo
 
-        # Inside DistributedDataParallel it would cut each layer into a graph for every 25 MB of gradients, with no fusion across the cuts.
+        # Inside DistributedDataParallel it would cut each layer into a graph for every 25 MB of
+        # gradients, with no fusion across the cuts.
         dynamo.optimize_ddp = False
         for layer in model.model.decoder.layers:
             layer.compile()
@@ -152,7 +186,8 @@ def build_model(args, here, config, contents):
 
 
 def use_fused_loss(model, dtype) -> None:
-    """Let `model` compute its loss by Liger's fused linear cross-entropy, in `dtype`, without the whole logits."""
+    """Let `model` compute its loss by Liger's fused linear cross-entropy, in `dtype`, without the
+    whole logits."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -165,8 +200,9 @@ def use_fused_loss(model, dtype) -> None:
 
 
 def accumulate(adam, group, forward, reducing):
-    """Backward over `group`, then one update; returns the sum of the losses. `reducing(is_last)`: the context of each batch, in
-    which gradients are reduced over the processes with the last one alone."""
+    """Backward over `group`, then one update; returns the sum of the losses. `reducing(is_last)`:
+    the context of each batch, in which gradients are reduced over the processes with the last one
+    alone."""
     total = 0.0
     for i, inputs in enumerate(group):
         with reducing(i == len(group) - 1):
@@ -179,16 +215,21 @@ def accumulate(adam, group, forward, reducing):
 
 
 def torch_amp(args, here, model):
-    """PyTorch alone: fp32 weights, forward under autocast, DistributedDataParallel where there are several processes."""
+    """PyTorch alone: fp32 weights, forward under autocast, DistributedDataParallel where there are
+    several processes."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from opt.colossal.adam import decay_groups
 
-    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    adam = torch.optim.AdamW(
+        decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
+    )
     if here.world_size > 1:
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(
+            model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def forward(inputs):
         with torch.autocast(here.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -201,7 +242,8 @@ def torch_amp(args, here, model):
 
 
 def fsdp2(args, here, model):
-    """PyTorch's fully_shard on each layer and on the whole: parameters gathered in bf16, gradients reduced in fp32."""
+    """PyTorch's fully_shard on each layer and on the whole: parameters gathered in bf16, gradients
+    reduced in fp32."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -212,23 +254,34 @@ def fsdp2(args, here, model):
     except ImportError:  # PyTorch 2.5, which has it for CUDA devices alone
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.precision == "bf16" else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if args.precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
     mesh = init_device_mesh(here.device.type, (here.world_size,))
     for layer in model.model.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    adam = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    adam = torch.optim.AdamW(
+        decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
+    )
 
     def reducing(is_last):
         model.set_requires_gradient_sync(is_last)
         return nullcontext()
 
-    return (lambda group: accumulate(adam, group, lambda inputs: model(**inputs)["loss"], reducing)), {"zero_stage": 3}
+    return (
+        lambda group: accumulate(adam, group, lambda inputs: model(**inputs)["loss"], reducing)
+    ), {"zero_stage": 3}
 
 
 def deepspeed_zero(args, here, model):
-    """DeepSpeed's ZeRO stage 2 or 3; deepspeed_offload is stage 2 with Adam's state and step in host memory."""
-    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # which DeepSpeed reads, though no launcher has set it
+    """DeepSpeed's ZeRO stage 2 or 3; deepspeed_offload is stage 2 with Adam's state and step in
+    host memory."""
+    os.environ.setdefault(
+        "LOCAL_RANK", str(here.local_rank)
+    )  # which DeepSpeed reads, though no launcher has set it
     import deepspeed
 
     from opt.colossal.adam import decay_groups
@@ -246,9 +299,13 @@ def deepspeed_zero(args, here, model):
         "steps_per_print": 10**9,
     }
     if offload:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": here.device.type == "cuda"}
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": here.device.type == "cuda",
+        }
     if args.fused_loss and stage == 3:
-        # The loss reads the head's weight outside the head's forward, where ZeRO-3 would not have gathered it.
+        # The loss reads the head's weight outside the head's forward, where ZeRO-3 would not have
+        # gathered it.
         deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
     adam = deepspeed_adam(decay_groups(model, args.weight_decay), args.learning_rate, offload)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
@@ -262,11 +319,16 @@ def deepspeed_zero(args, here, model):
             total += loss.detach()
         return total
 
-    return step, {"zero_stage": stage, "offload_optim_frac": float(offload), "optimizer": type(adam).__name__}
+    return step, {
+        "zero_stage": stage,
+        "offload_optim_frac": float(offload),
+        "optimizer": type(adam).__name__,
+    }
 
 
 def deepspeed_adam(groups, learning_rate: float, offload: bool):
-    """PyTorch's fused AdamW; for parameters in host memory DeepSpeed's own, if it can be compiled here."""
+    """PyTorch's fused AdamW; for parameters in host memory DeepSpeed's own, if it can be compiled
+    here."""
     import torch
 
     if offload:
@@ -274,16 +336,23 @@ def deepspeed_adam(groups, learning_rate: float, offload: bool):
 
         try:
             return DeepSpeedCPUAdam(groups, lr=learning_rate)
-        except Exception as error:  # a compiler, the CUDA toolkit or its version may be what is missing
+        except (
+            Exception
+        ) as error:  # a compiler, the CUDA toolkit or its version may be what is missing
             reason = str(error.__cause__ or error).splitlines()[0]
-            print(f"  DeepSpeedCPUAdam cannot be compiled ({reason}): PyTorch's AdamW instead", flush=True)
+            print(
+                f"  DeepSpeedCPUAdam cannot be compiled ({reason}): PyTorch's AdamW instead",
+                flush=True,
+            )
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 def hf_trainer(args, here, model, batches):
-    """transformers' Trainer: autocast, the whole model compiled, fused AdamW; nothing saved, evaluated or logged.
+    """transformers' Trainer: autocast, the whole model compiled, fused AdamW; nothing saved,
+    evaluated or logged.
 
-    A step lasts from the end of the one before to its own end, so that the Trainer's loop and data loader count.
+    A step lasts from the end of the one before to its own end, so that the Trainer's loop and data
+    loader count.
     """
     import tempfile
 
@@ -339,7 +408,9 @@ def hf_trainer(args, here, model, batches):
             bf16=args.precision == "bf16",
             torch_compile=args.compile,
             gradient_checkpointing=args.grad_checkpoint,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if args.grad_checkpoint else None,
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+            if args.grad_checkpoint
+            else None,
             use_cpu=here.device.type == "cpu",
             seed=args.seed,
             remove_unused_columns=False,
@@ -352,25 +423,41 @@ def hf_trainer(args, here, model, batches):
             report_to="none",
             disable_tqdm=True,
         )
-        settings._n_gpu = min(settings.n_gpu, 1)  # a process that finds more GPUs would spread its batch over them
-        trainer = BenchmarkTrainer(model, settings, train_dataset=rows_of_all_steps(args, here, batches, steps), callbacks=[clock])
+        settings._n_gpu = min(
+            settings.n_gpu, 1
+        )  # a process that finds more GPUs would spread its batch over them
+        trainer = BenchmarkTrainer(
+            model,
+            settings,
+            train_dataset=rows_of_all_steps(args, here, batches, steps),
+            callbacks=[clock],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     loss = torch.stack(losses).sum() / here.world_size
     torch.distributed.all_reduce(loss)
-    return Measured(timer.seconds()[args.warmup_steps :], loss.item(), clock.first_step, measure.peak_memory(here.device))
+    return Measured(
+        timer.seconds()[args.warmup_steps :],
+        loss.item(),
+        clock.first_step,
+        measure.peak_memory(here.device),
+    )
 
 
 def rows_of_all_steps(args, here, batches, steps) -> list[dict]:
-    """The tokens of `batches` as a data set of rows, in the order in which the Trainer deals its batches out to the processes."""
+    """The tokens of `batches` as a data set of rows, in the order in which the Trainer deals its
+    batches out to the processes."""
     rows = []
     for _ in range(steps * args.gradient_accumulation_steps):
         ids = next(batches).inputs["input_ids"]
-        # The Trainer divides by the number of labels, and counts the first of each row, which is no target, unless it is -100.
+        # The Trainer divides by the number of labels, and counts the first of each row, which is no
+        # target, unless it is -100.
         labels = ids.clone()
         labels[:, 0] = -100
         # Each process takes every world_size'th batch: wherever it looks, its own is there.
-        rows += [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)] * here.world_size
+        rows += [
+            {"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)
+        ] * here.world_size
     return rows
 
 

@@ -1,7 +1,8 @@
 """The benchmark's results as a table, results.csv, results.md and two plots.
 
     python -m benchmarks.report table benchmark_results       (run_benchmark.sh calls it at the end)
-    python -m benchmarks.report failed FILE --log LOG ...     (write the row of a combination that did not run)
+    python -m benchmarks.report failed FILE --log LOG ...     (write the row of a combination that
+    did not run)
 
 benchmarks/compare.py makes its table with the same functions.
 """
@@ -34,7 +35,9 @@ COLUMNS = {
 
 def status(result: dict) -> str:
     """What became of a combination: "ok" if it was measured and has trained."""
-    return result.get("status") or ("ok" if math.isfinite(result["loss"]) else f"loss is {result['loss']}")
+    return result.get("status") or (
+        "ok" if math.isfinite(result["loss"]) else f"loss is {result['loss']}"
+    )
 
 
 def peak_bytes(result: dict) -> int:
@@ -45,20 +48,34 @@ def peak_bytes(result: dict) -> int:
 def load(directory: Path) -> list[dict]:
     """The results in a folder, in the order of model, number of GPUs, plugin and batch size."""
     results = [json.loads(file.read_text()) for file in directory.glob("*.json")]
-    return sorted(results, key=lambda r: (r["model"], r["world_size"], r["plugin"], r["batch_size"]))
+    return sorted(
+        results, key=lambda r: (r["model"], r["world_size"], r["plugin"], r["batch_size"])
+    )
 
 
 def rows(results: list[dict], columns: dict) -> list[list[str]]:
     """A row of text for each result; a failed one has its status and nothing measured."""
-    return [["" if "status" in r and heading not in _KNOWN else str(read(r)) for heading, read in columns.items()] for r in results]
+    return [
+        [
+            "" if "status" in r and heading not in _KNOWN else str(read(r))
+            for heading, read in columns.items()
+        ]
+        for r in results
+    ]
 
 
 _KNOWN = ("model", "plugin", "engine", "precision", "gpus", "batch", "status")
 
 
-def write_failed(file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int) -> None:
+def write_failed(
+    file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int
+) -> None:
     """Record a combination that did not run, with the reason that its log gives."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if log.is_file()
+        else []
+    )
     if status == 124:
         reason = "took too long"
     elif status == 137:
@@ -66,22 +83,43 @@ def write_failed(file: Path, log: Path, status: int, model: str, plugin: str, ba
     elif any("out of memory" in line.lower() for line in lines):
         reason = "out of memory"
     else:
-        # Errors of ours are one line; otherwise the first line that names an exception, without torch's "[rank0]: ".
-        errors = [re.sub(r"^\[rank\d+\]: *", "", line) for line in lines if ": error: " in line or "Error: " in line]
-        reason = "failed: " + (errors[0].split("error: ")[-1] if errors else f"exit status {status}")[:120]
-    result = {"model": model, "plugin": plugin, "batch_size": batch_size, "world_size": world_size, "status": reason}
+        # Errors of ours are one line; otherwise the first line that names an exception, without
+        # torch's "[rank0]: ".
+        errors = [
+            re.sub(r"^\[rank\d+\]: *", "", line)
+            for line in lines
+            if ": error: " in line or "Error: " in line
+        ]
+        reason = (
+            "failed: "
+            + (errors[0].split("error: ")[-1] if errors else f"exit status {status}")[:120]
+        )
+    result = {
+        "model": model,
+        "plugin": plugin,
+        "batch_size": batch_size,
+        "world_size": world_size,
+        "status": reason,
+    }
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def write_tables(results: list[dict], directory: Path, name: str = "results", columns: dict = COLUMNS) -> str:
+def write_tables(
+    results: list[dict], directory: Path, name: str = "results", columns: dict = COLUMNS
+) -> str:
     """`name`.csv and `name`.md; returns the table for the terminal."""
     table = [list(columns), *rows(results, columns)]
     with open(directory / f"{name}.csv", "w", newline="") as f:
         csv.writer(f).writerows(table)
     lines = [table[0], ["---"] * len(columns), *table[1:]]
-    (directory / f"{name}.md").write_text(conditions(results) + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    (directory / f"{name}.md").write_text(
+        conditions(results) + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
 
 
 def conditions(results: list[dict]) -> str:
@@ -96,7 +134,8 @@ def conditions(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], directory: Path) -> None:
-    """throughput.png and memory.png: by batch size, a line for each plugin, a panel for each model and number of GPUs."""
+    """throughput.png and memory.png: by batch size, a line for each plugin, a panel for each model
+    and number of GPUs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,16 +151,29 @@ def draw(results: list[dict], directory: Path) -> None:
         "memory": ("peak memory (GiB)", lambda r: peak_bytes(r) / GIB),
     }
     for name, (label, read) in quantities.items():
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(max(6, 4.5 * len(panels)), 4.2), squeeze=False)
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(max(6, 4.5 * len(panels)), 4.2), squeeze=False
+        )
         for panel, (model, world_size) in zip(axes[0], panels, strict=True):
             here = [r for r in good if (r["model"], r["world_size"]) == (model, world_size)]
             for i, plugin in enumerate(plugins):
                 line = sorted((r["batch_size"], read(r)) for r in here if r["plugin"] == plugin)
                 if line:
-                    panel.plot(*zip(*line, strict=True), marker="os^Dvx*P"[i % 8], label=plugin, color=f"C{i}")
+                    panel.plot(
+                        *zip(*line, strict=True),
+                        marker="os^Dvx*P"[i % 8],
+                        label=plugin,
+                        color=f"C{i}",
+                    )
             if name == "memory":
                 limit = here[0]["memory_limit_bytes"] / GIB
-                panel.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"the device's {limit:.0f} GiB")
+                panel.axhline(
+                    limit,
+                    color="black",
+                    linestyle="--",
+                    linewidth=1,
+                    label=f"the device's {limit:.0f} GiB",
+                )
             sizes = sorted({r["batch_size"] for r in here})
             panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [str(s) for s in sizes])
@@ -144,11 +196,25 @@ def main() -> None:
     failed = commands.add_parser("failed", help="write the row of a combination that did not run")
     failed.add_argument("file", type=Path)
     failed.add_argument("--log", type=Path, required=True)
-    for flag, kind in (("status", int), ("model", str), ("plugin", str), ("batch_size", int), ("world_size", int)):
+    for flag, kind in (
+        ("status", int),
+        ("model", str),
+        ("plugin", str),
+        ("batch_size", int),
+        ("world_size", int),
+    ):
         failed.add_argument(f"--{flag}", type=kind, required=True)
     args = parser.parse_args()
     if args.command == "failed":
-        write_failed(args.file, args.log, args.status, args.model, args.plugin, args.batch_size, args.world_size)
+        write_failed(
+            args.file,
+            args.log,
+            args.status,
+            args.model,
+            args.plugin,
+            args.batch_size,
+            args.world_size,
+        )
         return
     results = load(args.directory)
     print(write_tables(results, args.directory))

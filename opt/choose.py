@@ -1,9 +1,11 @@
-"""What run_demo.sh trains with where its user has not said it: the fastest plugin of those that the model fits under.
+"""What run_demo.sh trains with where its user has not said it: the fastest plugin of those that the
+model fits under.
 
     python -m opt.choose MODEL PROCESSES NODES ONLINE
 
-prints five lines: GPUs of this node, whether they have bf16 (1 or 0), plugin, its flags, why. PROCESSES: of each node, "" for as many
-as it has GPUs, or one on a CPU. ONLINE: 0 where the Hub does not answer.
+prints five lines: GPUs of this node, whether they have bf16 (1 or 0), plugin, its flags, why.
+PROCESSES: of each node, "" for as many as it has GPUs, or one on a CPU. ONLINE: 0 where the Hub
+does not answer.
 """
 
 import json
@@ -16,7 +18,8 @@ from huggingface_hub import hf_hub_download
 from opt.measure import memory_limit
 from opt.model.kernel_probe import has_bf16
 
-STATE = 0.75  # share of a GPU's memory for weights, gradients and Adam's state; the rest is for activations
+# Share of a GPU's memory for weights, gradients and Adam's state; the rest is for activations
+STATE = 0.75
 
 
 @dataclass
@@ -37,14 +40,16 @@ def this_machine() -> Machine:
 
 
 def plugin(parameters: int | None, each: Machine, processes: int) -> tuple[str, str, str]:
-    """(plugin, its flags, why) for so many `processes` in all. `parameters`: of the model; None: not known.
+    """(plugin, its flags, why) for so many `processes` in all. `parameters`: of the model; None:
+    not known.
 
-    In this order, of speed (README): low_level_zero, gemini, gemini with Adam in host memory. Tensor and pipeline parallelism are slower
-    on as many GPUs, and need no less of their memory.
+    In this order, of speed (README): low_level_zero, gemini, gemini with Adam in host memory.
+    Tensor and pipeline parallelism are slower on as many GPUs, and need no less of their memory.
     """
     if not each.gpus:
         return "torch_ddp", "", "the fastest on a CPU"
-    # Bytes a parameter. 16-bit weights and gradients take 4; Adam's 12 are spread; under gemini gradients take the weights' place.
+    # Bytes a parameter. 16-bit weights and gradients take 4; Adam's 12 are spread; under gemini
+    # gradients take the weights' place.
     ways = [
         ("low_level_zero", "", 4 + 12 / processes),
         ("gemini", "", 14 / processes),
@@ -58,20 +63,32 @@ def plugin(parameters: int | None, each: Machine, processes: int) -> tuple[str, 
             return (
                 name,
                 flags,
-                f"the {'fastest' if fastest else 'fastest that it fits under'} on {processes} such GPU{'s' * (processes > 1)}",
+                f"the {'fastest' if fastest else 'fastest that it fits under'} on {processes} such "
+                f"GPU{'s' * (processes > 1)}",
             )
     return name, flags, "what takes the least memory on the GPUs"
 
 
 def parameters_of(model: str, online: bool) -> int | None:
-    """A model's parameters by its config.json; None where that is not to be had, which the checks before training will speak of."""
+    """A model's parameters by its config.json; None where that is not to be had, which the checks
+    before training will speak of."""
     try:
         is_on_the_hub = model.count("/") == 1 and not model.startswith((".", "/", "sample/"))
-        file = hf_hub_download(model, "config.json", local_files_only=not online) if is_on_the_hub else f"{model}/config.json"
+        file = (
+            hf_hub_download(model, "config.json", local_files_only=not online)
+            if is_on_the_hub
+            else f"{model}/config.json"
+        )
         with open(file) as content:
             config = json.load(content)
-        hidden, embedding = config["hidden_size"], config["vocab_size"] * config["word_embed_proj_dim"]
-        return config["num_hidden_layers"] * (4 * hidden**2 + 2 * hidden * config["ffn_dim"]) + embedding
+        hidden, embedding = (
+            config["hidden_size"],
+            config["vocab_size"] * config["word_embed_proj_dim"],
+        )
+        return (
+            config["num_hidden_layers"] * (4 * hidden**2 + 2 * hidden * config["ffn_dim"])
+            + embedding
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -27,14 +27,19 @@ def report_user_error(message) -> None:
 def say_once(message: str) -> None:
     """Print a line to stderr, unless another process of this node has printed the same.
 
-    The first process to get here prints: what only a later rank finds must be seen too, and torchrun ends the others, the
-    first among them, as soon as one has failed. Without torchrun nothing tells the processes of a run apart from another
-    run's, and each prints.
+    The first process to get here prints: what only a later rank finds must be seen too, and
+    torchrun ends the others, the first among them, as soon as one has failed. Without torchrun
+    nothing tells the processes of a run apart from another run's, and each prints.
     """
     line = f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}"
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json, in a directory of this run's own
+    own = os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    )  # .../attempt_0/RANK/error.json, in a directory of this run's own
     if own:
-        claim = Path(own).parent.parent / f"said-{hashlib.sha256(line.encode(errors='replace')).hexdigest()[:16]}"
+        claim = (
+            Path(own).parent.parent
+            / f"said-{hashlib.sha256(line.encode(errors='replace')).hexdigest()[:16]}"
+        )
         try:
             claim.touch(exist_ok=False)
         except FileExistsError:

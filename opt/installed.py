@@ -1,8 +1,11 @@
-"""Whether the packages that are installed are those of requirements.txt, found out without importing one of them.
+"""Whether the packages that are installed are those of requirements.txt, found out without
+importing one of them.
 
-    python -m opt.installed run_demo.sh         (exit code 2 and one line if not, which begins with this name)
+    python -m opt.installed run_demo.sh         (exit code 2 and one line if not, which begins with
+    this name)
 
-An older torch, say, beside a newer numpy ends in a traceback of its own, wherever it is imported first. So this comes before.
+An older torch, say, beside a newer numpy ends in a traceback of its own, wherever it is imported
+first. So this comes before.
 """
 
 import re
@@ -16,7 +19,8 @@ REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
 
 def check() -> None:
-    """End with one line, which has the command that mends it, and exit code 2 if a package is missing or not one that was tested."""
+    """End with one line, which has the command that mends it, and exit code 2 if a package is
+    missing or not one that was tested."""
     pip = f"{sys.executable} -m pip install"
     if wrong := out_of_bounds():
         report_user_error(f"{'; '.join(wrong)}: {pip} -r {REQUIREMENTS}")
@@ -26,7 +30,9 @@ def check() -> None:
 
 def out_of_bounds() -> list[str]:
     """What of requirements.txt is missing or in a version that it does not allow, in words."""
-    lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")
+    ]
     names = {line: re.match(r"[\w-]+", line)[0] for line in lines}
     missing = [name for name in names.values() if _version(name) is None]
     try:
@@ -36,21 +42,28 @@ def out_of_bounds() -> list[str]:
     wrong = [f"not installed: {', '.join(missing)}"] if missing else []
     for line, name in names.items():
         allowed, version = Requirement(line).specifier, _version(name)
-        # Builds from source and NVIDIA's containers have a pre-release's version, such as 2.11.0a0+gitabc.
+        # Builds from source and NVIDIA's containers have a pre-release's version, such as
+        # 2.11.0a0+gitabc.
         if version is not None and not allowed.contains(version, prereleases=True):
             wrong.append(f"{name} {version} is installed, and {allowed} is what was tested")
     return wrong
 
 
 def foreign_torchvision() -> str | None:
-    """The complaint about a torchvision of another torch, left behind where pip has changed torch. Nothing here needs one, but
-    transformers imports it where there is one, and that raises RuntimeError (4.51.3: "operator torchvision::nms does not exist")."""
+    """The complaint about a torchvision of another torch, left behind where pip has changed torch.
+    Nothing here needs one, but transformers imports it where there is one, and that raises
+    RuntimeError (4.51.3: "operator torchvision::nms does not exist")."""
     from packaging.requirements import Requirement
 
     version = _version("torchvision")
     for needed in map(Requirement, metadata.requires("torchvision") or [] if version else []):
-        if needed.name == "torch" and not needed.specifier.contains(_version("torch"), prereleases=True):
-            return f"torchvision {version} is made for torch{needed.specifier}, and torch {_version('torch')} is installed"
+        if needed.name == "torch" and not needed.specifier.contains(
+            _version("torch"), prereleases=True
+        ):
+            return (
+                f"torchvision {version} is made for torch{needed.specifier}, and torch "
+                f"{_version('torch')} is installed"
+            )
     return None
 
 

@@ -16,22 +16,28 @@ from transformers import OPTConfig
 
 
 def flops_per_token(config: OPTConfig, length: int) -> float:
-    """Floating-point operations of forward and backward for a token in a row of `length`; recomputation not counted.
+    """Floating-point operations of forward and backward for a token in a row of `length`;
+    recomputation not counted.
 
-    2 for each multiply-add, and backward twice the forward's: 6 for every weight of a matrix product (embedding look-ups
-    are none, the output projection is one); and for the attention scores and their product with the values 2 products of
-    `hidden` multiply-adds for each position seen, of which a causal row has (length + 1) / 2 on average. As in PaLM
-    (arXiv:2204.02311, appendix B), which counts the whole square of attention.
+    2 for each multiply-add, and backward twice the forward's: 6 for every weight of a matrix
+    product (embedding look-ups are none, the output projection is one); and for the attention
+    scores and their product with the values 2 products of `hidden` multiply-adds for each position
+    seen, of which a causal row has (length + 1) / 2 on average. As in PaLM (arXiv:2204.02311,
+    appendix B), which counts the whole square of attention.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    weights = layers * (4 * hidden * hidden + 2 * hidden * config.ffn_dim) + config.vocab_size * config.word_embed_proj_dim
+    weights = (
+        layers * (4 * hidden * hidden + 2 * hidden * config.ffn_dim)
+        + config.vocab_size * config.word_embed_proj_dim
+    )
     if config.word_embed_proj_dim != hidden:
         weights += 2 * hidden * config.word_embed_proj_dim
     return 6 * weights + 3 * layers * 2 * 2 * hidden * (length + 1) / 2
 
 
 def matmul_flops(device: torch.device) -> float:
-    """The device's measured rate at matrix products, FLOP/s: 8192 x 8192 in bf16 on a GPU, 1024 x 1024 in fp32 on a CPU.
+    """The device's measured rate at matrix products, FLOP/s: 8192 x 8192 in bf16 on a GPU, 1024 x
+    1024 in fp32 on a CPU.
 
     The median of ten; random data, since products of zeros run faster.
     """
@@ -46,8 +52,9 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * n**3 / statistics.median(timer.seconds()[3:])
 
 
-def _mark() -> torch.cuda.Event | float:
-    """Now, on the device: a CUDA event, or the clock on a CPU, which computes in order. The host may be many steps ahead."""
+def mark() -> torch.cuda.Event | float:
+    """Now, on the device: a CUDA event, or the clock on a CPU, which computes in order. The host
+    may be many steps ahead."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -55,7 +62,7 @@ def _mark() -> torch.cuda.Event | float:
     return event
 
 
-def _seconds(start, stop) -> float:
+def seconds_between(start, stop) -> float:
     """From one mark to a later one; waits for the device to come by."""
     if isinstance(start, float):
         return stop - start
@@ -70,18 +77,19 @@ class StepTimer:
         self._marks = []
 
     def start(self) -> None:
-        self._marks.append([_mark()])
+        self._marks.append([mark()])
 
     def stop(self) -> None:
-        self._marks[-1].append(_mark())
+        self._marks[-1].append(mark())
 
     def seconds(self) -> list[float]:
         """The length of each stretch; waits for the device."""
-        return [_seconds(*marks) for marks in self._marks]
+        return [seconds_between(*marks) for marks in self._marks]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Highest use so far, bytes, the largest of all processes: on the device (0 on a CPU host) and in host memory."""
+    """Highest use so far, bytes, the largest of all processes: on the device (0 on a CPU host) and
+    in host memory."""
     on_gpu = device.type == "cuda"
     peaks = torch.tensor(
         [
@@ -93,11 +101,16 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     )
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     allocated, reserved, host = peaks.tolist()
-    return {"peak_memory_allocated_bytes": allocated, "peak_memory_reserved_bytes": reserved, "peak_host_memory_bytes": host}
+    return {
+        "peak_memory_allocated_bytes": allocated,
+        "peak_memory_reserved_bytes": reserved,
+        "peak_host_memory_bytes": host,
+    }
 
 
 def seconds_since_launch() -> float:
-    """Seconds since this run was started: since torchrun's start if that started this process, else since its own."""
+    """Seconds since this run was started: since torchrun's start if that started this process, else
+    since its own."""
     process = psutil.Process()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         process = process.parent()
@@ -108,13 +121,23 @@ def device_name(device: torch.device) -> str:
     """What the device is called by its maker."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
-    return f"CPU {models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    models = (
+        re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if os.path.exists("/proc/cpuinfo")
+        else []
+    )
+    return (
+        f"CPU {models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    )
 
 
 def memory_limit(device: torch.device) -> int:
     """Bytes that the device has; on a CPU host, its memory."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else psutil.virtual_memory().total
+    )
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""torchrun, which ends as its processes did: with the exit code of the one that failed, and without a report under its error line.
+"""torchrun, which ends as its processes did: with the exit code of the one that failed, and without
+a report under its error line.
 
     python -m opt.torchrun --standalone --nproc_per_node 4 opt_train_demo.py ...
 
-The processes say themselves what is wrong, once a node, and torchrun's 30 lines would bury it. One that was killed says nothing; its
-exit code is 137, as in a shell.
+The processes say themselves what is wrong, once a node, and torchrun's 30 lines would bury it. One
+that was killed says nothing; its exit code is 137, as in a shell.
 """
 
 import logging
@@ -19,16 +20,23 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 def main() -> int:
     """The exit code."""
     args = run.parse_args(sys.argv[1:])
-    # Or torchrun says so, and sets it to 1. What the processes compute with they choose by their number, see launch.start.
+    # Or torchrun says so, and sets it to 1. What the processes compute with they choose by their
+    # number, see launch.start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable(logging.ERROR)
     try:
         run.run(args)
     except ChildFailedError as error:
         # Those that were only left by others end with 1, or by torchrun's SIGTERM.
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in (1, -signal.SIGTERM), item[0]))
+        rank, failure = min(
+            error.failures.items(),
+            key=lambda item: (item[1].exitcode in (1, -signal.SIGTERM), item[0]),
+        )
         if failure.exitcode == -signal.SIGKILL:
-            print(f"torchrun: rank {rank} (process {failure.pid}) was killed (exit code 137)", file=sys.stderr)
+            print(
+                f"torchrun: rank {rank} (process {failure.pid}) was killed (exit code 137)",
+                file=sys.stderr,
+            )
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval

@@ -1,10 +1,13 @@
-"""Compile every kernel of opt/kernels.py that the code can ask for, to machine code, for GPUs that need not be there.
+"""Compile every kernel of opt/kernels.py that the code can ask for, to machine code, for GPUs that
+need not be there.
 
-    python compile_worker.py 80 86 89 90        (compute capabilities; PYTHONPATH chooses the Triton)
+    python compile_worker.py 80 86 89 90        (compute capabilities; PYTHONPATH chooses the
+    Triton)
 
-Prints a JSON object a line for each kernel compiled: what it was called with, its shared memory in bytes, the accesses of 16 bytes in its
-PTX, and the error if there was one. The kernels are launched by the functions that the training calls, on small tensors of the host:
-only the launch itself is left out, so that no list of arguments can differ from the real one.
+Prints a JSON object a line for each kernel compiled: what it was called with, its shared memory in
+bytes, the accesses of 16 bytes in its PTX, and the error if there was one. The kernels are launched
+by the functions that the training calls, on small tensors of the host: only the launch itself is
+left out, so that no list of arguments can differ from the real one.
 """
 
 import itertools
@@ -40,7 +43,8 @@ class AbsentGPU:
 
 
 def compile_only(jit_run, gpu, call):
-    """In place of JITFunction.run: what it does but for the launch. `call`: one item, what is being called."""
+    """In place of JITFunction.run: what it does but for the launch. `call`: one item, what is being
+    called."""
     built = []
 
     def run(self, *args, grid, warmup, **options):
@@ -48,7 +52,11 @@ def compile_only(jit_run, gpu, call):
         try:
             compiled = jit_run(self, *args, grid=grid, warmup=True, **options)
             vectors = compiled.asm["ptx"].count("global.v4.b32")
-            found |= {"bytes": len(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "vectors": vectors}
+            found |= {
+                "bytes": len(compiled.asm["cubin"]),
+                "shared": compiled.metadata.shared,
+                "vectors": vectors,
+            }
             found["new"] = not any(compiled is other for other in built)
             built.append(compiled)
         except Exception as error:  # the others are still to be compiled
@@ -59,7 +67,8 @@ def compile_only(jit_run, gpu, call):
 
 
 def flat(dtype, is_aligned):
-    """Two tensors that a kernel over many tensors is to work on, with a number of elements that is a multiple of 16, or not."""
+    """Two tensors that a kernel over many tensors is to work on, with a number of elements that is
+    a multiple of 16, or not."""
     return [torch.zeros(160 if is_aligned else 163, dtype=dtype) for _ in range(2)]
 
 
@@ -73,31 +82,56 @@ def short_attention_sizes() -> list[tuple[int, int]]:
 def call_all(call) -> None:
     """Call each kernel with all dtypes, alignments and sizes that its function takes."""
     for gradient, is_aligned in itertools.product(FLOATS, (True, False)):
-        grads, *fp32 = flat(gradient, is_aligned), *(flat(torch.float32, is_aligned) for _ in range(3))
-        call[0] = {"gradient": str(gradient), "aligned": is_aligned, "bytes_an_element": gradient.itemsize}
+        grads, *fp32 = (
+            flat(gradient, is_aligned),
+            *(flat(torch.float32, is_aligned) for _ in range(3)),
+        )
+        call[0] = {
+            "gradient": str(gradient),
+            "aligned": is_aligned,
+            "bytes_an_element": gradient.itemsize,
+        }
         kernels.sum_of_squares(grads)
         for output in (None, *HALVES):
             outputs = output and flat(output, is_aligned)
             call[0] = {"gradient": str(gradient), "output": str(output), "aligned": is_aligned}
-            call[0]["bytes_an_element"] = gradient.itemsize + 6 * 4 + (output.itemsize if output else 0)  # three fp32 in, three out
-            kernels.adamw(grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01)
+            call[0]["bytes_an_element"] = (
+                gradient.itemsize + 6 * 4 + (output.itemsize if output else 0)
+            )  # three fp32 in, three out
+            kernels.adamw(
+                grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01
+            )
 
-    # OPT's vocabulary, and one that no row of which begins where 16 bytes do; targets behind the first of a packed batch, and others.
+    # OPT's vocabulary, and one that no row of which begins where 16 bytes do; targets behind the
+    # first of a packed batch, and others.
     for dtype, columns, first in itertools.product(FLOATS, (50272, 1003), (0, 1)):
         call[0] = {"logits": str(dtype), "columns": columns, "first target": first}
-        kernels.cross_entropy(torch.zeros(4, columns, dtype=dtype), torch.zeros(5, dtype=torch.int64)[first:][:4], torch.zeros(4), -100)
+        kernels.cross_entropy(
+            torch.zeros(4, columns, dtype=dtype),
+            torch.zeros(5, dtype=torch.int64)[first:][:4],
+            torch.zeros(4),
+            -100,
+        )
 
     for dtype, (longest, head_dim) in itertools.product(HALVES, short_attention_sizes()):
         call[0] = {"qkv": str(dtype), "longest": longest, "head_dim": head_dim}
         qkv = torch.zeros(longest, 3, 2, head_dim, dtype=dtype, requires_grad=True)
-        kernels.ShortAttention.apply(qkv, torch.tensor([0, longest], dtype=torch.int32), longest).sum().backward()
+        kernels.ShortAttention.apply(
+            qkv, torch.tensor([0, longest], dtype=torch.int32), longest
+        ).sum().backward()
 
 
 def call_trials(call) -> None:
-    """Try kernels as opt/kernel_probe.py does for a run of OPT-350m in bf16, and call them as that run would."""
+    """Try kernels as opt/kernel_probe.py does for a run of OPT-350m in bf16, and call them as that
+    run would."""
     bf16, device = torch.bfloat16, torch.device("cpu")
     call[0] = "trial"
-    for kernel, *variant in (("update", bf16, bf16), ("norm", bf16), ("loss", bf16, 50272), ("attention", bf16, 64, 64)):
+    for kernel, *variant in (
+        ("update", bf16, bf16),
+        ("norm", bf16),
+        ("loss", bf16, 50272),
+        ("attention", bf16, 64, 64),
+    ):
         kernel_probe._TRIALS[kernel](kernels, device, *variant)
     call[0] = "run"
     sizes = (50272 * 16, 1024, 4096)
@@ -105,9 +139,16 @@ def call_trials(call) -> None:
     fp32 = [[torch.zeros(size) for size in sizes] for _ in range(3)]
     kernels.adamw(grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01)
     kernels.sum_of_squares(grads)
-    kernels.cross_entropy(torch.zeros(1024, 50272, dtype=bf16), torch.zeros(1025, dtype=torch.int64)[1:], torch.zeros(1024), -100)
+    kernels.cross_entropy(
+        torch.zeros(1024, 50272, dtype=bf16),
+        torch.zeros(1025, dtype=torch.int64)[1:],
+        torch.zeros(1024),
+        -100,
+    )
     qkv = torch.zeros(1000, 3, 16, 64, dtype=bf16, requires_grad=True)
-    kernels.ShortAttention.apply(qkv, torch.arange(0, 1001, 50, dtype=torch.int32), 63).sum().backward()
+    kernels.ShortAttention.apply(
+        qkv, torch.arange(0, 1001, 50, dtype=torch.int32), 64
+    ).sum().backward()
 
 
 if __name__ == "__main__":

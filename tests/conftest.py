@@ -1,4 +1,5 @@
-"""What the tests share: starting the scripts as a user does, and small models with known weights."""
+"""What the tests share: starting the scripts as a user does, and small models with known
+weights."""
 
 import json
 import os
@@ -10,6 +11,9 @@ import psutil
 import pytest
 import torch
 
+from args import Settings
+from opt.data import tokens
+
 REPO = Path(__file__).resolve().parent.parent
 SAMPLE_MODEL = REPO / "sample" / "opt-tiny"
 SAMPLE_DATA = REPO / "sample" / "netflix_sample.csv"
@@ -18,7 +22,9 @@ SAMPLE_DATA = REPO / "sample" / "netflix_sample.csv"
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+            )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,7 +34,8 @@ def own_cache(tmp_path_factory):
 
 
 def start(script, *arguments, nproc=None, env=None, launcher=None, **streams) -> subprocess.Popen:
-    """Start a script of the project: by python, by torchrun with `nproc` processes, or by another `launcher`."""
+    """Start a script of the project: by python, by torchrun with `nproc` processes, or by another
+    `launcher`."""
     launcher = list(launcher or [sys.executable])
     if nproc:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
@@ -39,14 +46,22 @@ def start(script, *arguments, nproc=None, env=None, launcher=None, **streams) ->
 
 def colossalai_run(nproc: int, port: int) -> dict:
     """What start() is to be given for `colossalai run`: its launcher and environment."""
-    launcher = [sys.executable, "-c", "from colossalai.cli import cli; cli()", "run", "--nproc_per_node", str(nproc)]
+    launcher = [
+        sys.executable,
+        "-c",
+        "from colossalai.cli import cli; cli()",
+        "run",
+        "--nproc_per_node",
+        str(nproc),
+    ]
     # Its launcher calls `torchrun`, by its name.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {"launcher": [*launcher, "--master_port", str(port)], "env": {"PATH": path}}
 
 
 def finish(process: subprocess.Popen, timeout) -> subprocess.CompletedProcess:
-    """Wait for a process of start(); after `timeout` seconds end it, with all that it has started, and fail with its output."""
+    """Wait for a process of start(); after `timeout` seconds end it, with all that it has started,
+    and fail with its output."""
     try:
         out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -62,7 +77,8 @@ def run(script, *arguments, nproc=None, env=None, timeout=180):
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """End a process and its descendants: torchrun's workers have sessions of their own, no signal to a group reaches them."""
+    """End a process and its descendants: torchrun's workers have sessions of their own, no signal
+    to a group reaches them."""
     if process.poll() is None:
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -74,13 +90,16 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def pretend(folder: Path, *packages: str) -> dict:
-    """The environment in which these distributions, "name version [requirement]" each, are found before those that are there."""
+    """The environment in which these distributions, "name version [requirement]" each, are found
+    before those that are there."""
     for package in packages:
         name, version, *needs = package.split()
         info = folder / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)
         needs = "".join(f"Requires-Dist: {need}\n" for need in needs)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+        )
     return {"PYTHONPATH": str(folder)}
 
 
@@ -97,12 +116,26 @@ def workers(launcher: subprocess.Popen, script: str) -> list[psutil.Process]:
 
 
 def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env=None, timeout=180):
-    """Run opt_train_demo.py, or a `script` like it, on the sample, writing to `output`; fail with its own words if it fails."""
-    given = {"--model_name_or_path": SAMPLE_MODEL, "--dataset": SAMPLE_DATA, "--output_path": output}
-    flags = [part for flag, value in given.items() if flag not in arguments for part in (flag, value)]
+    """Run opt_train_demo.py, or a `script` like it, on the sample, writing to `output`; fail with
+    its own words if it fails."""
+    given = {
+        "--model_name_or_path": SAMPLE_MODEL,
+        "--dataset": SAMPLE_DATA,
+        "--output_path": output,
+    }
+    flags = [
+        part for flag, value in given.items() if flag not in arguments for part in (flag, value)
+    ]
     done = run(script, *flags, *arguments, nproc=nproc, env=env, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer) -> tokens.Dataset:
+    """What opt_train_demo.py makes of a data set before it trains."""
+    given = {"dataset": str(dataset), "text_column": column, "max_length": max_length}
+    plan = Settings(**given, eval_fraction=eval_fraction, seed=seed)
+    return tokens.open_dataset(tokens.tokenize(plan, tokenizer))
 
 
 def metrics(output) -> list[dict]:

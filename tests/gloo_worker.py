@@ -1,4 +1,5 @@
-"""opt_train_demo.py in processes that share a GPU: NCCL wants a GPU for each, so they talk by gloo, in host memory."""
+"""opt_train_demo.py in processes that share a GPU: NCCL wants a GPU for each, so they talk by gloo,
+in host memory."""
 
 import os
 import sys

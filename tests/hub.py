@@ -1,8 +1,10 @@
-"""A stand-in for the Hugging Face Hub, on this host: it serves folders as model and data set repositories.
+"""A stand-in for the Hugging Face Hub, on this host: it serves folders as model and data set
+repositories.
 
-It answers what huggingface_hub 0.36 and datasets 5.0 ask when they list and download a repository, with the Hub's own paths,
-headers and error codes. Every repository has one commit. Files that the Hub keeps in LFS are answered as it answers them: by a
-redirect to another host, with the size and the hash in headers of their own.
+It answers what huggingface_hub 0.36 and datasets 5.0 ask when they list and download a repository,
+with the Hub's own paths, headers and error codes. Every repository has one commit. Files that the
+Hub keeps in LFS are answered as it answers them: by a redirect to another host, with the size and
+the hash in headers of their own.
 """
 
 import hashlib
@@ -25,19 +27,22 @@ class Hub:
 
     def __init__(self, root: Path):
         self.root = root
-        # "serve"; or a Hub in trouble: "error" answers 500, "hang up" closes every connection, "silent" takes them and
-        # never answers, "cut" serves half of the first large file, closes the connection and then acts like "hang up".
+        # "serve"; or a Hub in trouble: "error" answers 500, "hang up" closes every connection,
+        # "silent" takes them and never answers, "cut" serves half of the first large file, closes
+        # the connection and then acts like "hang up".
         self.mode = "serve"
         self.requests: list[str] = []  # "GET /api/models/..."
         self.stopped = threading.Event()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The variables of a process that takes this for the Hub and has its caches under `home`."""
+        """The variables of a process that takes this for the Hub and has its caches under
+        `home`."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "XDG_CACHE_HOME": str(home / "xdg"),
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets counts loads on another host than HF_ENDPOINT
+            # Datasets counts loads on another host than HF_ENDPOINT
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "HF_HUB_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",
         }
@@ -49,7 +54,10 @@ class Hub:
     def commit(self, kind: str, name: str) -> str:
         """The 40 digits of a repository's only commit: they follow its files."""
         folder = self.repository(kind, name)
-        content = [(str(f.relative_to(folder)), hashlib.sha1(f.read_bytes()).hexdigest()) for f in files(folder)]
+        content = [
+            (str(f.relative_to(folder)), hashlib.sha1(f.read_bytes()).hexdigest())
+            for f in files(folder)
+        ]
         return hashlib.sha1(repr((kind, name, content)).encode()).hexdigest()
 
 
@@ -64,7 +72,8 @@ def serving(root: Path):
     hub = Hub(root)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
-    # By name: datasets asks datasets-server.<this host> too, and what is under localhost needs no name server to be refused.
+    # By name: datasets asks datasets-server.<this host> too, and what is under localhost needs no
+    # name server to be refused.
     hub.url = f"http://localhost:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -116,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _large(self, file: Path):
-        """A file of LFS's host: from the byte that is asked for, as the Hub's host has it for downloads that broke off."""
+        """A file of LFS's host: from the byte that is asked for, as the Hub's host has it for
+        downloads that broke off."""
         content, status, first = file.read_bytes(), 200, 0
         total = len(content)
         if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
@@ -135,12 +145,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _missing(self, kind: str, name: str, revision: str | None) -> bool:
-        """Refuse what is not there, as the Hub does: a repository that does not exist looks like a private one."""
+        """Refuse what is not there, as the Hub does: a repository that does not exist looks like a
+        private one."""
         if not self.hub.repository(kind, name).is_dir():
-            # huggingface_hub knows a bare 401 for what it means under https alone; the code is for http.
-            self._answer(401, {"error": "Invalid username or password."}, X_Error_Code="RepoNotFound")
+            # huggingface_hub knows a bare 401 for what it means under https alone; the code is for
+            # http.
+            self._answer(
+                401, {"error": "Invalid username or password."}, X_Error_Code="RepoNotFound"
+            )
         elif revision not in (None, "main", self.hub.commit(kind, name)):
-            self._answer(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
+            self._answer(
+                404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound"
+            )
         else:
             return False
         return True
@@ -154,20 +170,41 @@ class _Handler(BaseHTTPRequestHandler):
             if not inside.exists():
                 return self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
             recursive = query.get("recursive", [""])[0].lower() in ("true", "1")
-            return self._answer(200, [self._info(folder, p) for p in sorted(inside.rglob("*") if recursive else inside.iterdir())])
+            return self._answer(
+                200,
+                [
+                    self._info(folder, p)
+                    for p in sorted(inside.rglob("*") if recursive else inside.iterdir())
+                ],
+            )
         names = [{"rfilename": str(f.relative_to(folder))} for f in files(folder)]
-        answer = {"id": name, "sha": self.hub.commit(kind, name), "private": False, "tags": [], "downloads": 0, "likes": 0}
+        answer = {
+            "id": name,
+            "sha": self.hub.commit(kind, name),
+            "private": False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+        }
         self._answer(200, answer | {"siblings": names})
 
     def _info(self, folder: Path, path: Path) -> dict:
         """A file or folder as the tree lists it."""
-        info = {"type": "directory" if path.is_dir() else "file", "path": str(path.relative_to(folder)), "size": 0}
+        info = {
+            "type": "directory" if path.is_dir() else "file",
+            "path": str(path.relative_to(folder)),
+            "size": 0,
+        }
         if path.is_dir():
             return info | {"oid": hashlib.sha1(info["path"].encode()).hexdigest()}
         content = path.read_bytes()
         info |= {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
         if path.suffix in LFS:
-            info["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            info["lfs"] = {
+                "oid": hashlib.sha256(content).hexdigest(),
+                "size": len(content),
+                "pointerSize": 134,
+            }
         return info
 
     def _resolve(self, datasets, name, revision, path):
@@ -177,25 +214,50 @@ class _Handler(BaseHTTPRequestHandler):
         commit = {"X_Repo_Commit": self.hub.commit(kind, name)}
         file = self.hub.repository(kind, name) / path
         if not file.is_file():
-            return self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **commit)
+            return self._answer(
+                404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **commit
+            )
         content = file.read_bytes()
         if file.suffix in LFS:
             digest = f'"{hashlib.sha256(content).hexdigest()}"'
-            other = f"http://127.0.0.1:{self.server.server_port}/cdn/{file.relative_to(self.hub.root)}"
-            return self._answer(302, None, Location=other, X_Linked_Etag=digest, X_Linked_Size=len(content), **commit)
+            other = (
+                f"http://127.0.0.1:{self.server.server_port}/cdn/{file.relative_to(self.hub.root)}"
+            )
+            return self._answer(
+                302,
+                None,
+                Location=other,
+                X_Linked_Etag=digest,
+                X_Linked_Size=len(content),
+                **commit,
+            )
         self._bytes(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **commit)
 
 
 def save_opt_tokenizer(directory: Path) -> None:
-    """Write a tokenizer as facebook/opt-* ship it: GPT-2's byte-level BPE as vocab.json and merges.txt, OPT's special tokens,
-    and a BOS that it adds by itself."""
+    """Write a tokenizer as facebook/opt-* ship it: GPT-2's byte-level BPE as vocab.json and
+    merges.txt, OPT's special tokens, and a BOS that it adds by itself."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     merges = [("Ġ", "a"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("e", "r"), ("o", "n")]
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    tokens = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *sorted(ByteLevel.alphabet()),
+        *("".join(pair) for pair in merges),
+    ]
     (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (directory / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    )
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     (directory / "special_tokens_map.json").write_text(json.dumps(special))
-    settings = {"add_bos_token": True, "add_prefix_space": False, "errors": "replace", "tokenizer_class": "GPT2Tokenizer"}
+    settings = {
+        "add_bos_token": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        "tokenizer_class": "GPT2Tokenizer",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings | special))

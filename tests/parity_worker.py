@@ -1,9 +1,10 @@
-"""What tests/test_parity.py and tests/test_export.py run under torchrun: many small cases in one start of the processes.
+"""What tests/test_parity.py and tests/test_export.py run under torchrun: many small cases in one
+start of the processes.
 
     torchrun --nproc_per_node N tests/parity_worker.py CASES.json RESULTS.json
 
-CASES.json: {case: {"wanted": a function below, "flags": [of opt_train_demo.py], and what else the function takes}}.
-RESULTS.json: {case: what the function returns}, written anew after each case.
+CASES.json: {case: {"wanted": a function below, "flags": [of opt_train_demo.py], and what else the
+function takes}}. RESULTS.json: {case: what the function returns}, written anew after each case.
 """
 
 import gc
@@ -24,6 +25,7 @@ from opt.model import kernel_probe, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.opt import meta_model
 from opt.train.export import export_model
+from opt.train.schedule import Steps
 from opt_train_demo import Boosted, boost, evaluate, train_step
 
 
@@ -32,15 +34,19 @@ def boosted(args, here) -> Boosted:
     directory = Path(args.model_name_or_path)
     config = with_dropout(load_config(directory), args.dropout)
     contents = weights.open_weights(directory, meta_model(config), args.seed)
-    return boost(args, here, config, contents, args.learning_rate, warmup_steps=0, total_steps=10)
+    steps = Steps(10, 10, 0, 10, args.learning_rate)
+    return boost(args, here, config, contents, steps)
 
 
 def first_losses(args, here, rows: str) -> list[float]:
-    """The loss of all rows, over all data-parallel ranks: evaluated, then at each of --max_train_steps steps (default none)."""
+    """The loss of all rows, over all data-parallel ranks: evaluated, then at each of
+    --max_train_steps steps (default none)."""
     trained = boosted(args, here)
     spread = trained.plugin.spread
     rows = tokens.Rows(Path(rows), "train")
-    batches = Batches(rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None)
+    batches = Batches(
+        rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None
+    )
     losses = [evaluate(trained, batches)]
     for _ in range(args.max_train_steps or 0):
         share, _ = train_step(trained, list(batches.epoch()))
@@ -61,14 +67,19 @@ def compiled(args, here, rows: str) -> dict[str, list]:
 
 
 def gradients(args, here, rows: str) -> dict[str, float]:
-    """By parameter, how far what opt/colossal/reduction.py keeps after two backwards is from twice the mean gradient over all processes, in
-    parts of that gradient's norm; the worst of the processes. Each process has rows of its own."""
+    """By parameter, how far what opt/colossal/reduction.py keeps after two backwards is from twice
+    the mean gradient over all processes, in parts of that gradient's norm; the worst of the
+    processes. Each process has rows of its own."""
     trained = boosted(args, here)
     model, optimizer, reduction = trained.model, trained.optimizer, trained.plugin.form.reduction
     rows = tokens.Rows(Path(rows), "train")
-    inputs = next(iter(Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())).inputs
+    inputs = next(
+        iter(Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())
+    ).inputs
     named = dict(model.unwrap().named_parameters())
-    wanted = torch.autograd.grad(model(**inputs)["loss"], list(named.values()))  # which runs no hook of a parameter
+    wanted = torch.autograd.grad(
+        model(**inputs)["loss"], list(named.values())
+    )  # which runs no hook of a parameter
     for _ in range(2):
         trained.booster.backward(model(**inputs)["loss"], optimizer)
     reduction.finish()
@@ -85,9 +96,13 @@ def gradients(args, here, rows: str) -> dict[str, float]:
 
 
 def memory(args, here) -> dict[str, list[int]]:
-    """By rank, bytes of its own memory: the most that a process came to hold while the model was built and filled, and what
-    it holds then."""
-    for _ in range(2):  # the last case's model: autograd lets go of its tensors when Python has, and then they are garbage
+    """By rank, bytes of its own memory: the most that a process came to hold while the model was
+    built and filled, and what it holds then."""
+    for _ in range(
+        2
+        # The last case's model: autograd lets go of its tensors when Python has, and then they are
+        # garbage
+    ):
         gc.collect()
     with _PeakMemory() as watch:
         held = boosted(args, here)
@@ -108,7 +123,8 @@ def export(args, here, shard_bytes: int) -> None:
 
 
 class _PeakMemory(threading.Thread):
-    """Watches the process's anonymous memory: not the pages of mapped files, which the kernel can drop at any time."""
+    """Watches the process's anonymous memory: not the pages of mapped files, which the kernel can
+    drop at any time."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -147,7 +163,11 @@ def main(cases, results) -> None:
     torch.set_num_threads(1)  # the models are tiny
     found = {}
     for name, case in json.loads(Path(cases).read_text()).items():
-        args = resolve(train_parser().parse_args(case.pop("flags")), here.device.type, kernel_probe.has_bf16(here.device))
+        args = resolve(
+            train_parser().parse_args(case.pop("flags")),
+            here.device.type,
+            kernel_probe.has_bf16(here.device),
+        )
         functions = {f.__name__: f for f in (first_losses, compiled, gradients, memory, export)}
         found[name] = functions[case.pop("wanted")](args, here, **case)
         if here.is_main:

@@ -1,9 +1,11 @@
-"""Kill -9 a process that saves without a pause, again and again; after each kill look for the newest checkpoint.
+"""Kill -9 a process that saves without a pause, again and again; after each kill look for the
+newest checkpoint.
 
     python tests/save_worker.py DIRECTORY KILLS
 
-Child processes are forked from one that has the model built: a kill takes a fraction of a second, not a start. The weights of
-a checkpoint are all its step's number, so that parts of two checkpoints under one name would show.
+Child processes are forked from one that has the model built: a kill takes a fraction of a second,
+not a start. The weights of a checkpoint are all its step's number, so that parts of two checkpoints
+under one name would show.
 """
 
 import json
@@ -13,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -25,28 +28,32 @@ from opt.model import kernel_probe, weights
 from opt.model.config import load_config
 from opt.model.opt import meta_model
 from opt.train import checkpoints
+from opt.train.schedule import Steps
 from opt.train.signals import Control
 from opt_train_demo import boost
+from tests.conftest import tokenize
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 
 
-def save_for_ever(output, boosted, initial, here, plan, rows, report: int) -> None:
-    """What a run does that has nothing to do but to save: from the newest checkpoint on. Reports each that is complete."""
-    found = checkpoints.find("auto", output)
-    saver = checkpoints.Saver(plan, here, Control(here), boosted.plugin, boosted.optimizer, boosted.lr_schedule, rows, initial)
+def save_for_ever(run, boosted, initial, report: int) -> None:
+    """What a run does that has nothing to do but to save: from the newest checkpoint on. Reports
+    each that is complete."""
+    found = checkpoints.find("auto", run.output)
+    saver = checkpoints.Saver(run, Control(run.here), boosted, initial)
     step = found.position.step if found else 0
     while True:
         step += 1
         for parameter in boosted.model.parameters():
             parameter.data.fill_(step)
-        saver.begin(Position(step, 0, step), output / "metrics.jsonl")
+        saver.begin(Position(step, 0, step), run.output / "metrics.jsonl")
         saver.finish()
         os.write(report, f"{step}\n".encode())
 
 
 def main(output: Path, kills: int) -> None:
-    """Prints one JSON line: kills, checkpoints made, and how many kills left a half-written one behind."""
+    """Prints one JSON line: kills, checkpoints made, and how many kills left a half-written one
+    behind."""
     torch.set_num_threads(1)  # threads do not survive a fork
     here = processes.place()
     flags = train_parser().parse_args(["--dropout", "0", "--output_path", str(output)])
@@ -55,17 +62,18 @@ def main(output: Path, kills: int) -> None:
     torch.set_num_threads(1)
     config = load_config(SAMPLE / "opt-tiny")
     initial = weights.InitialWeights(meta_model(config), 0)
-    boosted = boost(plan, here, config, initial, 1e-3, 1, 10)
+    boosted = boost(plan, here, config, initial, Steps.of_benchmark(1e-3))
     tokenizer = tokens.load_tokenizer(SAMPLE / "opt-tiny")
-    dataset = tokens.open_dataset(tokens.tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer))
+    dataset = tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer)
     (output / "metrics.jsonl").write_text("")
+    run = SimpleNamespace(plan=plan, here=here, dataset=dataset, output=output)
 
     chance, made, in_the_middle = random.Random(0), 0, 0
     for _ in range(kills):
         reading, report = os.pipe()
         child = os.fork()
         if child == 0:
-            save_for_ever(output, boosted, initial, here, plan, dataset.train, report)
+            save_for_ever(run, boosted, initial, report)
         os.close(report)
         first = os.read(reading, 100)  # its first checkpoint of this round is complete
         assert first, "the child ended by itself"
@@ -79,10 +87,18 @@ def main(output: Path, kills: int) -> None:
 
         last = int(reported.split()[-1])
         found = checkpoints.find("auto", output)  # reads every byte
-        assert found.position.step in (last, last + 1), f"{last} was complete, {found.path} is found"
+        assert found.position.step in (last, last + 1), (
+            f"{last} was complete, {found.path} is found"
+        )
         saved = found.tensors("weights")
-        assert len(saved) == len(initial) and all((saved[name] == found.position.step).all() for name in saved), found.path
-        assert json.loads(json.dumps(found.state["position"])) == {"step": found.position.step, "epoch": 0, "rows": found.position.step}
+        assert len(saved) == len(initial) and all(
+            (saved[name] == found.position.step).all() for name in saved
+        ), found.path
+        assert json.loads(json.dumps(found.state["position"])) == {
+            "step": found.position.step,
+            "epoch": 0,
+            "rows": found.position.step,
+        }
         made = found.position.step
         in_the_middle += any((output / "checkpoints").glob(".writing-*"))
     print(json.dumps({"kills": kills, "checkpoints": made, "half_written": in_the_middle}))

@@ -1,5 +1,6 @@
-"""Configurations, tokenizers, weights and data sets that are broken, by a list and at random: what reads them says so, as a
-UserError, or gives something sound. No other exception, no hang, no training on garbage."""
+"""Configurations, tokenizers, weights and data sets that are broken, by a list and at random: what
+reads them says so, as a UserError, or gives something sound. No other exception, no hang, no
+training on garbage."""
 
 import json
 import os
@@ -27,7 +28,7 @@ from opt.train.checks import Setup, check
 from opt.train.plan import memory_bytes
 from opt.train.schedule import count_steps
 
-from .conftest import SAMPLE_DATA, SAMPLE_MODEL
+from .conftest import SAMPLE_DATA, SAMPLE_MODEL, tokenize
 
 HERE = processes.Place(0, 1, 0, torch.device("cpu"))
 CONFIG = json.loads((SAMPLE_MODEL / "config.json").read_text())
@@ -35,7 +36,15 @@ CONFIG = json.loads((SAMPLE_MODEL / "config.json").read_text())
 
 def check_run(model, *flags, here=HERE) -> Setup:
     """What opt_train_demo.py checks before it starts."""
-    given = ["--model_name_or_path", str(model), "--dataset", str(SAMPLE_DATA), "--output_path", tempfile.gettempdir(), *flags]
+    given = [
+        "--model_name_or_path",
+        str(model),
+        "--dataset",
+        str(SAMPLE_DATA),
+        "--output_path",
+        tempfile.gettempdir(),
+        *flags,
+    ]
     return check(train_parser().parse_args(given), here)
 
 
@@ -134,7 +143,8 @@ def edit_tokenizer(model: Path, edit) -> None:
 
 
 def other_end_token(model):
-    """As GPT-2's in OPT's place: no more tokens than the model has, but texts end with another one."""
+    """As GPT-2's in OPT's place: no more tokens than the model has, but texts end with another
+    one."""
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         content = json.loads((model / file).read_text())
         (model / file).write_text(json.dumps(content | {"eos_token": "<unk>"}))
@@ -147,9 +157,13 @@ TOKENIZERS = {
     "binary": lambda m: (m / "tokenizer.json").write_bytes(bytes(range(256)) * 9),
     "no model": lambda m: edit_tokenizer(m, lambda t: t.pop("model")),
     "strange model": lambda m: edit_tokenizer(m, lambda t: t["model"].update(type="Nothing")),
-    "merges of no token": lambda m: edit_tokenizer(m, lambda t: t["model"]["merges"].append(["qqq", "zzz"])),
+    "merges of no token": lambda m: edit_tokenizer(
+        m, lambda t: t["model"]["merges"].append(["qqq", "zzz"])
+    ),
     "settings broken": lambda m: (m / "tokenizer_config.json").write_text("{"),
-    "an id too high": lambda m: edit_tokenizer(m, lambda t: t["model"]["vocab"].update({"far": 5000})),
+    "an id too high": lambda m: edit_tokenizer(
+        m, lambda t: t["model"]["vocab"].update({"far": 5000})
+    ),
     "another end token": other_end_token,
 }
 
@@ -191,11 +205,17 @@ def set_first(value):
 
 WEIGHTS = {
     "empty file": lambda m, w: (m / "model.safetensors").touch(),
-    "length of the header too large": lambda m, w: (m / "model.safetensors").write_bytes(b"\xff" * 64),
-    "header of nothing": lambda m, w: (m / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}"),
+    "length of the header too large": lambda m, w: (m / "model.safetensors").write_bytes(
+        b"\xff" * 64
+    ),
+    "header of nothing": lambda m, w: (m / "model.safetensors").write_bytes(
+        (2).to_bytes(8, "little") + b"{}"
+    ),
     "empty .bin": lambda m, w: (m / "pytorch_model.bin").touch(),
     "numbers for names": write_bin(lambda w: dict(enumerate(w.values()))),
-    "code in a pickle": lambda m, w: (m / "pytorch_model.bin").write_bytes(pickle.dumps({"decoder": Evil()})),
+    "code in a pickle": lambda m, w: (m / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"decoder": Evil()})
+    ),
     "code in a .bin": write_bin(lambda w: w | {"x": Evil()}),
     "index: empty": write_index('{"weight_map": {}}'),
     "index: a list": write_index("[]"),
@@ -217,7 +237,11 @@ WEIGHTS = {
 def test_broken_weights(model, case):
     torch.manual_seed(0)
     config = transformers.OPTConfig(**CONFIG)
-    state = {k: v for k, v in transformers.OPTForCausalLM(config).state_dict().items() if k != weights.TIED_HEAD}
+    state = {
+        k: v
+        for k, v in transformers.OPTForCausalLM(config).state_dict().items()
+        if k != weights.TIED_HEAD
+    }
     WEIGHTS[case](model, state)
     with refused(str(model)):
         contents = weights.open_weights(model, meta_model(config), seed=0)
@@ -228,7 +252,9 @@ def test_broken_weights(model, case):
 
 # ---- data
 
-LINES = "show_id,description\n" + "".join(f"s{i},Ein Café in Zürich, das nie schließt.\n".replace(", das", " das") for i in range(20))
+LINES = "show_id,description\n" + "".join(
+    f"s{i},Ein Café in Zürich, das nie schließt.\n".replace(", das", " das") for i in range(20)
+)
 DATA = {
     "UTF-16 without a mark.csv": LINES.encode("utf-16-le"),
     "UTF-16 without a mark.txt": "One text a line.\nAnother.\n".encode("utf-16-le"),
@@ -263,22 +289,28 @@ DATA = {
 def test_a_broken_data_set(tokenizer, tmp_path, name):
     (tmp_path / name).write_bytes(DATA[name])
     with pytest.raises(UserError, match="(?s)^.{20,700}$"):
-        tokens.tokenize(str(tmp_path / name), "description", 64, 0, 1, tokenizer)
+        tokenize(str(tmp_path / name), "description", 64, 0, 1, tokenizer)
 
 
 def test_a_huge_row_is_cut(tokenizer, tmp_path):
     """Ten million characters, without a space among them and with: cut like any other row."""
     (tmp_path / "d.txt").write_text("a" * 10**7 + "\n" + "an inn " * 1_500_000 + "\nOne.\n")
-    rows = tokens.open_dataset(tokens.tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer)).train
+    rows = tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer).train
     assert sorted(rows.lengths)[1:] == [64, 64]
 
 
 # ---- at random
 
-RANDOM = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+RANDOM = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -302,7 +334,9 @@ def test_random_damage_to_a_model(model, name, draw):
     content = (SAMPLE_MODEL / name).read_bytes()
     at = draw.draw(st.integers(0, len(content) - 1))
     length = draw.draw(st.sampled_from([1, 10, len(content)]))
-    (model / name).write_bytes(content[:at] + draw.draw(st.binary(max_size=4)) + content[at + length :])
+    (model / name).write_bytes(
+        content[:at] + draw.draw(st.binary(max_size=4)) + content[at + length :]
+    )
     try:
         check_run(model)
     except UserError:
@@ -316,7 +350,11 @@ def test_random_damage_to_a_model(model, name, draw):
 def test_random_weights(model, content, raw, kind):
     names = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
     file = model / names.get(kind, "model.safetensors.index.json")
-    file.write_bytes(raw if kind in names else json.dumps({"weight_map": content} if kind == "map" else content).encode())
+    file.write_bytes(
+        raw
+        if kind in names
+        else json.dumps({"weight_map": content} if kind == "map" else content).encode()
+    )
     with pytest.raises(UserError):
         check_run(model)
     file.unlink()
@@ -332,21 +370,42 @@ def test_random_data(tokenizer, tmp_path, kind, content):
     file = tmp_path / f"d.{kind}"
     file.write_bytes(b"description\n" + content if kind == "csv" else content)
     try:
-        rows = tokens.open_dataset(tokens.tokenize(str(file), "description", 16, 0, 1, tokenizer)).train
+        rows = tokenize(file, "description", 16, 0, 1, tokenizer).train
     except UserError:
         return
     assert len(rows) and all(rows.lengths <= 16)
 
 
-NUMBERS = ["--batch_size", "--gradient_accumulation_steps", "--mem_cap", "--dropout", "--learning_rate", "--weight_decay", "--seed",
-           "--timeout_minutes", "--tp_size", "--pp_size", "--num_microbatches", "--zero_stage", "--offload_optim_frac", "--max_length",
-           "--eval_fraction", "--num_epoch", "--max_train_steps", "--warmup_ratio", "--max_norm", "--eval_steps"]  # fmt: skip
+NUMBERS = [
+    "--batch_size",
+    "--gradient_accumulation_steps",
+    "--mem_cap",
+    "--dropout",
+    "--learning_rate",
+    "--weight_decay",
+    "--seed",
+    "--timeout_minutes",
+    "--tp_size",
+    "--pp_size",
+    "--num_microbatches",
+    "--zero_stage",
+    "--offload_optim_frac",
+    "--max_length",
+    "--eval_fraction",
+    "--num_epoch",
+    "--max_train_steps",
+    "--warmup_ratio",
+    "--max_norm",
+    "--eval_steps",
+]
 NUMBER = (
     st.integers().map(str)
     | st.integers(-2, 20).map(str)
     | st.floats().map(str)
     | st.text(max_size=6)
-    | st.sampled_from(["nan", "inf", "-inf", "1e999", "-0", "9" * 5000, "", " ", "0x10", "1_0", "\u0661"])
+    | st.sampled_from(
+        ["nan", "inf", "-inf", "1e999", "-0", "9" * 5000, "", " ", "0x10", "1_0", "\u0661"]
+    )
 )
 
 
@@ -373,5 +432,9 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
     except UserError:
         return
     steps = count_steps(setup.plan, 420, Position())
-    assert 1 <= steps.total_steps and 0 <= steps.warmup_steps <= steps.total_steps and steps.learning_rate < 100
+    assert (
+        1 <= steps.total_steps
+        and 0 <= steps.warmup_steps <= steps.total_steps
+        and steps.learning_rate < 100
+    )
     assert memory_bytes(setup.plan, setup.config, 10**6) > 0

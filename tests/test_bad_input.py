@@ -64,7 +64,9 @@ def test_a_mistyped_argument(flags, says):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert_refused(run(SCRIPT, *flags.split()), *says)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1  # importing torch alone takes more
+    assert (
+        used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # importing torch alone takes more
 
 
 # ---- packages that were not tested with one another: refused before one is imported
@@ -77,7 +79,10 @@ def test_a_mistyped_argument(flags, says):
         (["torch 2.15.0"], ["torch 2.15.0", "pip install -r"]),
         (["transformers 5.17.0", "numpy 1.23.5"], ["transformers 5.17.0", "numpy 1.23.5"]),
         (["datasets 2.21.0"], ["datasets 2.21.0"]),
-        (["torch 2.11.0", "torchvision 0.20.1 torch==2.5.1"], ["torchvision 0.20.1", "pip install torch==2.11.0 torchvision"]),
+        (
+            ["torch 2.11.0", "torchvision 0.20.1 torch==2.5.1"],
+            ["torchvision 0.20.1", "pip install torch==2.11.0 torchvision"],
+        ),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -96,14 +101,25 @@ def test_packages_that_were_not_tested(tmp_path, packages, says):
 
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.11.0a0+git1"])
 def test_a_torch_that_colossalai_does_not_allow(tmp_path, monkeypatch, version):
-    """But requirements.txt does: the newest stack (requirements-newest.txt), and a build from source."""
-    monkeypatch.syspath_prepend(next(iter(pretend(tmp_path, f"torch {version}", f"torchvision 0.26.0 torch=={version}").values())))
+    """But requirements.txt does: the newest stack (requirements-newest.txt), and a build from
+    source."""
+    monkeypatch.syspath_prepend(
+        next(
+            iter(
+                pretend(
+                    tmp_path, f"torch {version}", f"torchvision 0.26.0 torch=={version}"
+                ).values()
+            )
+        )
+    )
     assert metadata.version("torch") == version
     installed.check()
 
 
 def test_packages_that_are_missing():
-    done = finish(start(SCRIPT, launcher=[sys.executable, "-S"]), timeout=60)  # without site-packages
+    done = finish(
+        start(SCRIPT, launcher=[sys.executable, "-S"]), timeout=60
+    )  # without site-packages
     assert_refused(done, "not installed: colossalai, torch, transformers", "pip install -r")
 
 
@@ -112,7 +128,8 @@ def test_packages_that_are_missing():
 
 @dataclass
 class Case:
-    """A command line with one mistake, on top of one without; {} is the folder of broken(). And what the line must say."""
+    """A command line with one mistake, on top of one without; {} is the folder of broken(). And
+    what the line must say."""
 
     name: str
     flags: str
@@ -124,42 +141,122 @@ HYBRID = "--plugin hybrid_parallel "
 CASES = [
     # plugins and processes
     Case("world size", HYBRID + "--tp_size 2", ["3 processes", "tp_size 2"], {"WORLD_SIZE": "3"}),
-    Case("rows in pipelines", HYBRID + "--pp_size 2 --padding_free", ["--padding_free", "pipeline"], {"WORLD_SIZE": "2"}),
+    Case(
+        "rows in pipelines",
+        HYBRID + "--pp_size 2 --padding_free",
+        ["--padding_free", "pipeline"],
+        {"WORLD_SIZE": "2"},
+    ),
     Case("world size of one", HYBRID + "--pp_size 2 --batch_size 4", ["1 processes", "pp_size 2"]),
-    Case("heads", HYBRID + "--tp_size 3", ["4 attention heads", "--tp_size 3"], {"WORLD_SIZE": "3"}),
-    Case("layers", HYBRID + "--pp_size 8 --batch_size 8", ["4 layers", "--pp_size 8"], {"WORLD_SIZE": "8"}),
-    Case("micro-batches", HYBRID + "--pp_size 2 --batch_size 6 --num_microbatches 4", ["--batch_size 6", "4 micro"], {"WORLD_SIZE": "2"}),
-    Case("odd batch", HYBRID + "--pp_size 2 --batch_size 5", ["--batch_size 5", "2 micro"], {"WORLD_SIZE": "2"}),
-    Case("few micro-batches", HYBRID + "--pp_size 4 --num_microbatches 2", ["--num_microbatches 2", "--pp_size 4"], {"WORLD_SIZE": "4"}),
-    Case("micro-batches alone", HYBRID + "--num_microbatches 2", ["--num_microbatches", "--pp_size"]),
+    Case(
+        "heads", HYBRID + "--tp_size 3", ["4 attention heads", "--tp_size 3"], {"WORLD_SIZE": "3"}
+    ),
+    Case(
+        "layers",
+        HYBRID + "--pp_size 8 --batch_size 8",
+        ["4 layers", "--pp_size 8"],
+        {"WORLD_SIZE": "8"},
+    ),
+    Case(
+        "micro-batches",
+        HYBRID + "--pp_size 2 --batch_size 6 --num_microbatches 4",
+        ["--batch_size 6", "4 micro"],
+        {"WORLD_SIZE": "2"},
+    ),
+    Case(
+        "odd batch",
+        HYBRID + "--pp_size 2 --batch_size 5",
+        ["--batch_size 5", "2 micro"],
+        {"WORLD_SIZE": "2"},
+    ),
+    Case(
+        "few micro-batches",
+        HYBRID + "--pp_size 4 --num_microbatches 2",
+        ["--num_microbatches 2", "--pp_size 4"],
+        {"WORLD_SIZE": "4"},
+    ),
+    Case(
+        "micro-batches alone", HYBRID + "--num_microbatches 2", ["--num_microbatches", "--pp_size"]
+    ),
     Case("gemini in fp32", "--plugin gemini --precision fp32", ["gemini", "fp32"]),
     Case("fp16 in bf16", "--plugin torch_ddp_fp16 --precision bf16", ["torch_ddp_fp16", "bf16"]),
-    Case("tp without hybrid", "--plugin gemini --tp_size 2", ["--tp_size", "gemini", "hybrid_parallel"]),
+    Case(
+        "tp without hybrid",
+        "--plugin gemini --tp_size 2",
+        ["--tp_size", "gemini", "hybrid_parallel"],
+    ),
     Case("ZeRO stage of DDP", "--zero_stage 1", ["--zero_stage", "torch_ddp", "low_level_zero"]),
-    Case("offload without gemini", "--plugin low_level_zero --offload_optim_frac 0.5", ["--offload_optim_frac", "gemini"]),
+    Case(
+        "offload without gemini",
+        "--plugin low_level_zero --offload_optim_frac 0.5",
+        ["--offload_optim_frac", "gemini"],
+    ),
     Case("ZeRO stage 0", "--plugin low_level_zero --zero_stage 0", ["low_level_zero", "stage"]),
-    Case("ZeRO 2 in stages", HYBRID + "--pp_size 2 --zero_stage 2 --precision bf16", ["stage 2", "pipeline"], {"WORLD_SIZE": "2"}),
+    Case(
+        "ZeRO 2 in stages",
+        HYBRID + "--pp_size 2 --zero_stage 2 --precision bf16",
+        ["stage 2", "pipeline"],
+        {"WORLD_SIZE": "2"},
+    ),
     # model
-    Case("no model", "--model_name_or_path {}/nowhere", ["--model_name_or_path", "/nowhere", "no such directory"]),
+    Case(
+        "no model",
+        "--model_name_or_path {}/nowhere",
+        ["--model_name_or_path", "/nowhere", "no such directory"],
+    ),
     Case("no config", "--model_name_or_path {}/empty", ["/empty", "config.json"]),
     Case("not JSON", "--model_name_or_path {}/not_json", ["config.json"]),
     Case("not OPT", "--model_name_or_path {}/gpt2", ["gpt2", "OPT"]),
-    Case("odd heads", "--model_name_or_path {}/odd_heads", ["hidden_size 128", "3 attention heads", "config.json"]),
-    Case("no tokenizer", "--model_name_or_path {}/no_tokenizer", ["/no_tokenizer", "tokenizer.json"]),
-    Case("other tokenizer", "--model_name_or_path {}/other_tokenizer", ["2048 tokens", "vocabulary 1000"]),
+    Case(
+        "odd heads",
+        "--model_name_or_path {}/odd_heads",
+        ["hidden_size 128", "3 attention heads", "config.json"],
+    ),
+    Case(
+        "no tokenizer", "--model_name_or_path {}/no_tokenizer", ["/no_tokenizer", "tokenizer.json"]
+    ),
+    Case(
+        "other tokenizer",
+        "--model_name_or_path {}/other_tokenizer",
+        ["2048 tokens", "vocabulary 1000"],
+    ),
     Case("max_length", "--max_length 257", ["--max_length 257", "256 positions"]),
     # weights
-    Case("other shape", "--model_name_or_path {}/other_shape", ["/other_shape", "fc1.weight", "(512, 128)", "(256, 128)"]),
+    Case(
+        "other shape",
+        "--model_name_or_path {}/other_shape",
+        ["/other_shape", "fc1.weight", "(512, 128)", "(256, 128)"],
+    ),
     Case("tensors missing", "--model_name_or_path {}/lacking", ["/lacking", "lack 1", "fc2.bias"]),
     Case("tensors too many", "--model_name_or_path {}/extra", ["/extra", "layers.4"]),
-    Case("shard missing", "--model_name_or_path {}/shard_missing", ["model.safetensors.index.json", "00002-of-"]),
-    Case("index missing", "--model_name_or_path {}/index_missing", ["/index_missing", "model-00001-of-", "index.json"]),
-    Case("index broken", "--model_name_or_path {}/index_broken", ["model.safetensors.index.json", "index"]),
-    Case("safetensors cut", "--model_name_or_path {}/cut_safetensors", ["model.safetensors", "again"]),
-    Case("safetensors garbage", "--model_name_or_path {}/garbage_safetensors", ["model.safetensors", "again"]),
+    Case(
+        "shard missing",
+        "--model_name_or_path {}/shard_missing",
+        ["model.safetensors.index.json", "00002-of-"],
+    ),
+    Case(
+        "index missing",
+        "--model_name_or_path {}/index_missing",
+        ["/index_missing", "model-00001-of-", "index.json"],
+    ),
+    Case(
+        "index broken",
+        "--model_name_or_path {}/index_broken",
+        ["model.safetensors.index.json", "index"],
+    ),
+    Case(
+        "safetensors cut", "--model_name_or_path {}/cut_safetensors", ["model.safetensors", "again"]
+    ),
+    Case(
+        "safetensors garbage",
+        "--model_name_or_path {}/garbage_safetensors",
+        ["model.safetensors", "again"],
+    ),
     Case("bin cut", "--model_name_or_path {}/cut_bin", ["pytorch_model.bin", "again"]),
     Case("bin garbage", "--model_name_or_path {}/garbage_bin", ["pytorch_model.bin", "again"]),
-    Case("bin of something else", "--model_name_or_path {}/list_bin", ["pytorch_model.bin", "again"]),
+    Case(
+        "bin of something else", "--model_name_or_path {}/list_bin", ["pytorch_model.bin", "again"]
+    ),
     # data
     Case("no file", "--dataset {}/nowhere.csv", ["--dataset", "/nowhere.csv", "no such file"]),
     Case("folder", "--dataset {}", ["--dataset", "no such file"]),
@@ -167,18 +264,46 @@ CASES = [
     Case("empty file", "--dataset {}/empty.csv", ["empty.csv", "empty"]),
     Case("no rows", "--dataset {}/no_rows.csv", ["no_rows.csv", "no rows"]),
     Case("no text", "--dataset {}/blank.csv", ["blank.csv", "no text", "3 of its texts are empty"]),
-    Case("no column", "--dataset {}/two.csv --text_column plot", ["'plot'", "description", "--text_column"]),
+    Case(
+        "no column",
+        "--dataset {}/two.csv --text_column plot",
+        ["'plot'", "description", "--text_column"],
+    ),
     Case("numbers", "--dataset {}/numbers.jsonl", ["line 1", "int", "not text", "--text_column"]),
     Case("not parquet", "--dataset {}/not.parquet", ["not.parquet", "cannot be read"]),
     Case("not jsonl", "--dataset {}/not.jsonl", ["not.jsonl", "line 2", "no JSON"]),
     Case("nothing to hold out", "--dataset {}/two.csv", ["2 texts", "--eval_fraction"]),
     # output
-    Case("output under a file", "--output_path {}/empty.csv/out", ["--output_path", "cannot be written", "Not a directory"]),
-    Case("output is a file", "--output_path {}/empty.csv", ["--output_path", "cannot be written", "Not a directory"]),
-    Case("output in /proc", "--output_path /proc/out", ["--output_path /proc/out", "cannot be written"]),
-    Case("output too long", "--output_path {}/" + "x" * 300, ["--output_path", "cannot be written", "too long"]),
-    Case("output's folder is a file", "--output_path {}/empty.csv/model.bin", ["--output_path", "cannot be written"]),
-    Case("output.bin is a folder", "--output_path {}/folder.bin", ["--output_path", "folder.bin", "directory"]),
+    Case(
+        "output under a file",
+        "--output_path {}/empty.csv/out",
+        ["--output_path", "cannot be written", "Not a directory"],
+    ),
+    Case(
+        "output is a file",
+        "--output_path {}/empty.csv",
+        ["--output_path", "cannot be written", "Not a directory"],
+    ),
+    Case(
+        "output in /proc",
+        "--output_path /proc/out",
+        ["--output_path /proc/out", "cannot be written"],
+    ),
+    Case(
+        "output too long",
+        "--output_path {}/" + "x" * 300,
+        ["--output_path", "cannot be written", "too long"],
+    ),
+    Case(
+        "output's folder is a file",
+        "--output_path {}/empty.csv/model.bin",
+        ["--output_path", "cannot be written"],
+    ),
+    Case(
+        "output.bin is a folder",
+        "--output_path {}/folder.bin",
+        ["--output_path", "folder.bin", "directory"],
+    ),
 ]
 
 
@@ -187,12 +312,20 @@ def broken(tmp_path_factory) -> Path:
     """A folder of models and data sets, each with a fault of its own."""
     root = tmp_path_factory.mktemp("broken")
     config = json.loads((SAMPLE_MODEL / "config.json").read_text())
-    weights = {k: v for k, v in transformers.OPTForCausalLM(transformers.OPTConfig(**config)).state_dict().items() if k != "lm_head.weight"}
+    weights = {
+        k: v
+        for k, v in transformers.OPTForCausalLM(transformers.OPTConfig(**config))
+        .state_dict()
+        .items()
+        if k != "lm_head.weight"
+    }
     names = sorted(weights)
 
     def model(name, change_config=None, tokenizer=True) -> Path:
         folder = root / name
-        shutil.copytree(SAMPLE_MODEL, folder, ignore=None if tokenizer else shutil.ignore_patterns("*token*"))
+        shutil.copytree(
+            SAMPLE_MODEL, folder, ignore=None if tokenizer else shutil.ignore_patterns("*token*")
+        )
         (folder / "config.json").write_text(json.dumps(config | (change_config or {})))
         return folder
 
@@ -205,11 +338,20 @@ def broken(tmp_path_factory) -> Path:
 
     file = "model.safetensors"
     save_file(weights, model("other_shape", {"ffn_dim": 256}) / file)
-    save_file({k: v for k, v in weights.items() if not k.endswith("layers.3.fc2.bias")}, model("lacking") / file)
-    save_file(weights | {k.replace("layers.3", "layers.4"): v.clone() for k, v in weights.items()}, model("extra") / file)
+    save_file(
+        {k: v for k, v in weights.items() if not k.endswith("layers.3.fc2.bias")},
+        model("lacking") / file,
+    )
+    save_file(
+        weights | {k.replace("layers.3", "layers.4"): v.clone() for k, v in weights.items()},
+        model("extra") / file,
+    )
 
     shards = {f"model-{i:05d}-of-00003.safetensors": names[i - 1 :: 3] for i in (1, 2, 3)}
-    index = {"metadata": {}, "weight_map": {name: shard for shard, own in shards.items() for name in own}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: shard for shard, own in shards.items() for name in own},
+    }
     for folder in (model("shard_missing"), model("index_missing"), model("index_broken")):
         for shard, own in shards.items():
             save_file({name: weights[name] for name in own}, folder / shard)
@@ -238,8 +380,9 @@ def broken(tmp_path_factory) -> Path:
     return root
 
 
-# A process that has imported what the script imports, and forks itself for each command line that it reads. Importing takes
-# a process 5 seconds, and taking all of it down again half a second: a fork does neither.
+# A process that has imported what the script imports, and forks itself for each command line that
+# it reads. Importing takes a process 5 seconds, and taking all of it down again half a second: a
+# fork does neither.
 FORKS = """
 import gc, json, os, runpy, sys, traceback
 import datasets, transformers, opt.train.plan
@@ -271,7 +414,12 @@ for line in sys.stdin:
 def forks():
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
-        [sys.executable, "-c", FORKS], cwd=REPO, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", FORKS],
+        cwd=REPO,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as forks:
         yield forks
         forks.stdin.close()
@@ -280,24 +428,51 @@ def forks():
 def dry_run(flags: str, output: Path) -> list[str]:
     """The arguments of a dry run on the sample, as far as `flags` leave it."""
     flags = flags.split()
-    given = {"--model_name_or_path": SAMPLE_MODEL, "--dataset": SAMPLE_DATA, "--output_path": output}
-    return [*flags, *(str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)), "--dry_run"]
+    given = {
+        "--model_name_or_path": SAMPLE_MODEL,
+        "--dataset": SAMPLE_DATA,
+        "--output_path": output,
+    }
+    return [
+        *flags,
+        *(
+            str(part)
+            for flag, value in given.items()
+            if flag not in flags
+            for part in (flag, value)
+        ),
+        "--dry_run",
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_mistake(case, forks, broken, tmp_path):
     flags = dry_run(case.flags.format(broken), tmp_path / "out")
     streams = [tmp_path / "stdout", tmp_path / "stderr"]
-    print(json.dumps([str(SCRIPT), flags, case.env, list(map(str, streams))]), file=forks.stdin, flush=True)
+    print(
+        json.dumps([str(SCRIPT), flags, case.env, list(map(str, streams))]),
+        file=forks.stdin,
+        flush=True,
+    )
     code = int(forks.stdout.readline())
-    assert_refused(subprocess.CompletedProcess(flags, code, *(file.read_text() for file in streams)), *case.says)
+    assert_refused(
+        subprocess.CompletedProcess(flags, code, *(file.read_text() for file in streams)),
+        *case.says,
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_no_mistake(tmp_path):
     """The plan, for as many processes as WORLD_SIZE says, and nothing on disk."""
-    flags = "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 8 --gradient_accumulation_steps 3 --precision fp32"
-    done = run(SCRIPT, *dry_run(flags, tmp_path / "out"), env={"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "8"})
+    flags = (
+        "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 8 "
+        "--gradient_accumulation_steps 3 --precision fp32"
+    )
+    done = run(
+        SCRIPT,
+        *dry_run(flags, tmp_path / "out"),
+        env={"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "8"},
+    )
     assert done.returncode == 0, done.stderr
     for part in (
         "tp 2 x pp 2 x dp 2",
@@ -320,12 +495,22 @@ def test_a_dry_run_by_torchrun(tmp_path):
 
 
 def test_every_process_ends(broken, tmp_path):
-    """The first process of a node finds the mistake in the data; the others wait for it, and end with it."""
-    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", broken / "blank.csv", "--output_path", tmp_path / "out")
+    """The first process of a node finds the mistake in the data; the others wait for it, and end
+    with it."""
+    flags = (
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        broken / "blank.csv",
+        "--output_path",
+        tmp_path / "out",
+    )
     done = run(SCRIPT, *flags, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=120)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("no text to train on") == 1
-    assert re.search(r"exitcode *: 2 ", done.stderr)  # torchrun's report of the first process to end
+    assert re.search(
+        r"exitcode *: 2 ", done.stderr
+    )  # torchrun's report of the first process to end
     assert not list(tmp_path.iterdir())
 
 
@@ -343,4 +528,9 @@ def test_what_a_cuda_graph_cannot_record(flags, says):
     args = train_parser().parse_args(["--cuda_graph", *flags.split()])
     with pytest.raises(UserError, match=says):
         resolve(args, "cuda", True)
-    assert resolve(train_parser().parse_args(["--cuda_graph", "--plugin", "low_level_zero"]), "cuda", True).precision == "bf16"
+    assert (
+        resolve(
+            train_parser().parse_args(["--cuda_graph", "--plugin", "low_level_zero"]), "cuda", True
+        ).precision
+        == "bf16"
+    )

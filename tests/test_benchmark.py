@@ -1,4 +1,5 @@
-"""The benchmark: what it counts, the sweep, its tables and plots, and the peers beside the plugins."""
+"""The benchmark: what it counts, the sweep, its tables and plots, and the peers beside the
+plugins."""
 
 import csv
 import importlib.util
@@ -23,8 +24,22 @@ from opt.model.sizes import PRESETS, preset_config
 
 from .conftest import REPO, SAMPLE_MODEL, run, workers
 
-# Large steps, no dropout: whoever updates other weights, or with another decay, has another loss after the third.
-WORK = ("--precision", "fp32", "--dropout", 0, "--learning_rate", 0.01, "--seq_length", 64, "--warmup_steps", 1, "--max_train_steps", 2)
+# Large steps, no dropout: whoever updates other weights, or with another decay, has another loss
+# after the third.
+WORK = (
+    "--precision",
+    "fp32",
+    "--dropout",
+    0,
+    "--learning_rate",
+    0.01,
+    "--seq_length",
+    64,
+    "--warmup_steps",
+    1,
+    "--max_train_steps",
+    2,
+)
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 KEYS = """plugin model precision batch_size seq_length world_size tp_size pp_size step_seconds samples_per_second tokens_per_second
 tokens_per_second_per_gpu tflops_per_gpu mfu peak_memory_allocated_bytes peak_memory_reserved_bytes peak_host_memory_bytes loss
@@ -34,24 +49,40 @@ seconds_to_first_step device versions commit""".split()
 # ---- the FLOP formula
 
 
-@pytest.mark.parametrize("sizes", [{"word_embed_proj_dim": 64}, {"word_embed_proj_dim": 32, "do_layer_norm_before": False}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"word_embed_proj_dim": 64}, {"word_embed_proj_dim": 32, "do_layer_norm_before": False}],
+)
 def test_flops_are_what_pytorch_counts(sizes):
     config = OPTConfig(
-        vocab_size=512, hidden_size=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **sizes
+        vocab_size=512,
+        hidden_size=64,
+        ffn_dim=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        **sizes,
     )
-    # Eager attention: its two products are counted (as bmm) on every device, which a fused kernel's are not on a CPU.
+    # Eager attention: its two products are counted (as bmm) on every device, which a fused kernel's
+    # are not on a CPU.
     config._attn_implementation = "eager"
     model = transformers.OPTForCausalLM(config)
     length = 128
     ids = torch.randint(4, 512, (2, length))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    counts = {operation: flops / ids.numel() for operation, flops in counter.get_flop_counts()["Global"].items()}
-    # Eager attention computes the whole square; a causal kernel, and so the formula, the (length + 1) / 2 of length positions seen.
+    counts = {
+        operation: flops / ids.numel()
+        for operation, flops in counter.get_flop_counts()["Global"].items()
+    }
+    # Eager attention computes the whole square; a causal kernel, and so the formula, the (length +
+    # 1) / 2 of length positions seen.
     attention = counts.pop(torch.ops.aten.bmm) * (length + 1) / (2 * length)
 
     ours = flops_per_token(config, length)
-    ours_attention = flops_per_token(config, 2 * length + 1) - ours  # the part that grows with length + 1, once more
+    ours_attention = (
+        flops_per_token(config, 2 * length + 1) - ours
+    )  # the part that grows with length + 1, once more
     assert ours_attention > 0.05 * ours  # not lost in the 2 % of the whole
     assert ours_attention == pytest.approx(attention, rel=0.02)
     assert ours - ours_attention == pytest.approx(sum(counts.values()), rel=0.02)
@@ -59,13 +90,26 @@ def test_flops_are_what_pytorch_counts(sizes):
 
 
 # The published weights' own counts; of the largest what their names say.
-PUBLISHED = {"125m": 125_239_296, "350m": 331_196_416, "1.3b": 1_315_758_080, "2.7b": 2_651_596_800, "6.7b": 6_658_473_984}
-PUBLISHED |= {"13b": 12_853_473_280, "30b": pytest.approx(30e9, rel=0.01), "66b": pytest.approx(66e9, rel=0.01)}
+PUBLISHED = {
+    "125m": 125_239_296,
+    "350m": 331_196_416,
+    "1.3b": 1_315_758_080,
+    "2.7b": 2_651_596_800,
+    "6.7b": 6_658_473_984,
+}
+PUBLISHED |= {
+    "13b": 12_853_473_280,
+    "30b": pytest.approx(30e9, rel=0.01),
+    "66b": pytest.approx(66e9, rel=0.01),
+}
 PUBLISHED |= {"175b": pytest.approx(175e9, rel=0.01)}
 
 
 def test_presets_have_as_many_parameters_as_the_published_models():
-    assert {size: sum(p.numel() for p in meta_model(preset_config(size)).parameters()) for size in PRESETS} == PUBLISHED
+    assert {
+        size: sum(p.numel() for p in meta_model(preset_config(size)).parameters())
+        for size in PRESETS
+    } == PUBLISHED
 
 
 # ---- the sweep, with a combination that fails, killed and started again
@@ -73,20 +117,35 @@ def test_presets_have_as_many_parameters_as_the_published_models():
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """run_benchmark.sh over gemini, which refuses fp32, and torch_ddp: killed while it measures the second, started again.
+    """run_benchmark.sh over gemini, which refuses fp32, and torch_ddp: killed while it measures the
+    second, started again.
 
-    Returns the results' folder, the files that were there when it was killed with their times, and the second run's output.
+    Returns the results' folder, the files that were there when it was killed with their times, and
+    the second run's output.
     """
     out = tmp_path_factory.mktemp("sweep")
-    settings = {"OUT": out, "MODEL": SAMPLE_MODEL, "PLUGIN": "gemini torch_ddp", "BS": 2, "GPUNUM": 1, "PYTHON": sys.executable}
-    env = os.environ | {name: str(value) for name, value in settings.items()} | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "OUT": out,
+        "MODEL": SAMPLE_MODEL,
+        "PLUGIN": "gemini torch_ddp",
+        "BS": 2,
+        "GPUNUM": 1,
+        "PYTHON": sys.executable,
+    }
+    env = (
+        os.environ
+        | {name: str(value) for name, value in settings.items()}
+        | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
+    )
     command = ["bash", str(REPO / "run_benchmark.sh"), *map(str, WORK)]
     first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(out.glob("*torch_ddp*.log")))
     before = {file: file.stat().st_mtime_ns for file in out.glob("*.json")}
     first.send_signal(signal.SIGTERM)
     first.wait(60)
-    assert not any(str(out) in command_line for command_line in command_lines()), "the measurement goes on without the sweep"
+    assert not any(str(out) in command_line for command_line in command_lines()), (
+        "the measurement goes on without the sweep"
+    )
 
     second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
@@ -132,10 +191,23 @@ def test_a_combination_that_fails_is_a_row_that_says_so(sweep):
 
 def test_a_combination_that_is_killed_is_a_row_that_says_so(tmp_path):
     """As the kernel does it for want of host memory: without a word of the process itself."""
-    settings = {"OUT": tmp_path, "MODEL": SAMPLE_MODEL, "PLUGIN": "torch_ddp", "BS": 2, "GPUNUM": 1, "PYTHON": sys.executable}
-    env = os.environ | {name: str(value) for name, value in settings.items()} | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "OUT": tmp_path,
+        "MODEL": SAMPLE_MODEL,
+        "PLUGIN": "torch_ddp",
+        "BS": 2,
+        "GPUNUM": 1,
+        "PYTHON": sys.executable,
+    }
+    env = (
+        os.environ
+        | {name: str(value) for name, value in settings.items()}
+        | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
+    )
     command = ["bash", str(REPO / "run_benchmark.sh"), "--max_train_steps", "1000000"]
-    sweep = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sweep = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for(lambda: workers(sweep, "opt_benchmark.py"))
     workers(sweep, "opt_benchmark.py")[0].kill()
     printed, _ = sweep.communicate(timeout=60)
@@ -169,13 +241,33 @@ def result_of(directory, name) -> dict:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """What benchmarks/compare.py finds: {engine: result}. Nothing is compiled, which takes long on two cores."""
+    """What benchmarks/compare.py finds: {engine: result}. Nothing is compiled, which takes long on
+    two cores."""
     out = tmp_path_factory.mktemp("comparison")
     engines = ["torch_ddp", "torch_amp --no_compile", "fsdp2 --no_compile"]
     if not DEEPSPEED:  # which compiles for minutes before its first step on a CPU
         engines.append("deepspeed_zero2")
-    arguments = ("--models", SAMPLE_MODEL, "--batch_sizes", 16, "--engines", *engines, "--reference", "torch_ddp", "--repeats", 2)
-    done = run(REPO / "benchmarks" / "compare.py", *arguments, "--out", out, *WORK, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=400)
+    arguments = (
+        "--models",
+        SAMPLE_MODEL,
+        "--batch_sizes",
+        16,
+        "--engines",
+        *engines,
+        "--reference",
+        "torch_ddp",
+        "--repeats",
+        2,
+    )
+    done = run(
+        REPO / "benchmarks" / "compare.py",
+        *arguments,
+        "--out",
+        out,
+        *WORK,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+        timeout=400,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "x torch_ddp" in done.stdout
     assert_picture(out / "comparison.png")
@@ -189,7 +281,9 @@ def test_peers_do_the_same_work(comparison, engine):
         pytest.skip("FSDP2 of PyTorch 2.5 is for CUDA devices alone")
     assert peer["loss"] == pytest.approx(ours["loss"], abs=1e-4)
     assert [key for key in ours if key not in peer] == []
-    assert len(peer["repeats"]) == 2 and min(peer["repeats"]) <= peer["step_seconds"]["median"] <= max(peer["repeats"])
+    assert len(peer["repeats"]) == 2 and min(peer["repeats"]) <= peer["step_seconds"][
+        "median"
+    ] <= max(peer["repeats"])
 
 
 @pytest.mark.skipif(DEEPSPEED, reason="deepspeed is installed here")
@@ -209,16 +303,23 @@ def test_peak_memory_grows_with_batch_size(sweep, comparison):
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A folder of results as the scripts write them, one of them a failure, and one measured but wrong."""
+    """A folder of results as the scripts write them, one of them a failure, and one measured but
+    wrong."""
     for model, speed in (("125m", 4.0), ("350m", 1.0)):
-        for plugin, faster in (("torch_ddp", 1.0), ("deepspeed_zero2", 0.5), ("fsdp2 --fused_loss", 2.0)):
+        for plugin, faster in (
+            ("torch_ddp", 1.0),
+            ("deepspeed_zero2", 0.5),
+            ("fsdp2 --fused_loss", 2.0),
+        ):
             for batch_size in (8, 16):
                 result = recorded_result(model, plugin, batch_size, 50_000 * speed * faster)
                 (tmp_path / f"{model}-{plugin}-{batch_size}.json").write_text(json.dumps(result))
     log = tmp_path / "x.log"
     log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
     report.write_failed(tmp_path / "failed.json", log, 1, "350m", "gemini", 16, 1)
-    (tmp_path / "nan.json").write_text(json.dumps(recorded_result("350m", "gemini", 8, 10_000) | {"loss": float("nan")}))
+    (tmp_path / "nan.json").write_text(
+        json.dumps(recorded_result("350m", "gemini", 8, 10_000) | {"loss": float("nan")})
+    )
     return tmp_path
 
 
@@ -257,7 +358,12 @@ def test_tables_and_plots_from_recorded_results(recorded):
     assert len(rows) == 14
     found = {(row["model"], row["plugin"], row["batch"]): row for row in rows}
     row = found["125m", "torch_ddp", "8"]
-    assert (row["tokens/s"], row["peak GiB"], row["loss"], row["MFU"]) == ("200000", "8.00", "10.8765", "0.250")
+    assert (row["tokens/s"], row["peak GiB"], row["loss"], row["MFU"]) == (
+        "200000",
+        "8.00",
+        "10.8765",
+        "0.250",
+    )
     assert found["350m", "gemini", "16"]["status"] == "out of memory"
     assert found["350m", "gemini", "16"]["tokens/s"] == ""
     assert found["350m", "gemini", "8"]["status"] == "loss is nan"
@@ -276,7 +382,11 @@ def test_comparison_from_recorded_results(recorded):
     with open(recorded / "comparison.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 14
-    assert [row["engine"] for row in rows[:3]] == ["fsdp2 --fused_loss", "torch_ddp", "deepspeed_zero2"]  # the fastest first
+    assert [row["engine"] for row in rows[:3]] == [
+        "fsdp2 --fused_loss",
+        "torch_ddp",
+        "deepspeed_zero2",
+    ]  # the fastest first
     assert [row["x deepspeed_zero2"] for row in rows[:3]] == ["4.00", "2.00", "1.00"]
     assert {row["spread"] for row in rows} == {"2.0%", ""}
     assert_picture(recorded / "comparison.png")
@@ -291,16 +401,30 @@ def assert_picture(file):
 def test_curves_are_compared_and_kept(tmp_path):
     """Two ways to the same losses; and no run is made again."""
     model = REPO / "sample" / "opt-tiny"
-    flags = ["--model_name_or_path", model, "--dataset", REPO / "sample" / "netflix_sample.csv", "--steps", 3, "--out", tmp_path]
+    flags = [
+        "--model_name_or_path",
+        model,
+        "--dataset",
+        REPO / "sample" / "netflix_sample.csv",
+        "--steps",
+        3,
+        "--out",
+        tmp_path,
+    ]
     techniques = ["--techniques", "--precision fp32", "--plugin low_level_zero"]
-    done = run(REPO / "benchmarks" / "curves.py", *flags, *techniques, env={"CUDA_VISIBLE_DEVICES": ""})
+    done = run(
+        REPO / "benchmarks" / "curves.py", *flags, *techniques, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "curves.md").read_text().splitlines()
     header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
     table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     assert list(table) == ["--precision fp32", "--plugin low_level_zero"]
     assert float(table["--plugin low_level_zero"]["largest difference"]) < 1e-3
-    assert 5 < float(table["--precision fp32"]["last loss"]) < 9 and float(table["--precision fp32"]["real tokens/s"].replace(",", "")) > 0
+    assert (
+        5 < float(table["--precision fp32"]["last loss"]) < 9
+        and float(table["--precision fp32"]["real tokens/s"].replace(",", "")) > 0
+    )
     assert_picture(tmp_path / "curves.png")
 
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}

@@ -1,4 +1,5 @@
-"""A run that stopped and went on is the run that did not stop: curve, model, files; under every plugin."""
+"""A run that stopped and went on is the run that did not stop: curve, model, files; under every
+plugin."""
 
 import argparse
 import json
@@ -26,18 +27,31 @@ from . import conftest
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, metrics, run, train
 
 HYBRID = ("--plugin", "hybrid_parallel")
-# name: processes, flags, how near the losses after the resume are to those of the run that went through
+# name: processes, flags, how near the losses after the resume are to those of the run that went
+# through
 RUNS = {
     "torch_ddp": (1, ("--plugin", "torch_ddp"), 0),
     "torch_ddp, accumulated": (2, ("--plugin", "torch_ddp", "--gradient_accumulation_steps", 2), 0),
     "torch_ddp, bf16": (2, ("--plugin", "torch_ddp", "--precision", "bf16"), 0),
     "torch_ddp_fp16": (1, ("--plugin", "torch_ddp_fp16", "--batch_size", 2), 0),
     "low_level_zero, fp32": (2, ("--plugin", "low_level_zero"), 0),
-    "low_level_zero, stage 2, bf16": (2, ("--plugin", "low_level_zero", "--zero_stage", 2, "--precision", "bf16"), 0),
-    "low_level_zero, one process, bf16": (1, ("--plugin", "low_level_zero", "--precision", "bf16"), 0),
+    "low_level_zero, stage 2, bf16": (
+        2,
+        ("--plugin", "low_level_zero", "--zero_stage", 2, "--precision", "bf16"),
+        0,
+    ),
+    "low_level_zero, one process, bf16": (
+        1,
+        ("--plugin", "low_level_zero", "--precision", "bf16"),
+        0,
+    ),
     "gemini": (2, ("--plugin", "gemini"), 0),
     "gemini, one process": (1, ("--plugin", "gemini"), 0),
-    "gemini, offloaded, accumulated": (2, ("--plugin", "gemini", "--offload_optim_frac", 1, "--gradient_accumulation_steps", 2), 0),
+    "gemini, offloaded, accumulated": (
+        2,
+        ("--plugin", "gemini", "--offload_optim_frac", 1, "--gradient_accumulation_steps", 2),
+        0,
+    ),
     "tp=2": (2, (*HYBRID, "--tp_size", 2), 0),
     "pp=2, bf16": (2, (*HYBRID, "--pp_size", 2, "--precision", "bf16"), 0),
     "tp=2 x pp=2": (4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 0),
@@ -45,9 +59,18 @@ RUNS = {
     "low_level_zero, fp16": (2, ("--plugin", "low_level_zero", "--precision", "fp16"), 0),
     "gemini, fp16": (2, ("--plugin", "gemini", "--precision", "fp16"), 0),
     "tp=2, fp16": (2, (*HYBRID, "--tp_size", 2, "--precision", "fp16"), 0),
-    "dp=2, ZeRO 1, tp=2": (4, (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16"), 0),
+    "dp=2, ZeRO 1, tp=2": (
+        4,
+        (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16"),
+        0,
+    ),
 }
-SHORT = ("torch_ddp, accumulated", "low_level_zero, stage 2, bf16", "gemini, offloaded, accumulated", "tp=2 x pp=2")
+SHORT = (
+    "torch_ddp, accumulated",
+    "low_level_zero, stage 2, bf16",
+    "gemini, offloaded, accumulated",
+    "tp=2 x pp=2",
+)
 STEPS, SAVED, PER_EPOCH = 9, 6, 4
 
 
@@ -60,7 +83,16 @@ def start(output, name, *more):
     """Nine steps of `name`'s in epochs of four, dropout on, a checkpoint at 3, 4, 6, 8 and 9."""
     processes, flags, _ = RUNS[name]
     return train(
-        output, *flags, *more, "--save_steps", 3, "--save_total_limit", 9, "--eval_steps", 3, nproc=processes if processes > 1 else None
+        output,
+        *flags,
+        *more,
+        "--save_steps",
+        3,
+        "--save_total_limit",
+        9,
+        "--eval_steps",
+        3,
+        nproc=processes if processes > 1 else None,
     )
 
 
@@ -70,7 +102,9 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(SAMPLE_MODEL, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2049, "num_hidden_layers": 2, "dropout": 0.2}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"vocab_size": 2049, "num_hidden_layers": 2, "dropout": 0.2})
+    )
     return folder
 
 
@@ -82,25 +116,51 @@ def test_resumed_run_is_the_uninterrupted_one(name, model, tmp_path):
     ranks = processes // (sizes.get("--tp_size", 1) * sizes.get("--pp_size", 1))
     rows = ranks * sizes.get("--batch_size", 4) * sizes.get("--gradient_accumulation_steps", 1)
     texts = tmp_path / "texts.txt"
-    texts.write_text("".join(f"{'word ' * (n % 13 + 3)}number {n}\n" for n in range(rows * PER_EPOCH + 2)))  # and 2 held out
-    common = ("--model_name_or_path", model, "--dataset", texts, "--eval_fraction", 2 / (rows * PER_EPOCH + 2))
-    common += ("--max_train_steps", STEPS, "--learning_rate", 3e-3) + (() if "--batch_size" in flags else ("--batch_size", 4))
+    texts.write_text(
+        "".join(f"{'word ' * (n % 13 + 3)}number {n}\n" for n in range(rows * PER_EPOCH + 2))
+    )  # and 2 held out
+    common = (
+        "--model_name_or_path",
+        model,
+        "--dataset",
+        texts,
+        "--eval_fraction",
+        2 / (rows * PER_EPOCH + 2),
+    )
+    common += ("--max_train_steps", STEPS, "--learning_rate", 3e-3) + (
+        () if "--batch_size" in flags else ("--batch_size", 4)
+    )
 
     start(tmp_path / "through", name, *common)
     saved = sorted(p.name for p in (tmp_path / "through" / "checkpoints").glob("step-*"))
     assert saved == [f"step-{n:08d}" for n in (3, 4, 6, 8, 9)]
-    start(tmp_path / "resumed", name, *common, "--resume", tmp_path / "through" / "checkpoints" / f"step-{SAVED:08d}")
+    start(
+        tmp_path / "resumed",
+        name,
+        *common,
+        "--resume",
+        tmp_path / "through" / "checkpoints" / f"step-{SAVED:08d}",
+    )
 
     assert len(losses(tmp_path / "through")) == STEPS
     assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "through"), abs=near)
-    for through, resumed in zip(metrics(tmp_path / "through"), metrics(tmp_path / "resumed"), strict=True):
+    for through, resumed in zip(
+        metrics(tmp_path / "through"), metrics(tmp_path / "resumed"), strict=True
+    ):
         times = ("seconds", "tokens_per_second")
-        assert {k: v for k, v in resumed.items() if k not in times} == {k: v for k, v in through.items() if k not in times}
+        assert {k: v for k, v in resumed.items() if k not in times} == {
+            k: v for k, v in through.items() if k not in times
+        }
     files = sorted(file.name for file in (tmp_path / "through").glob("*.safetensors"))
     assert files
     for file in files:
-        before, after = load_file(tmp_path / "through" / file), load_file(tmp_path / "resumed" / file)
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        before, after = (
+            load_file(tmp_path / "through" / file),
+            load_file(tmp_path / "resumed" / file),
+        )
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[key], after[key]) for key in before
+        )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +202,8 @@ def test_adam_starts_from_the_given_weights_not_from_rounded_ones(nproc, flags, 
 
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory) -> Path:
-    """A folder with a run of torch_ddp on two processes, fp32, dropout off: 16 rows a step, four steps an epoch."""
+    """A folder with a run of torch_ddp on two processes, fp32, dropout off: 16 rows a step, four
+    steps an epoch."""
     folder = tmp_path_factory.mktemp("reference")
     texts = folder / "texts.txt"
     texts.write_text("".join(f"{'word ' * (n % 13 + 3)}number {n}\n" for n in range(66)))
@@ -152,7 +213,12 @@ def reference(model, tmp_path_factory) -> Path:
 
 
 def reference_flags(folder, model) -> tuple:
-    given = {"--model_name_or_path": model, "--dataset": folder / "texts.txt", "--eval_fraction": 2 / 66, "--dropout": 0}
+    given = {
+        "--model_name_or_path": model,
+        "--dataset": folder / "texts.txt",
+        "--eval_fraction": 2 / 66,
+        "--dropout": 0,
+    }
     given |= {"--max_train_steps": STEPS, "--learning_rate": 3e-3}
     return tuple(part for pair in given.items() for part in pair)
 
@@ -166,10 +232,20 @@ def reference_flags(folder, model) -> tuple:
     ],
     ids=["tp=2 x pp=2", "low_level_zero on one rank", "torch_ddp on one rank"],
 )
-def test_resume_under_another_plugin_and_number_of_ranks(processes, flags, reference, model, tmp_path):
-    """Adam's state goes along: without it, or with a wrong part of it, the losses are off by far more."""
+def test_resume_under_another_plugin_and_number_of_ranks(
+    processes, flags, reference, model, tmp_path
+):
+    """Adam's state goes along: without it, or with a wrong part of it, the losses are off by far
+    more."""
     checkpoint = reference / "output" / "checkpoints" / "step-00000003"
-    done = train(tmp_path, *reference_flags(reference, model), *flags, "--resume", checkpoint, nproc=processes)
+    done = train(
+        tmp_path,
+        *reference_flags(reference, model),
+        *flags,
+        "--resume",
+        checkpoint,
+        nproc=processes,
+    )
     assert losses(tmp_path) == pytest.approx(losses(reference / "output"), abs=1e-5)
     assert ("model and Adam's state are taken over" in done.stdout) == ("--plugin" in flags)
 
@@ -177,7 +253,17 @@ def test_resume_under_another_plugin_and_number_of_ranks(processes, flags, refer
 def test_resume_in_an_epoch_with_smaller_batches_leaves_out_no_row(reference, model, tmp_path):
     """After 48 of 64 rows, 16 are left: one step for two ranks of 8, six for one rank of 3."""
     checkpoint = reference / "output" / "checkpoints" / "step-00000003"
-    train(tmp_path, *reference_flags(reference, model), "--max_train_steps", 9, "--batch_size", 3, "--no_save", "--resume", checkpoint)
+    train(
+        tmp_path,
+        *reference_flags(reference, model),
+        "--max_train_steps",
+        9,
+        "--batch_size",
+        3,
+        "--no_save",
+        "--resume",
+        checkpoint,
+    )
     tokens = [line["tokens"] for line in metrics(tmp_path) if "tokens" in line]
     through = [line["tokens"] for line in metrics(reference / "output") if "tokens" in line]
     assert tokens[:3] == through[:3] and sum(tokens[:9]) == sum(through[:4])
@@ -200,7 +286,10 @@ def test_what_is_damaged_is_named_and_the_one_before_offered(reference, model, t
         with pytest.raises(UserError) as error:
             checkpoints.find("auto", output)
         assert f"--resume {output}/checkpoints/step-00000008" in str(error.value)
-        assert checkpoints.find(str(output / "checkpoints" / "step-00000008"), output).position.step == 8
+        assert (
+            checkpoints.find(str(output / "checkpoints" / "step-00000008"), output).position.step
+            == 8
+        )
         return str(error.value)
 
     def truncate(path):
@@ -213,8 +302,12 @@ def test_what_is_damaged_is_named_and_the_one_before_offered(reference, model, t
 
     assert "rank-00001.safetensors has 1000 bytes, not" in damaged("truncated", truncate)
     assert "rank-00000.safetensors is not what was written" in damaged("flipped", flip_a_bit)
-    assert "state.json is missing" in damaged("missing", lambda path: (path / "state.json").unlink())
-    assert "manifest.json cannot be read" in damaged("manifest", lambda path: (path / "manifest.json").write_text("{"))
+    assert "state.json is missing" in damaged(
+        "missing", lambda path: (path / "state.json").unlink()
+    )
+    assert "manifest.json cannot be read" in damaged(
+        "manifest", lambda path: (path / "manifest.json").write_text("{")
+    )
 
     output = tmp_path / "flipped"
     line = refused(*reference_flags(reference, model), "--output_path", output, "--resume", "auto")
@@ -234,15 +327,20 @@ def test_another_run_is_not_taken_up(reference, model, tmp_path):
     rows = tokens.Rows.__new__(tokens.Rows)
     rows.tokens, rows.offsets = np.arange(9, dtype=np.int32), np.array([0, 4, 9])
     with pytest.raises(UserError, match="--eval_fraction was .*, not 0.2"):
-        checkpoints.check_same_run(saved, argparse.Namespace(**saved.state["arguments"] | {"eval_fraction": 0.2}), {}, rows)
+        checkpoints.check_same_run(
+            saved, argparse.Namespace(**saved.state["arguments"] | {"eval_fraction": 0.2}), {}, rows
+        )
     with pytest.raises(UserError, match="same flags, other texts or tokenizer"):
         checkpoints.check_same_run(saved, argparse.Namespace(**saved.state["arguments"]), {}, rows)
 
 
 @pytest.mark.parametrize("kills", [5, long(50)])
 def test_kill_while_saving(kills, tmp_path):
-    """At a random moment: the newest complete checkpoint is found, whole; none that was complete is lost."""
-    done = run(REPO / "tests" / "save_worker.py", tmp_path, kills, env={"TOKENIZERS_PARALLELISM": "false"})
+    """At a random moment: the newest complete checkpoint is found, whole; none that was complete is
+    lost."""
+    done = run(
+        REPO / "tests" / "save_worker.py", tmp_path, kills, env={"TOKENIZERS_PARALLELISM": "false"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["checkpoints"] > kills
@@ -253,32 +351,73 @@ def test_disk_full_while_saving(tmp_path):
     """On a file system of 30 MB: two checkpoints of 13 MB fit, the third does not."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace (unshare -rm)")
-    script = f"mount -t tmpfs -o size=30m tmpfs {tmp_path} && {shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc_per_node 2 opt_train_demo.py"
-    script += (
-        f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path {tmp_path} --no_save --batch_size 4 --save_steps 3"
+    script = (
+        f"mount -t tmpfs -o size=30m tmpfs {tmp_path} && {shlex.quote(sys.executable)} -m "
+        "torch.distributed.run --standalone --nproc_per_node 2 opt_train_demo.py"
     )
-    script += f" --max_train_steps 30; echo code=$?; find {tmp_path}/checkpoints | sort; sha256sum {tmp_path}/checkpoints/step-00000006/*"
+    script += (
+        f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path "
+        f"{tmp_path} --no_save --batch_size 4 --save_steps 3"
+    )
+    script += (
+        f" --max_train_steps 30; echo code=$?; find {tmp_path}/checkpoints | sort; sha256sum "
+        f"{tmp_path}/checkpoints/step-00000006/*"
+    )
     script += f"; cat {tmp_path}/checkpoints/step-00000006/manifest.json"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")]
-    assert len(errors) == 1 and "No space left on device" in errors[0] and "step-00000006" in errors[0], done.stderr
-    assert "code=1" in done.stdout and "opt_train_demo.py FAILED" in done.stderr  # torchrun's own words for "non-zero"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [
+        line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")
+    ]
+    assert (
+        len(errors) == 1 and "No space left on device" in errors[0] and "step-00000006" in errors[0]
+    ), done.stderr
+    assert (
+        "code=1" in done.stdout and "opt_train_demo.py FAILED" in done.stderr
+    )  # torchrun's own words for "non-zero"
     assert "Traceback" not in done.stderr.split("opt_train_demo.py: error:")[0]
     present = done.stdout.split("code=1")[1]
-    assert "step-00000003\n" in present and "step-00000009\n" not in present.replace(".writing-step-00000009", "")
-    sums = [line.split()[0] for line in present.splitlines() if "step-00000006/rank" in line and len(line.split()) == 2]
-    assert len(sums) == 2 and all(present.count(digest) == 2 for digest in sums), "the old one is whole"
+    assert "step-00000003\n" in present and "step-00000009\n" not in present.replace(
+        ".writing-step-00000009", ""
+    )
+    sums = [
+        line.split()[0]
+        for line in present.splitlines()
+        if "step-00000006/rank" in line and len(line.split()) == 2
+    ]
+    assert len(sums) == 2 and all(present.count(digest) == 2 for digest in sums), (
+        "the old one is whole"
+    )
 
 
 def test_disk_full_at_the_end(tmp_path):
     """On a file system of 4 MB the model of 6 MB is not written, and one line says why."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace (unshare -rm)")
-    script = f"mount -t tmpfs -o size=4m tmpfs {tmp_path} && {shlex.quote(sys.executable)} opt_train_demo.py"
-    script += f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path {tmp_path} --batch_size 4 --max_train_steps 2"
+    script = (
+        f"mount -t tmpfs -o size=4m tmpfs {tmp_path} && {shlex.quote(sys.executable)} "
+        "opt_train_demo.py"
+    )
+    script += (
+        f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path "
+        f"{tmp_path} --batch_size 4 --max_train_steps 2"
+    )
     script += f"; echo code=$?; ls {tmp_path}"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [
+        line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")
+    ]
     assert len(errors) == 1 and "No space left on device" in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert "code=1" in done.stdout and "model.safetensors" not in done.stdout.split("code=1")[1]
@@ -288,21 +427,36 @@ class Started:
     """A run in the background, of the sample model, that can be sent signals."""
 
     def __init__(self, output, *arguments, nproc=None):
-        given = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", output, "--no_save", *arguments)
+        given = (
+            "--model_name_or_path",
+            SAMPLE_MODEL,
+            "--dataset",
+            SAMPLE_DATA,
+            "--output_path",
+            output,
+            "--no_save",
+            *arguments,
+        )
         self.metrics = Path(output) / "metrics.jsonl"
         self.process = conftest.start(REPO / "opt_train_demo.py", *given, nproc=nproc)
 
     def wait_for_step(self, step: int) -> None:
         """Until metrics.jsonl has it."""
         until = time.monotonic() + 90
-        while not self.metrics.exists() or f'"step": {step}, "epoch"' not in self.metrics.read_text():
-            assert self.process.poll() is None and time.monotonic() < until, self.process.communicate()[1]
+        while (
+            not self.metrics.exists() or f'"step": {step}, "epoch"' not in self.metrics.read_text()
+        ):
+            assert self.process.poll() is None and time.monotonic() < until, (
+                self.process.communicate()[1]
+            )
             time.sleep(0.05)
 
     @property
     def workers(self) -> list[psutil.Process]:
         """torchrun's processes, by rank."""
-        return sorted(psutil.Process(self.process.pid).children(), key=lambda p: int(p.environ()["RANK"]))
+        return sorted(
+            psutil.Process(self.process.pid).children(), key=lambda p: int(p.environ()["RANK"])
+        )
 
     def end(self, timeout=60) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=timeout)
@@ -314,7 +468,8 @@ LONG_RUN = ("--batch_size", 4, "--num_epoch", 2, "--learning_rate", 1e-3, "--max
 
 @pytest.mark.parametrize("name, nproc", [("SIGINT", None), ("SIGTERM", 2), long("SIGUSR1", 2)])
 def test_signal(name, nproc, tmp_path):
-    """The step is finished, a checkpoint written, exit 0; the resumed run is the one that was not stopped."""
+    """The step is finished, a checkpoint written, exit 0; the resumed run is the one that was not
+    stopped."""
     started = Started(tmp_path / "stopped", *LONG_RUN, nproc=nproc)
     started.wait_for_step(1)
     if name == "SIGUSR1":  # torchrun does not hand this one on
@@ -355,7 +510,8 @@ def test_second_signal_stops_at_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory) -> Path:
-    """The sample model with a position, the 40th, that overflows: rows that are longer than that have no finite loss."""
+    """The sample model with a position, the 40th, that overflows: rows that are longer than that
+    have no finite loss."""
     folder = tmp_path_factory.mktemp("poisoned")
     shutil.copytree(SAMPLE_MODEL, folder, dirs_exist_ok=True)
     model = OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL))
@@ -377,26 +533,62 @@ def poisoned(tmp_path_factory) -> Path:
     ids=["torch_ddp", "gemini", "tp=2", "low_level_zero"],
 )
 def test_steps_with_nan_are_skipped(nproc, flags, poisoned, tmp_path):
-    flags = (*flags, "--model_name_or_path", poisoned, "--dataset", poisoned / "texts.txt", "--eval_fraction", 0, "--num_epoch", 1)
+    flags = (
+        *flags,
+        "--model_name_or_path",
+        poisoned,
+        "--dataset",
+        poisoned / "texts.txt",
+        "--eval_fraction",
+        0,
+        "--num_epoch",
+        1,
+    )
     done = train(tmp_path, *flags, "--learning_rate", 1e-3, nproc=nproc)
     lines = metrics(tmp_path)
     skipped = [line["step"] for line in lines if line.get("skipped")]
-    assert [line["step"] for line in lines if line["loss"] is None] == skipped and 3 <= len(skipped) <= 8
+    assert [line["step"] for line in lines if line["loss"] is None] == skipped and 3 <= len(
+        skipped
+    ) <= 8
     assert len(lines) == 32 and done.stdout.count("is skipped") == len(skipped)
-    assert lines[-1]["loss"] is None or lines[0]["loss"] - lines[-1]["loss"] > 0.5, "and it learns from the others"
+    assert lines[-1]["loss"] is None or lines[0]["loss"] - lines[-1]["loss"] > 0.5, (
+        "and it learns from the others"
+    )
     weights = load_file(tmp_path / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_too_many_bad_steps_in_a_row(poisoned, tmp_path):
     """The run ends, its model is not written, and the checkpoint from before is named."""
-    given = ("--model_name_or_path", poisoned, "--dataset", poisoned / "texts.txt", "--eval_fraction", 0, "--batch_size", 2)
-    flags = ("--output_path", tmp_path, *given, "--num_epoch", 9, "--save_steps", 1, "--max_bad_steps", 2)
+    given = (
+        "--model_name_or_path",
+        poisoned,
+        "--dataset",
+        poisoned / "texts.txt",
+        "--eval_fraction",
+        0,
+        "--batch_size",
+        2,
+    )
+    flags = (
+        "--output_path",
+        tmp_path,
+        *given,
+        "--num_epoch",
+        9,
+        "--save_steps",
+        1,
+        "--max_bad_steps",
+        2,
+    )
     done = run(REPO / "opt_train_demo.py", *flags)
     lines = metrics(tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     good = [line["step"] for line in lines if line["loss"] is not None]
-    assert good and [line["step"] for line in lines if line.get("skipped")][-2:] == [good[-1] + 1, good[-1] + 2]
+    assert good and [line["step"] for line in lines if line.get("skipped")][-2:] == [
+        good[-1] + 1,
+        good[-1] + 2,
+    ]
     (error,) = [line for line in done.stderr.splitlines() if "error:" in line]
     assert f"step-{good[-1]:08d}" in error and "2 steps in a row" in error
     assert not (tmp_path / "model.safetensors").exists()

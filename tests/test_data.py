@@ -21,7 +21,7 @@ from opt.errors import UserError
 from opt.model.opt import OPTForCausalLM
 from opt.train import plan
 
-from .conftest import REPO, SAMPLE_MODEL, run, train
+from .conftest import REPO, SAMPLE_MODEL, run, tokenize, train
 from .hub import save_opt_tokenizer
 
 TEXTS = [
@@ -42,7 +42,9 @@ def tokenizer(request, tmp_path_factory):
         directory = tmp_path_factory.mktemp("tokenizer")
         save_opt_tokenizer(directory)
     loaded = tokens.load_tokenizer(directory)
-    assert (loaded("One.")["input_ids"][0] == loaded.bos_token_id) == (request.param == "adds BOS itself")
+    assert (loaded("One.")["input_ids"][0] == loaded.bos_token_id) == (
+        request.param == "adds BOS itself"
+    )
     return loaded
 
 
@@ -60,7 +62,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def write(file: Path, texts: list, column="description") -> Path:
-    """A data set of `texts` in the format that the file's name says; beside them a column of something else."""
+    """A data set of `texts` in the format that the file's name says; beside them a column of
+    something else."""
     rows = [{"show_id": f"s{i}", column: text} for i, text in enumerate(texts)]
     if file.suffix == ".csv":
         with open(file, "w", newline="") as f:
@@ -80,8 +83,10 @@ def write(file: Path, texts: list, column="description") -> Path:
     return file
 
 
-def read(file, tokenizer, max_length=256, eval_fraction=0.0, seed=1, column="description") -> tokens.Dataset:
-    return tokens.open_dataset(tokens.tokenize(str(file), column, max_length, eval_fraction, seed, tokenizer))
+def read(
+    file, tokenizer, max_length=256, eval_fraction=0.0, seed=1, column="description"
+) -> tokens.Dataset:
+    return tokenize(file, column, max_length, eval_fraction, seed, tokenizer)
 
 
 def as_lists(rows: tokens.Rows) -> list[list[int]]:
@@ -98,7 +103,10 @@ def test_a_row_is_bos_text_eos_once(tokenizer, cache, tmp_path):
 
 
 def test_every_file_format_gives_the_same_rows(plain, cache, tmp_path):
-    found = {kind: as_lists(read(write(tmp_path / f"d.{kind}", TEXTS), plain).train) for kind in ("csv", "json", "jsonl", "txt", "parquet")}
+    found = {
+        kind: as_lists(read(write(tmp_path / f"d.{kind}", TEXTS), plain).train)
+        for kind in ("csv", "json", "jsonl", "txt", "parquet")
+    }
     assert len(found["csv"]) == len(TEXTS)
     assert all(rows == found["csv"] for rows in found.values())
 
@@ -108,12 +116,18 @@ def test_empty_and_missing_texts_are_skipped_and_counted(plain, cache, tmp_path,
     missing = float("nan") if kind == "parquet" else None
     texts = ["One.", "", missing, "Two.", "  \t ", missing, "Three."]
     dataset = read(write(tmp_path / f"d.{kind}", texts), plain)
-    assert [plain.decode(row[1:-1]) for row in as_lists(dataset.train)] == ["One.", "Two.", "Three."]
+    assert [plain.decode(row[1:-1]) for row in as_lists(dataset.train)] == [
+        "One.",
+        "Two.",
+        "Three.",
+    ]
     assert (dataset.counts.rows, dataset.counts.empty) == (3, 4)
 
 
 @pytest.mark.parametrize(
-    "name, texts", [("d.csv", ["", None]), ("d.jsonl", [float("nan")] * 3), ("d.csv", [])], ids=["blank", "NaN", "no rows"]
+    "name, texts",
+    [("d.csv", ["", None]), ("d.jsonl", [float("nan")] * 3), ("d.csv", [])],
+    ids=["blank", "NaN", "no rows"],
 )
 def test_a_data_set_without_text_is_refused(plain, cache, tmp_path, name, texts):
     file = tmp_path / name
@@ -141,7 +155,13 @@ def test_long_texts_are_cut_and_counted(plain, cache, tmp_path):
 
 
 def test_wikitext_is_one_text_in_blocks(plain):
-    texts = ["", " = The Ferry = \n", "", " It crosses the river .\n", *(f" {text}\n" for text in TEXTS)]
+    texts = [
+        "",
+        " = The Ferry = \n",
+        "",
+        " It crosses the river .\n",
+        *(f" {text}\n" for text in TEXTS),
+    ]
     whole = [plain.bos_token_id, *plain("".join(texts), add_special_tokens=False)["input_ids"]]
     for length in (2, 7, 50, len(whole) - 1, len(whole), len(whole) + 1):
         counts = tokens.Counts()
@@ -173,7 +193,10 @@ def test_held_out_rows_are_not_trained_on(plain, cache, tmp_path):
 
 def stored(lengths: list[int], directory: str) -> tokens.Rows:
     """Rows of these lengths, each of its own tokens: row i holds 10 + i."""
-    np.save(Path(directory) / "train.tokens.npy", np.repeat(np.arange(len(lengths), dtype=np.int32) + 10, lengths))
+    np.save(
+        Path(directory) / "train.tokens.npy",
+        np.repeat(np.arange(len(lengths), dtype=np.int32) + 10, lengths),
+    )
     np.save(Path(directory) / "train.offsets.npy", np.cumsum([0, *lengths]))
     return tokens.Rows(Path(directory), "train")
 
@@ -188,7 +211,9 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
         ranks = [Batches(rows, batch_size, rank, dp_size, PAD, seed) for rank in range(dp_size)]
-        steps = list(zip(*(rank.epoch(3) for rank in ranks), strict=True))  # strict: as many on every rank
+        steps = list(
+            zip(*(rank.epoch(3) for rank in ranks), strict=True)
+        )  # strict: as many on every rank
         assert {len(rank) for rank in ranks} == {len(steps)}
 
         seen = []
@@ -204,9 +229,11 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
                 assert torch.equal(y, torch.where(r, x, -100))
                 own = [int(row[0]) - 10 for row in x if row[0] != PAD]
                 seen += own
-                # Padded on the right, to a multiple of PAD_TO that the longest row of all ranks needs, and to no more than the
-                # longest row of all batches.
-                assert [int(n) for n in r.sum(1)] == [lengths[i] for i in own] + [0] * (batch_size - len(own))
+                # Padded on the right, to a multiple of PAD_TO that the longest row of all ranks
+                # needs, and to no more than the longest row of all batches.
+                assert [int(n) for n in r.sum(1)] == [lengths[i] for i in own] + [0] * (
+                    batch_size - len(own)
+                )
                 assert bool((r[:, :-1] >= r[:, 1:]).all())
                 longest = max(int(r.sum(1).max()) for r in real)
                 assert x.shape[1] == min(-(-longest // PAD_TO) * PAD_TO, max(lengths))
@@ -218,27 +245,43 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
 def test_no_rank_is_idle_while_another_has_two_rows_more(lengths, dp_size):
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
-        for batches in zip(*(Batches(rows, 4, rank, dp_size, PAD, 0).epoch() for rank in range(dp_size)), strict=True):
+        for batches in zip(
+            *(Batches(rows, 4, rank, dp_size, PAD, 0).epoch() for rank in range(dp_size)),
+            strict=True,
+        ):
             held = [int((b.inputs["input_ids"][:, 0] != PAD).sum()) for b in batches]
             assert max(held) - min(held) <= 1
 
 
 def test_each_epoch_has_its_own_order_which_stays(tmp_path):
     batches = Batches(stored([3] * 50, str(tmp_path)), 4, 0, 1, PAD, seed=5)
-    orders = [[b.inputs["input_ids"][:, 0].tolist() for b in batches.epoch(number)] for number in (0, 1, 0)]
+    orders = [
+        [b.inputs["input_ids"][:, 0].tolist() for b in batches.epoch(number)]
+        for number in (0, 1, 0)
+    ]
     assert orders[0] == orders[2] != orders[1]
     unseeded = Batches(batches.rows, 50, 0, 1, PAD, seed=None)
     assert next(unseeded.epoch(1)).inputs["input_ids"][:, 0].tolist() == list(range(10, 60))
 
 
 def test_pads_are_in_no_loss(tmp_path):
-    """The loss of a padded batch is the sum of its rows' losses one by one, whatever the pads are."""
+    """The loss of a padded batch is the sum of its rows' losses one by one, whatever the pads
+    are."""
     torch.manual_seed(0)
     lengths = [2, 9, 5]
     model = OPTForCausalLM(
-        OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16)
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            ffn_dim=64,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+        )
     ).eval()
-    rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)]
+    rows = [
+        np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)
+    ]
     with torch.no_grad():
         alone = sum(model(**collate([row], 1, len(row), PAD))["loss"] for row in rows)
         for pad in (PAD, 33):
@@ -249,14 +292,23 @@ def test_pads_are_in_no_loss(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 3))
 def test_rows_without_pads(lengths, batch_size, dp_size):
-    """Every row once and whole between its bounds; what fills a batch up is one row more, of pads, no longer than the others."""
+    """Every row once and whole between its bounds; what fills a batch up is one row more, of pads,
+    no longer than the others."""
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
         seen = []
-        for batches in zip(*(Batches(rows, batch_size, rank, dp_size, PAD, 0, True).epoch() for rank in range(dp_size)), strict=True):
+        for batches in zip(
+            *(
+                Batches(rows, batch_size, rank, dp_size, PAD, 0, True).epoch()
+                for rank in range(dp_size)
+            ),
+            strict=True,
+        ):
             targets = 0
             for batch in batches:
-                ids, labels, ends = (batch.inputs[name] for name in ("input_ids", "labels", "cu_seqlens"))
+                ids, labels, ends = (
+                    batch.inputs[name] for name in ("input_ids", "labels", "cu_seqlens")
+                )
                 assert ids.shape == labels.shape == (1, ends[-1])
                 assert (len(ends), ends[0], ends.dtype) == (batch_size + 2, 0, torch.int32)
                 *own, fill = ids[0].split(ends.diff().tolist())
@@ -273,20 +325,33 @@ def test_rows_without_pads(lengths, batch_size, dp_size):
 def test_few_shapes_and_few_pads(tmp_path):
     """Of 400 batches of 32 rows of 20 to 60 tokens: a shape is a CUDA graph to record."""
     lengths = np.random.default_rng(0).integers(20, 61, 32 * 400)
-    batches = [batch.inputs["input_ids"] for batch in Batches(stored(lengths, str(tmp_path)), 32, 0, 1, PAD, 0, True).epoch()]
+    batches = [
+        batch.inputs["input_ids"]
+        for batch in Batches(stored(lengths, str(tmp_path)), 32, 0, 1, PAD, 0, True).epoch()
+    ]
     assert len({ids.shape for ids in batches}) <= 10
     assert lengths.sum() / sum(ids.numel() for ids in batches) > 0.95
 
 
 def test_packed_rows_are_strangers_to_each_other(tmp_path):
-    """The loss of each row is what it is alone, and to the last bit the same whatever its neighbours are."""
+    """The loss of each row is what it is alone, and to the last bit the same whatever its
+    neighbours are."""
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16, init_std=0.5
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        init_std=0.5,
     )
     model = OPTForCausalLM(config).eval()
     model.longest_row = 9
-    rows = [np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate([7, 9, 5])]
+    rows = [
+        np.random.default_rng(i).integers(4, 64, n).astype(np.int32)
+        for i, n in enumerate([7, 9, 5])
+    ]
 
     def loss(rows, of):
         inputs = pack(rows, 3, 9, PAD)
@@ -299,7 +364,9 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
         with torch.no_grad():
             alone = model(**collate([row], 1, len(row), PAD))["loss"].item()
         assert loss(rows, i) == pytest.approx(alone, rel=1e-5)
-        assert loss([row if j == i else (other + 7) % 60 for j, other in enumerate(rows)], i) == loss(rows, i)
+        assert loss(
+            [row if j == i else (other + 7) % 60 for j, other in enumerate(rows)], i
+        ) == loss(rows, i)
 
 
 @pytest.mark.parametrize(
@@ -318,8 +385,9 @@ def test_where_rows_are_packed(tmp_path, lengths, flags, device, expected):
     flags = train_parser().parse_args(flags.split())
     rows = stored(lengths, str(tmp_path))
     dataset = tokens.Dataset(rows, rows, tokens.Counts(), "")
-    settled = plan.with_data(flags.but(pp_size=flags.pp_size or 1), Place(0, 1, 0, torch.device(device)), dataset)
-    assert settled.padding_free is expected
+    settled = flags.but(pp_size=flags.pp_size or 1)
+    here = Place(0, 1, 0, torch.device(device))
+    assert plan.is_padding_free(settled, here, dataset) is expected
 
 
 # ---- once
@@ -334,9 +402,14 @@ def test_tokenized_once(tmp_path):
     (entry,) = root.iterdir()  # one, complete, and nothing half written beside it
     assert {f.name for f in entry.iterdir()} == {
         "counts.json",
-        *(f"{split}.{part}.npy" for split in ("train", "held_out") for part in ("tokens", "offsets")),
+        *(
+            f"{split}.{part}.npy"
+            for split in ("train", "held_out")
+            for part in ("tokens", "offsets")
+        ),
     }
-    # A folder's time changes with every file made or removed in it: new tokens are written aside, in `root`.
+    # A folder's time changes with every file made or removed in it: new tokens are written aside,
+    # in `root`.
     before = [(f, f.stat().st_mtime_ns) for f in (root, entry, *sorted(entry.iterdir()))]
     train(tmp_path / "out", *flags, "--dry_run", env=env)
     assert [(f, f.stat().st_mtime_ns) for f, _ in before] == before
@@ -344,14 +417,22 @@ def test_tokenized_once(tmp_path):
 
 def test_other_settings_are_other_tokens(plain, cache, tmp_path):
     file = write(tmp_path / "d.csv", TEXTS)
-    variants = [{}, {"max_length": 9}, {"eval_fraction": 0.2}, {"eval_fraction": 0.2, "seed": 2}, {"column": "show_id"}]
+    variants = [
+        {},
+        {"max_length": 9},
+        {"eval_fraction": 0.2},
+        {"eval_fraction": 0.2, "seed": 2},
+        {"column": "show_id"},
+    ]
     for i, settings_ in enumerate(variants, 1):
         read(file, plain, **settings_)
         assert len(list(cache.iterdir())) == i
     write(file, TEXTS[1:])  # another content under the same name
     assert len(read(file, plain).train) == len(TEXTS) - 1
     assert len(list(cache.iterdir())) == len(variants) + 1
-    other = file.rename(tmp_path / "other.csv")  # the same content: its tokens are not said to come from elsewhere
+    other = file.rename(
+        tmp_path / "other.csv"
+    )  # the same content: its tokens are not said to come from elsewhere
     assert read(other, plain).source == f"local file {other}"
 
 
@@ -385,7 +466,10 @@ processes.stop()
 """)
     done = run(script, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["error 'broken'"] * 2 + ["result 10"] * 2 + ["worked 0"] * 2
+    assert (
+        sorted(done.stdout.splitlines())
+        == ["error 'broken'"] * 2 + ["result 10"] * 2 + ["worked 0"] * 2
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(plain, cache, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""The written model is one that any program loads, whole or not at all, and it is the model that was trained."""
+"""The written model is one that any program loads, whole or not at all, and it is the model that
+was trained."""
 
 import errno
 import itertools
@@ -24,6 +25,7 @@ from opt.model.config import load_config
 from opt.model.opt import meta_model
 from opt.model.weights import open_weights
 from opt.train import export
+from opt.train.schedule import Steps
 from opt_train_demo import boost
 
 from .conftest import SAMPLE_MODEL, metrics
@@ -66,10 +68,15 @@ def runs(tmp_path_factory) -> Runs:
 def loaded(runs, tmp_path_factory) -> dict:
     """{run: what a program that only has transformers finds in its output directory}"""
     folder = tmp_path_factory.mktemp("elsewhere")
-    rows = [row.tolist() for row in (runs.dataset.held_out[i] for i in range(len(runs.dataset.held_out)))]
+    rows = [
+        row.tolist()
+        for row in (runs.dataset.held_out[i] for i in range(len(runs.dataset.held_out)))
+    ]
     (folder / "rows.json").write_text(json.dumps(rows))
     outputs = {name: str(runs.output(name)) for name in EXPORTED}
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     command = [sys.executable, "-c", ANY_PROGRAM, "rows.json", *outputs.values()]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -86,7 +93,10 @@ def test_any_program_loads_it(name, loaded, runs):
     assert found["attention"] == "sdpa"
     assert found["not loaded"] == []
     assert found["text"].startswith("A young") and len(found["text"]) > len("A young")
-    assert found["tokens"] == tokens.load_tokenizer(SAMPLE_MODEL)("A young", add_special_tokens=False)["input_ids"]
+    assert (
+        found["tokens"]
+        == tokens.load_tokenizer(SAMPLE_MODEL)("A young", add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_the_run_wrote_three_texts(runs):
@@ -95,7 +105,10 @@ def test_the_run_wrote_three_texts(runs):
 
 
 def test_config_is_the_given_one(runs):
-    written, given = (json.loads((directory / "config.json").read_text()) for directory in (runs.output("tp=2 x pp=2"), runs.model))
+    written, given = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (runs.output("tp=2 x pp=2"), runs.model)
+    )
     assert written == given, "--dropout 0 is a flag of one run, and no property of the model"
 
 
@@ -112,14 +125,17 @@ def odd_model(tmp_path_factory) -> Path:
     """A model whose vocabulary is padded under tensor parallelism."""
     directory = tmp_path_factory.mktemp("odd")
     torch.manual_seed(2)
-    OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL, vocab_size=2049)).save_pretrained(directory)
+    OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL, vocab_size=2049)).save_pretrained(
+        directory
+    )
     tokens.load_tokenizer(SAMPLE_MODEL).save_pretrained(directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def written_by_four(odd_model, tmp_path_factory) -> Path:
-    """What tp=2 x pp=2 writes of `odd_model`: directories `shards` and `again`, and one file of each kind."""
+    """What tp=2 x pp=2 writes of `odd_model`: directories `shards` and `again`, and one file of
+    each kind."""
     folder = tmp_path_factory.mktemp("four")
     # An earlier, larger model lies where the second one goes.
     torch.manual_seed(1)
@@ -140,11 +156,15 @@ def test_shards_load(written_by_four, odd_model):
     shards = sorted((written_by_four / "shards").glob("*.safetensors"))
     assert len(shards) > 10
     index = json.loads((written_by_four / "shards" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for file in shards for t in load_file(file).values())
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * 4 for file in shards for t in load_file(file).values()
+    )
     for file in shards:
         tensors = load_file(file)
         assert sum(t.numel() * 4 for t in tensors.values()) <= SMALL or len(tensors) == 1
-        assert {name for name, where in index["weight_map"].items() if where == file.name} == tensors.keys()
+        assert {
+            name for name, where in index["weight_map"].items() if where == file.name
+        } == tensors.keys()
 
 
 def test_an_earlier_model_is_replaced(written_by_four, odd_model):
@@ -152,26 +172,43 @@ def test_an_earlier_model_is_replaced(written_by_four, odd_model):
     directory = written_by_four / "again"
     assert same(tensors_of(directory), tensors_of(odd_model))
     weights = sorted(file.name for file in directory.iterdir() if "model" in file.name)
-    assert weights == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert weights == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
 
 
 @pytest.mark.parametrize("name", ["one.safetensors", "one.bin"])
 def test_one_file(name, written_by_four, odd_model):
     file = written_by_four / name
-    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    tensors = (
+        load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    )
     model = OPTForCausalLM(OPTConfig.from_pretrained(odd_model))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], []), "the head is the embedding"
     assert same(dict(model.named_parameters()), tensors_of(odd_model))
-    assert sorted(f.name for f in written_by_four.iterdir()) == ["again", "one.bin", "one.safetensors", "shards"]
+    assert sorted(f.name for f in written_by_four.iterdir()) == [
+        "again",
+        "one.bin",
+        "one.safetensors",
+        "shards",
+    ]
 
 
 @pytest.fixture(scope="module")
 def trained(runs):
-    """(boosted, source, config, tokenizer) in this process, the only one of its group, on the CPU."""
+    """(boosted, source, config, tokenizer) in this process, the only one of its group, on the
+    CPU."""
     here = processes.Place(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     args = resolve(train_parser().parse_args([]), "cpu", False)
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    given = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(processes.free_port()),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }
     with pytest.MonkeyPatch.context() as environment:
         for name, value in given.items():
             environment.setenv(name, value)
@@ -179,7 +216,12 @@ def trained(runs):
         processes.start(here)
         config = load_config(runs.model)
         contents = open_weights(runs.model, meta_model(config), seed=0)
-        yield boost(args, here, config, contents, 1e-3, 0, 1), runs.model, config, tokens.load_tokenizer(runs.model)
+        yield (
+            boost(args, here, config, contents, Steps.of_benchmark(1e-3)),
+            runs.model,
+            config,
+            tokens.load_tokenizer(runs.model),
+        )
         processes.stop()
         set_accelerator(accelerator)
 
@@ -202,14 +244,22 @@ def test_others_may_read_it_as_the_umask_says(output, trained, tmp_path):
 
 
 class _Disk:
-    """Fails at the n-th change under a folder. By Python's audit events, which come before the change that they tell of."""
+    """Fails at the n-th change under a folder. By Python's audit events, which come before the
+    change that they tell of."""
 
     def __init__(self):
         self.folder, self.left = None, 0
         sys.addaudithook(self._hook)  # for good: there is no way to remove it
 
     def _hook(self, event, arguments):
-        if self.folder is None or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
+        if self.folder is None or event not in (
+            "open",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.mkdir",
+            "os.chmod",
+        ):
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
@@ -255,7 +305,9 @@ def test_no_half_model_when_writing_fails(shard_bytes, trained, runs, tmp_path):
         else:
             seen.append("old" if same(there, old) else "new" if same(there, new) else "half")
     assert seen[0] == "old" and seen[-1] == "new" and "half" not in seen, seen
-    assert same(tensors_of(target), new) and not list(target.glob(".*")), "at last nothing failed, after what the failures left"
+    assert same(tensors_of(target), new) and not list(target.glob(".*")), (
+        "at last nothing failed, after what the failures left"
+    )
 
 
 def test_a_file_is_replaced_at_once_or_not_at_all(trained, tmp_path):
@@ -266,7 +318,13 @@ def test_a_file_is_replaced_at_once_or_not_at_all(trained, tmp_path):
             with disk.failing(tmp_path, at=n):
                 write(trained, target)
         except OSError:
-            seen.append("old" if target.read_bytes() == b"earlier" else "new" if load_file(target) else "half")
+            seen.append(
+                "old"
+                if target.read_bytes() == b"earlier"
+                else "new"
+                if load_file(target)
+                else "half"
+            )
         else:
             break
     assert list(dict.fromkeys(seen)) == ["old", "new"], seen

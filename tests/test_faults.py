@@ -1,4 +1,5 @@
-"""Processes that die, hang or run out of memory, two runs in one place, weights that did not load: the run ends, and says why."""
+"""Processes that die, hang or run out of memory, two runs in one place, weights that did not load:
+the run ends, and says why."""
 
 import re
 import signal
@@ -15,30 +16,78 @@ from transformers import AutoTokenizer, OPTConfig
 
 from opt.colossal.processes import free_port
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, colossalai_run, finish, kill_all, metrics, run, start
+from .conftest import (
+    REPO,
+    SAMPLE_DATA,
+    SAMPLE_MODEL,
+    colossalai_run,
+    finish,
+    kill_all,
+    metrics,
+    run,
+    start,
+)
 
 SCRIPT = REPO / "opt_train_demo.py"
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 # Hours of training: nothing but the fault ends it.
-ENDLESS = ("--num_epoch", 100_000, "--batch_size", 4, "--max_length", 32, "--eval_fraction", 0, "--no_save")
+ENDLESS = (
+    "--num_epoch",
+    100_000,
+    "--batch_size",
+    4,
+    "--max_length",
+    32,
+    "--eval_fraction",
+    0,
+    "--no_save",
+)
 
 
 class Run:
-    """opt_train_demo.py on the sample, under way: started by torchrun, by `colossalai run`, or by hand, a process a rank."""
+    """opt_train_demo.py on the sample, under way: started by torchrun, by `colossalai run`, or by
+    hand, a process a rank."""
 
-    def __init__(self, output: Path, *flags, nproc: int, by: str = "torchrun", stderr: Path | None = None):
+    def __init__(
+        self, output: Path, *flags, nproc: int, by: str = "torchrun", stderr: Path | None = None
+    ):
         self.output, self.nproc, self.port = output, nproc, free_port()
         output.mkdir()
-        flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", output, *flags)
+        flags = (
+            "--model_name_or_path",
+            SAMPLE_MODEL,
+            "--dataset",
+            SAMPLE_DATA,
+            "--output_path",
+            output,
+            *flags,
+        )
         self._files = []
         if by == "hand":
             self.started = [
-                self._start(flags, env={"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
-                                        "MASTER_PORT": str(self.port), "LOCAL_WORLD_SIZE": str(nproc)})
+                self._start(
+                    flags,
+                    env={
+                        "RANK": str(i),
+                        "LOCAL_RANK": str(i),
+                        "WORLD_SIZE": str(nproc),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(self.port),
+                        "LOCAL_WORLD_SIZE": str(nproc),
+                    },
+                )
                 for i in range(nproc)
-            ]  # fmt: skip
+            ]
         elif by == "torchrun":
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", str(self.port)]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                str(nproc),
+                "--master_port",
+                str(self.port),
+            ]
             self.started = [self._start(flags, launcher=launcher)]
         else:
             self.started = [self._start(flags, **colossalai_run(nproc, self.port))]
@@ -46,7 +95,9 @@ class Run:
     def _start(self, flags, env=None, launcher=None):
         file = open(self.output / f"printed{len(self._files)}", "w+")
         self._files.append(file)
-        return start(SCRIPT, *flags, env=CPU | (env or {}), launcher=launcher, stdout=file, stderr=file)
+        return start(
+            SCRIPT, *flags, env=CPU | (env or {}), launcher=launcher, stdout=file, stderr=file
+        )
 
     @property
     def printed(self) -> str:
@@ -59,7 +110,11 @@ class Run:
         for process in psutil.process_iter():
             try:
                 line = process.cmdline()
-                if str(SCRIPT) in line[1:3] and str(self.output) in line and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    str(SCRIPT) in line[1:3]
+                    and str(self.output) in line
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found[int(process.environ()["RANK"])] = process
             except (psutil.Error, KeyError):  # over by now, or a launcher
                 pass
@@ -69,19 +124,26 @@ class Run:
         """Wait until some steps are done."""
         end = time.monotonic() + seconds
         while not (self.output / "metrics.jsonl").exists() or len(metrics(self.output)) < 3:
-            assert time.monotonic() < end and all(p.poll() is None for p in self.started), self.printed[-4000:]
+            assert time.monotonic() < end and all(p.poll() is None for p in self.started), (
+                self.printed[-4000:]
+            )
             time.sleep(0.1)
         assert len(self.ranks()) == self.nproc
         return self
 
     def until_over(self, but=(), seconds=60) -> float:
-        """Wait until none of its processes is left, but for these; returns the seconds that it took."""
+        """Wait until none of its processes is left, but for these; returns the seconds that it
+        took."""
         begun = time.monotonic()
         while True:
             left = [p for p in self.ranks() if p not in but]
-            if not left and all(p.poll() is not None for p in self.started if p.pid not in [b.pid for b in but]):
+            if not left and all(
+                p.poll() is not None for p in self.started if p.pid not in [b.pid for b in but]
+            ):
                 return time.monotonic() - begun
-            assert time.monotonic() - begun < seconds, f"{left} after {seconds} s: {self.printed[-4000:]}"
+            assert time.monotonic() - begun < seconds, (
+                f"{left} after {seconds} s: {self.printed[-4000:]}"
+            )
             time.sleep(0.1)
 
     def end(self) -> None:
@@ -110,7 +172,9 @@ def begin(tmp_path):
 
 def assert_port_is_free(port: int) -> None:
     with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the dead may linger
+        s.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # connections of the dead may linger
         s.bind(("127.0.0.1", port))
 
 
@@ -120,7 +184,9 @@ KILLED = [
     ("hand", 2, ("--plugin", "torch_ddp"), 0),
     ("hand", 4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 3),
     pytest.param("colossalai run", 2, (*HYBRID, "--tp_size", 2), 0, marks=pytest.mark.long),
-    pytest.param("torchrun", 4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 0, marks=pytest.mark.long),
+    pytest.param(
+        "torchrun", 4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 0, marks=pytest.mark.long
+    ),
     pytest.param("hand", 2, ("--plugin", "gemini"), 1, marks=pytest.mark.long),
     pytest.param("hand", 4, ("--plugin", "low_level_zero"), 0, marks=pytest.mark.long),
 ]
@@ -149,7 +215,9 @@ HUNG = [
     ("hand", 2, ("--plugin", "torch_ddp")),
     pytest.param("torchrun", 2, (*HYBRID, "--tp_size", 2), marks=pytest.mark.long),
     pytest.param("hand", 2, (*HYBRID, "--pp_size", 2), marks=pytest.mark.long),
-    pytest.param("hand", 2, ("--plugin", "low_level_zero", "--zero_stage", 2), marks=pytest.mark.long),
+    pytest.param(
+        "hand", 2, ("--plugin", "low_level_zero", "--zero_stage", 2), marks=pytest.mark.long
+    ),
     pytest.param("hand", 2, ("--plugin", "gemini"), marks=pytest.mark.long),
 ]
 
@@ -157,14 +225,19 @@ HUNG = [
 @pytest.mark.parametrize("by, nproc, flags", HUNG)
 def test_a_hung_rank_ends_the_run(begin, by, nproc, flags):
     """SIGSTOP: the others end after --timeout_minutes, in whatever group of processes they wait."""
-    training = begin("out", *ENDLESS, *flags, "--timeout_minutes", 0.1, nproc=nproc, by=by).until_training()
+    training = begin(
+        "out", *ENDLESS, *flags, "--timeout_minutes", 0.1, nproc=nproc, by=by
+    ).until_training()
     hung = training.ranks()[1]
     hung.suspend()
     # torchrun gives the hung one half a minute to heed its SIGTERM, then kills it.
     seconds = training.until_over(but=[hung] if by == "hand" else [])
     print(f"all others over after {seconds:.1f} s")
     assert seconds > 3
-    assert "error: another process did not answer for 0.1 minutes (--timeout_minutes)" in training.printed
+    assert (
+        "error: another process did not answer for 0.1 minutes (--timeout_minutes)"
+        in training.printed
+    )
     assert training.started[0].returncode == 1
     if by == "hand":
         assert "Traceback" not in training.printed  # which torchrun has of its own
@@ -173,21 +246,37 @@ def test_a_hung_rank_ends_the_run(begin, by, nproc, flags):
 
 def test_a_rank_that_was_never_started_and_a_port_in_use(tmp_path):
     """Each is an error of one line, after --timeout_minutes and at once."""
-    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--timeout_minutes", 0.05)
+    flags = (
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        SAMPLE_DATA,
+        "--output_path",
+        tmp_path / "out",
+        "--timeout_minutes",
+        0.05,
+    )
     env = CPU | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = {"alone": str(free_port()), "taken": str(taken.getsockname()[1])}
-        started = {name: start(SCRIPT, *flags, env=env | {"MASTER_PORT": port}) for name, port in ports.items()}
+        started = {
+            name: start(SCRIPT, *flags, env=env | {"MASTER_PORT": port})
+            for name, port in ports.items()
+        }
         done = {name: finish(process, 60) for name, process in started.items()}
     says = {
         "alone": "did not answer for 0.05 minutes (--timeout_minutes): it hangs, or was not started",
         "taken": f"port {ports['taken']} is in use",
     }
     for name, text in says.items():
-        assert done[name].returncode == 1 and "Traceback" not in done[name].stderr, done[name].stderr
-        assert [text in line for line in done[name].stderr.splitlines() if ": error: " in line] == [True]
+        assert done[name].returncode == 1 and "Traceback" not in done[name].stderr, done[
+            name
+        ].stderr
+        assert [text in line for line in done[name].stderr.splitlines() if ": error: " in line] == [
+            True
+        ]
 
 
 # ---- what one process alone runs into
@@ -222,11 +311,14 @@ with faults.reported(train_parser().parse_args([])):
         pytest.param("late", "error: only rank 1 sees it", 2, marks=pytest.mark.long),
         ("alike", "error: all see it", 2),
         ("bug", "failed on rank 1 of 2: KeyError: 'broken'", 1),
-        pytest.param("memory", "out of memory (no more); try --grad_checkpoint", 3, marks=pytest.mark.long),
+        pytest.param(
+            "memory", "out of memory (no more); try --grad_checkpoint", 3, marks=pytest.mark.long
+        ),
     ],
 )
 def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
-    """Once, whichever process it is, and before any that says no more than that another one has ended."""
+    """Once, whichever process it is, and before any that says no more than that another one has
+    ended."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     done = run(script, fault, nproc=2, env=CPU, timeout=60)
@@ -234,7 +326,9 @@ def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
     said = [text for text in done.stderr.splitlines() if text.startswith("worker.py: ")]
     assert [line in text for text in said].count(True) == 1 and line in said[0], done.stderr[-4000:]
     assert len(said) <= 2 and all("another process was lost" in text for text in said[1:])
-    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr) or fault == "alike", done.stderr[-4000:]
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr) or fault == "alike", (
+        done.stderr[-4000:]
+    )
 
 
 def limited(gigabytes: int) -> list:
@@ -244,39 +338,74 @@ def limited(gigabytes: int) -> list:
 
 def test_out_of_memory(tmp_path):
     """A line that names what would help, of what is not there yet; exit code 3."""
-    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out")
-    trains = start(SCRIPT, *flags, "--batch_size", 500_000, "--grad_checkpoint", env=CPU, launcher=limited(16))
+    flags = (
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        SAMPLE_DATA,
+        "--output_path",
+        tmp_path / "out",
+    )
+    trains = start(
+        SCRIPT, *flags, "--batch_size", 500_000, "--grad_checkpoint", env=CPU, launcher=limited(16)
+    )
     measures = start(
-        REPO / "opt_benchmark.py", "--model_name_or_path", SAMPLE_MODEL, "--batch_size", 300_000, "--seq_length", 128, env=CPU,
+        REPO / "opt_benchmark.py",
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--batch_size",
+        300_000,
+        "--seq_length",
+        128,
+        env=CPU,
         launcher=limited(16),
-    )  # fmt: skip
+    )
     for process, batch, given in ((trains, 500_000, True), (measures, 300_000, False)):
         done = finish(process, 120)
         assert done.returncode == 3, done.stderr[-4000:]
         assert "Traceback" not in done.stderr
         line = done.stderr.strip().splitlines()[-1]
-        assert re.search(r"^opt_\w+.py: out of memory \(.*can't allocate memory: you tried to allocate \d+ bytes", line), line
+        assert re.search(
+            r"^opt_\w+.py: out of memory \(.*can't allocate memory: you tried to allocate \d+ bytes",
+            line,
+        ), line
         assert ("--grad_checkpoint" in line) != given
         assert f"--batch_size under {batch} with more --gradient_accumulation_steps" in line
 
 
 def test_two_runs_at_once(begin, tmp_path):
-    """Into two directories, they do not disturb each other; into one, the second is refused, all its processes alike."""
+    """Into two directories, they do not disturb each other; into one, the second is refused, all
+    its processes alike."""
     first = begin("out", *ENDLESS, nproc=2).until_training()
     before = (tmp_path / "out" / "metrics.jsonl").stat().st_ino, len(metrics(tmp_path / "out"))
-    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--no_save", "--max_train_steps", 1)
+    flags = (
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        SAMPLE_DATA,
+        "--no_save",
+        "--max_train_steps",
+        1,
+    )
     second = start(SCRIPT, *flags, "--output_path", tmp_path / "out", nproc=2, env=CPU)
     other = start(SCRIPT, *flags, "--output_path", tmp_path / "other", nproc=2, env=CPU)
     done = finish(second, 90)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert len(said) == 1 and f"--output_path {tmp_path / 'out'} is in use by another run (process {first.ranks()[0].pid} on " in said[0]
+    assert (
+        len(said) == 1
+        and f"--output_path {tmp_path / 'out'} is in use by another run (process "
+        f"{first.ranks()[0].pid} on "
+        in said[0]
+    )
     assert re.search(r"exitcode *: 2 ", done.stderr)
     done = finish(other, 90)
     assert done.returncode == 0, done.stderr[-4000:]
     assert all(process.poll() is None for process in first.started)
     assert (tmp_path / "out" / "metrics.jsonl").stat().st_ino == before[0]
-    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, len(metrics(tmp_path / "out")) + 1))
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(
+        range(1, len(metrics(tmp_path / "out")) + 1)
+    )
     assert len(metrics(tmp_path / "out")) > before[1]
 
 
@@ -285,7 +414,8 @@ def test_two_runs_at_once(begin, tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder of models in the sample's shape with weights that load, and should not be trained."""
+    """A folder of models in the sample's shape with weights that load, and should not be
+    trained."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     model = transformers.OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL))
@@ -299,7 +429,9 @@ def models(tmp_path_factory) -> Path:
         decoder.layers[3].fc2.weight[0, 0] = torch.nan
         save("nan")
         decoder.layers[3].fc2.weight[0, 0] = 0
-        decoder.embed_tokens.weight.mul_(100)  # as of another model: the shapes are right, the logits are not
+        decoder.embed_tokens.weight.mul_(
+            100
+        )  # as of another model: the shapes are right, the logits are not
         save("scaled")
     return root
 
@@ -313,14 +445,29 @@ GUARDED = [
 
 @pytest.mark.parametrize("flags, nproc", GUARDED)
 def test_a_model_that_did_not_load_is_not_trained(models, tmp_path, flags, nproc):
-    """Its first loss is far over an untrained model's; all processes know, under pipeline stages too."""
-    given = ("--model_name_or_path", models / "scaled", "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--batch_size", 4)
+    """Its first loss is far over an untrained model's; all processes know, under pipeline stages
+    too."""
+    given = (
+        "--model_name_or_path",
+        models / "scaled",
+        "--dataset",
+        SAMPLE_DATA,
+        "--output_path",
+        tmp_path / "out",
+        "--batch_size",
+        4,
+    )
     done = run(SCRIPT, *given, *flags, nproc=nproc, env=CPU)
     said = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert len(said) == 1, done.stderr[-4000:]
-    assert re.search(r"error: the first loss is \d+\.\d+, over 11.437 \(1.5 x ln 2048\): the weights in .*/scaled did not load", said[0])
+    assert re.search(
+        r"error: the first loss is \d+\.\d+, over 11.437 \(1.5 x ln 2048\): the weights in .*/scaled did not load",
+        said[0],
+    )
     if nproc:
-        assert {"2"} <= set(re.findall(r"exitcode  *: (\S+) \(", done.stderr)) <= {"2", "-15"}  # torchrun may be quicker with the other
+        assert (
+            {"2"} <= set(re.findall(r"exitcode  *: (\S+) \(", done.stderr)) <= {"2", "-15"}
+        )  # torchrun may be quicker with the other
     else:
         assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()
@@ -328,9 +475,20 @@ def test_a_model_that_did_not_load_is_not_trained(models, tmp_path, flags, nproc
 
 def test_weights_of_nan_are_named(models, tmp_path):
     """By the last pipeline stage, which alone reads them."""
-    given = ("--model_name_or_path", models / "nan", "--dataset", SAMPLE_DATA, "--output_path", tmp_path / "out", "--batch_size", 4)
+    given = (
+        "--model_name_or_path",
+        models / "nan",
+        "--dataset",
+        SAMPLE_DATA,
+        "--output_path",
+        tmp_path / "out",
+        "--batch_size",
+        4,
+    )
     done = run(SCRIPT, *given, *HYBRID, "--pp_size", 2, nproc=2, env=CPU)
     said = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert "nan/model.safetensors: model.decoder.layers.3.fc2.weight holds nan or infinity" in said[0], done.stderr[-4000:]
+    assert (
+        "nan/model.safetensors: model.decoder.layers.3.fc2.weight holds nan or infinity" in said[0]
+    ), done.stderr[-4000:]
     assert len(said) == 1 or "another process was lost" in said[1]
     assert re.search(r"exitcode *: 2 ", done.stderr)

@@ -1,4 +1,5 @@
-"""--fp8: the three products of a linear map, and where the flag is refused. Its loss curves are in test_gpu.py."""
+"""--fp8: the three products of a linear map, and where the flag is refused. Its loss curves are in
+test_gpu.py."""
 
 import math
 
@@ -17,7 +18,10 @@ TOKENS, IN, OUT = 64, 96, 160  # no two alike: a product of the wrong side would
 
 def fp8_is_missing() -> bool:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, one = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones((), device=device)
+    a, one = (
+        torch.ones(16, 16, device=device).to(torch.float8_e4m3fn),
+        torch.ones((), device=device),
+    )
     try:
         torch._scaled_mm(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     except RuntimeError:  # NotImplementedError is one
@@ -26,7 +30,9 @@ def fp8_is_missing() -> bool:
 
 
 needs_fp8 = pytest.mark.skipif(
-    fp8_is_missing(), reason="torch._scaled_mm does not run here: PyTorch 2.11's runs on a CPU, 2.5's on a GPU of compute capability 8.9"
+    fp8_is_missing(),
+    reason="torch._scaled_mm does not run here: PyTorch 2.11's runs on a CPU, 2.5's on a GPU of "
+    "compute capability 8.9",
 )
 
 
@@ -38,7 +44,8 @@ def linear(size_in=IN, size_out=OUT, bias=True, dtype=torch.bfloat16) -> Linear:
 
 
 def products(module, x, grad, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """The output of a linear map, and what `grad` at its output gives at its input and parameters."""
+    """The output of a linear map, and what `grad` at its output gives at its input and
+    parameters."""
     x = x.to(dtype).requires_grad_()
     out = module(x)
     grads = torch.autograd.grad(out, (x, *module.parameters()), grad.to(out.dtype))
@@ -53,16 +60,22 @@ def inputs(module, *shape) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_scale, grad_scale", [(1, 1), (1000, 1e-3), (1e-3, 1000)])
 def test_products_are_those_of_fp32(dtype, x_scale, grad_scale):
-    """Whatever the factors' sizes: rounding to 3 bits (e4m3) makes an error of 2.6 % of a factor's norm, to 2 bits (e5m2) of 5.3 %."""
+    """Whatever the factors' sizes: rounding to 3 bits (e4m3) makes an error of 2.6 % of a factor's
+    norm, to 2 bits (e5m2) of 5.3 %."""
     module = linear(dtype=dtype)
     module.bias.data *= x_scale  # the output is not to be the bias alone
-    x, grad = inputs(module, 4, TOKENS // 4, IN) * x_scale, inputs(module, 4, TOKENS // 4, OUT) * grad_scale
+    x, grad = (
+        inputs(module, 4, TOKENS // 4, IN) * x_scale,
+        inputs(module, 4, TOKENS // 4, OUT) * grad_scale,
+    )
     exact = nn.Linear(IN, OUT, device=x.device)
     exact.load_state_dict(module.state_dict())
     found, expected = products(module, x, grad, dtype), products(exact, x, grad)
     for name, bound in {"output": 0.05, "input": 0.08, "weight": 0.08, "bias": 0.01}.items():
         assert found[name].dtype == dtype and found[name].shape == expected[name].shape
-        error = torch.linalg.vector_norm(found[name] - expected[name]) / torch.linalg.vector_norm(expected[name])
+        error = torch.linalg.vector_norm(found[name] - expected[name]) / torch.linalg.vector_norm(
+            expected[name]
+        )
         assert error < bound, name
         assert error > 0.01 or name == "bias", f"{name} is too exact for fp8"
 
@@ -80,7 +93,9 @@ def test_autocast_decides_the_output(dtype):
 @needs_fp8
 def test_without_a_bias():
     module = linear(bias=False)
-    assert products(module, inputs(module, TOKENS, IN), inputs(module, TOKENS, OUT), torch.bfloat16).keys() == {"output", "input", "weight"}
+    assert products(
+        module, inputs(module, TOKENS, IN), inputs(module, TOKENS, OUT), torch.bfloat16
+    ).keys() == {"output", "input", "weight"}
 
 
 @needs_fp8
@@ -96,7 +111,8 @@ def test_a_gradient_that_is_not_finite_stays_so(poison):
 
 @needs_fp8
 def test_a_large_gradient_leaves_the_small_ones():
-    """As real ones are, tokens' gradients are of very different sizes: e4m3 would lose the small ones."""
+    """As real ones are, tokens' gradients are of very different sizes: e4m3 would lose the small
+    ones."""
     module = linear()
     x, grad = inputs(module, TOKENS, IN), inputs(module, TOKENS, OUT)
     grad[0] *= 1e6
@@ -108,7 +124,9 @@ def test_a_large_gradient_leaves_the_small_ones():
 @needs_fp8
 def test_zeros_give_zeros():
     module = linear(bias=False)
-    found = products(module, inputs(module, TOKENS, IN) * 0, inputs(module, TOKENS, OUT) * 0, torch.bfloat16)
+    found = products(
+        module, inputs(module, TOKENS, IN) * 0, inputs(module, TOKENS, OUT) * 0, torch.bfloat16
+    )
     assert not any(tensor.any() for tensor in found.values())
 
 

@@ -39,7 +39,16 @@ def test_fused_loss_is_the_plain_loss():
         assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < 5e-3
 
 
-CURVE = ["--dropout", "0", "--max_train_steps", "10", "--learning_rate", "1e-3", "--eval_fraction", "0"]
+CURVE = [
+    "--dropout",
+    "0",
+    "--max_train_steps",
+    "10",
+    "--learning_rate",
+    "1e-3",
+    "--eval_fraction",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +66,30 @@ def reference(tmp_path_factory) -> list[float]:
         ["--plugin", "low_level_zero", "--no-padding_free"],
         ["--plugin", "gemini"],
         ["--plugin", "gemini", "--offload_optim_frac", "1"],
-        ["--plugin", "gemini", "--offload_optim_frac", "0.5", "--batch_size", "16", "--gradient_accumulation_steps", "2"],
+        [
+            "--plugin",
+            "gemini",
+            "--offload_optim_frac",
+            "0.5",
+            "--batch_size",
+            "16",
+            "--gradient_accumulation_steps",
+            "2",
+        ],
         ["--plugin", "hybrid_parallel"],
         ["--plugin", "torch_ddp", "--compile"],
         ["--plugin", "gemini", "--compile"],
         ["--plugin", "torch_ddp", "--cuda_graph"],
         ["--plugin", "low_level_zero", "--cuda_graph", "--fused_loss"],
-        ["--plugin", "low_level_zero", "--cuda_graph", "--batch_size", "16", "--gradient_accumulation_steps", "2"],
+        [
+            "--plugin",
+            "low_level_zero",
+            "--cuda_graph",
+            "--batch_size",
+            "16",
+            "--gradient_accumulation_steps",
+            "2",
+        ],
         ["--plugin", "hybrid_parallel", "--cuda_graph", "--compile"],
         ["--plugin", "torch_ddp_fp16"],
         ["--plugin", "torch_ddp", "--fp8"],
@@ -74,7 +100,8 @@ def reference(tmp_path_factory) -> list[float]:
     ids=" ".join,
 )
 def test_loss_curve_on_a_gpu(tmp_path, reference, flags):
-    """The same as torch_ddp's in fp32, within the noise of 16 bits, which fp8 adds 0.002 to (seen on a CPU)."""
+    """The same as torch_ddp's in fp32, within the noise of 16 bits, which fp8 adds 0.002 to (seen
+    on a CPU)."""
     if "--fp8" in flags and not has_fp8(torch.device("cuda", 0)):
         pytest.skip("needs a GPU of compute capability 8.9 or later")
     done = train(tmp_path / "found", *CURVE, *flags)
@@ -98,13 +125,23 @@ def test_without_a_compiler(tmp_path, reference):
     [
         ["--plugin", "low_level_zero"],
         ["--plugin", "low_level_zero", "--compile"],
-        ["--plugin", "low_level_zero", "--zero_stage", "2", "--batch_size", "8", "--gradient_accumulation_steps", "2"],
+        [
+            "--plugin",
+            "low_level_zero",
+            "--zero_stage",
+            "2",
+            "--batch_size",
+            "8",
+            "--gradient_accumulation_steps",
+            "2",
+        ],
         ["--plugin", "hybrid_parallel", "--zero_stage", "1"],
     ],
     ids=" ".join,
 )
 def test_loss_curve_of_two_processes_on_one_gpu(tmp_path, reference, flags):
-    """Gradients come together beside backward, parts of the weights after the update. (A graph records no collective of gloo's.)"""
+    """Gradients come together beside backward, parts of the weights after the update. (A graph
+    records no collective of gloo's.)"""
     rows = [] if "--batch_size" in flags else ["--batch_size", "16"]
     train(tmp_path, *CURVE, *flags, *rows, script=REPO / "tests" / "gloo_worker.py", nproc=2)
     assert losses(tmp_path) == pytest.approx(reference, abs=0.03)
@@ -112,7 +149,16 @@ def test_loss_curve_of_two_processes_on_one_gpu(tmp_path, reference, flags):
 
 def test_a_cuda_graph_records_no_collective(tmp_path):
     """Two processes under torch_ddp reduce gradients within backward."""
-    given = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--plugin", "torch_ddp", "--cuda_graph", "--dry_run"]
+    given = [
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        SAMPLE_DATA,
+        "--plugin",
+        "torch_ddp",
+        "--cuda_graph",
+        "--dry_run",
+    ]
     done = run(REPO / "opt_train_demo.py", *given, env={"WORLD_SIZE": "2"})
     assert done.returncode == 2 and "low_level_zero" in done.stderr
 
@@ -129,9 +175,17 @@ def test_step_along_nan_is_skipped_on_the_device():
         layer.weight.grad[3, 5] += poison
         adam.step(grad_norm=adam.grad_norm(), max_norm=1.0)
         adam.zero_grad()
-        states.append([t.clone() for p in layer.parameters() for t in (p, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"])])
+        states.append(
+            [
+                t.clone()
+                for p in layer.parameters()
+                for t in (p, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"])
+            ]
+        )
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*states[:3], strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(*states[2:], strict=True)) and all(t.isfinite().all() for t in states[3])
+    assert not any(torch.equal(a, b) for a, b in zip(*states[2:], strict=True)) and all(
+        t.isfinite().all() for t in states[3]
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +200,23 @@ def test_step_along_nan_is_skipped_on_the_device():
 )
 def test_resume_on_a_gpu(tmp_path, flags):
     """Dropout on: the device's random numbers go on where they were."""
-    common = [*flags, "--max_train_steps", "12", "--learning_rate", "1e-3", "--eval_fraction", "0", "--save_steps", "6", "--no_save"]
+    common = [
+        *flags,
+        "--max_train_steps",
+        "12",
+        "--learning_rate",
+        "1e-3",
+        "--eval_fraction",
+        "0",
+        "--save_steps",
+        "6",
+        "--no_save",
+    ]
     train(tmp_path / "through", *common)
-    train(tmp_path / "resumed", *common, "--resume", tmp_path / "through" / "checkpoints" / "step-00000006")
+    train(
+        tmp_path / "resumed",
+        *common,
+        "--resume",
+        tmp_path / "through" / "checkpoints" / "step-00000006",
+    )
     assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "through"), abs=2e-3)

@@ -1,4 +1,5 @@
-"""Models and data sets by Hub id, against a stand-in for the Hub: there, missing, out of order, and cached."""
+"""Models and data sets by Hub id, against a stand-in for the Hub: there, missing, out of order, and
+cached."""
 
 import os
 import shutil
@@ -14,35 +15,56 @@ from opt.model import weights
 from opt.model.config import load_config
 from opt.model.opt import meta_model
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, metrics, run
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, metrics, run, tokenize
 from .hub import Hub, save_opt_tokenizer, serving
 from .test_bad_input import assert_refused
 from .test_data import as_lists
 
 SCRIPT = REPO / "opt_train_demo.py"
-MODEL, NETFLIX, WIKITEXT = "facebook/opt-350m", "hugginglearners/netflix-shows", "Salesforce/wikitext"
+MODEL, NETFLIX, WIKITEXT = (
+    "facebook/opt-350m",
+    "hugginglearners/netflix-shows",
+    "Salesforce/wikitext",
+)
 SPLITS = ("test", "train", "validation")
 DEAD = [("error", "model"), ("silent", "model"), ("hang up", "data set"), ("silent", "wikitext")]
 
 
 def save_model(directory, ffn_dim=128, **torch_save) -> None:
-    """A small facebook/opt-350m, as its repository has it: the base model's names, fp16, no head, no safetensors; and the
-    shape that is this size's own, layer norms after the blocks and embeddings narrower than the model."""
+    """A small facebook/opt-350m, as its repository has it: the base model's names, fp16, no head,
+    no safetensors; and the shape that is this size's own, layer norms after the blocks and
+    embeddings narrower than the model."""
     save_opt_tokenizer(directory)
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=272, hidden_size=64, word_embed_proj_dim=32, do_layer_norm_before=False, num_hidden_layers=2, ffn_dim=ffn_dim,
-        num_attention_heads=4, max_position_embeddings=128, init_std=0.2, torch_dtype="float16", prefix="</s>",
-    )  # fmt: skip
+        vocab_size=272,
+        hidden_size=64,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+        num_hidden_layers=2,
+        ffn_dim=ffn_dim,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        init_std=0.2,
+        torch_dtype="float16",
+        prefix="</s>",
+    )
     config.save_pretrained(directory)
     state = transformers.OPTForCausalLM(config).half().state_dict()
-    state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    state = {
+        name.removeprefix("model."): tensor
+        for name, tensor in state.items()
+        if name != "lm_head.weight"
+    }
     torch.save(state, directory / "pytorch_model.bin", **torch_save)
 
 
 def wikitext(split: str) -> list[str]:
-    """Lines as in WikiText's raw version: blank ones between paragraphs, a space at both ends of the others."""
-    plots = [line.split(",", 11)[-1].strip('"') for line in SAMPLE_DATA.read_text().splitlines()[1:]]
+    """Lines as in WikiText's raw version: blank ones between paragraphs, a space at both ends of
+    the others."""
+    plots = [
+        line.split(",", 11)[-1].strip('"') for line in SAMPLE_DATA.read_text().splitlines()[1:]
+    ]
     plots = plots[SPLITS.index(split) :: 7]
     return ["", f" = {split} = \n", "", *(f" {plot} \n" for plot in plots)]
 
@@ -53,7 +75,9 @@ def root(tmp_path_factory):
     import pandas
 
     root = tmp_path_factory.mktemp("hub")
-    model, netflix, wiki = (root / name for name in (f"models/{MODEL}", f"datasets/{NETFLIX}", f"datasets/{WIKITEXT}"))
+    model, netflix, wiki = (
+        root / name for name in (f"models/{MODEL}", f"datasets/{NETFLIX}", f"datasets/{WIKITEXT}")
+    )
     for folder in (model, netflix, wiki):
         folder.mkdir(parents=True)
     save_model(model)
@@ -70,7 +94,9 @@ def root(tmp_path_factory):
         for split in SPLITS:
             card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
             text = wikitext(split) if config == configs[1] else ["the wrong configuration"]
-            pandas.DataFrame({"text": text}).to_parquet(wiki / config / f"{split}-00000-of-00001.parquet")
+            pandas.DataFrame({"text": text}).to_parquet(
+                wiki / config / f"{split}-00000-of-00001.parquet"
+            )
     (wiki / "README.md").write_text("\n".join([*card, "---", "# WikiText", ""]))
     return root
 
@@ -83,30 +109,56 @@ def hub(root):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """HF_HOME of this module: what one test downloads the next ones find cached, as on a user's machine."""
+    """HF_HOME of this module: what one test downloads the next ones find cached, as on a user's
+    machine."""
     return tmp_path_factory.mktemp("home")
 
 
 def start(hub: Hub, home, model, dataset, *flags, output="/nowhere/not/written"):
     """opt_train_demo.py with `hub` for the Hub, patient for 2 seconds."""
     env = hub.environment(home) | {"HF_HUB_ETAG_TIMEOUT": "2", "CUDA_VISIBLE_DEVICES": ""}
-    return run(SCRIPT, "--model_name_or_path", model, "--dataset", dataset, "--output_path", output, *flags, env=env)
+    return run(
+        SCRIPT,
+        "--model_name_or_path",
+        model,
+        "--dataset",
+        dataset,
+        "--output_path",
+        output,
+        *flags,
+        env=env,
+    )
 
 
 def test_the_defaults(hub, home, root, tmp_path, monkeypatch):
-    """facebook/opt-350m on the Netflix descriptions: the weights arrive, as plain transformers has them."""
-    flags = ("--precision", "fp32", "--dropout", 0, "--max_train_steps", 1, "--batch_size", 4, "--no_save")
+    """facebook/opt-350m on the Netflix descriptions: the weights arrive, as plain transformers has
+    them."""
+    flags = (
+        "--precision",
+        "fp32",
+        "--dropout",
+        0,
+        "--max_train_steps",
+        1,
+        "--batch_size",
+        4,
+        "--no_save",
+    )
     done = start(hub, home, MODEL, NETFLIX, *flags, output=tmp_path / "out")
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"Hub, {NETFLIX}, split train: 420 rows" in done.stdout
     assert "pytorch_model.bin" in done.stdout
-    assert not [r for r in hub.requests if r.endswith((".msgpack", ".h5"))]  # gigabytes that nobody reads
+    assert not [
+        r for r in hub.requests if r.endswith((".msgpack", ".h5"))
+    ]  # gigabytes that nobody reads
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = root / "models" / MODEL
     tokenizer = tokens.load_tokenizer(folder)
-    held_out = tokens.open_dataset(tokens.tokenize(str(SAMPLE_DATA), "description", 128, 0.05, 42, tokenizer)).held_out
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    held_out = tokenize(SAMPLE_DATA, "description", 128, 0.05, 42, tokenizer).held_out
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=torch.float32
+    ).eval()
     total, targets = 0.0, 0
     with torch.no_grad():
         for row in as_lists(held_out):
@@ -119,16 +171,32 @@ def test_the_defaults(hub, home, root, tmp_path, monkeypatch):
 
 
 def test_wikitext(hub, home, root):
-    """The joined text in blocks of --max_length, to train on and held out as the data set has it."""
-    done = start(hub, home, MODEL, "wikitext-2-raw", "--max_length", 24, "--no_save", "--dry_run", output=home / "out")
+    """The joined text in blocks of --max_length, to train on and held out as the data set has
+    it."""
+    done = start(
+        hub,
+        home,
+        MODEL,
+        "wikitext-2-raw",
+        "--max_length",
+        24,
+        "--no_save",
+        "--dry_run",
+        output=home / "out",
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"Hub, {WIKITEXT}, wikitext-2-raw-v1" in done.stdout
 
-    newest = max((home / "xdg" / "opt-colossalai").iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
+    newest = max(
+        (home / "xdg" / "opt-colossalai").iterdir(), key=lambda entry: entry.stat().st_mtime_ns
+    )
     dataset = tokens.open_dataset(newest)
     tokenizer = tokens.load_tokenizer(root / "models" / MODEL)
     for split, rows in {"train": dataset.train, "validation": dataset.held_out}.items():
-        whole = [tokenizer.bos_token_id, *tokenizer("".join(wikitext(split)), add_special_tokens=False)["input_ids"]]
+        whole = [
+            tokenizer.bos_token_id,
+            *tokenizer("".join(wikitext(split)), add_special_tokens=False)["input_ids"],
+        ]
         assert set(rows.lengths[:-1]) == {24}
         left_out = len(whole) % 24 == 1
         assert np.concatenate(as_lists(rows)).tolist() == whole[: len(whole) - left_out]
@@ -136,23 +204,40 @@ def test_wikitext(hub, home, root):
 
 def test_what_the_hub_does_not_have(hub, home):
     """Is the user's mistake, found by one question."""
-    assert_refused(start(hub, home, "facebook/opt-351m", SAMPLE_DATA), "facebook/opt-351m", "no such model")
-    assert_refused(start(hub, home, SAMPLE_MODEL, "hugginglearners/shows"), "hugginglearners/shows", "a data set on the Hub")
+    assert_refused(
+        start(hub, home, "facebook/opt-351m", SAMPLE_DATA), "facebook/opt-351m", "no such model"
+    )
+    assert_refused(
+        start(hub, home, SAMPLE_MODEL, "hugginglearners/shows"),
+        "hugginglearners/shows",
+        "a data set on the Hub",
+    )
     assert len(hub.requests) == 2
 
 
 @pytest.fixture(scope="module")
 def dead_hub(root, tmp_path_factory):
-    """What became of a run by what it asked a Hub in trouble for, with nothing cached: (process, requests)."""
+    """What became of a run by what it asked a Hub in trouble for, with nothing cached: (process,
+    requests)."""
 
     def one(mode, model, dataset):
         with serving(root) as hub:
             hub.mode = mode
-            done = start(hub, tmp_path_factory.mktemp("home"), model, dataset, output=tmp_path_factory.mktemp("out"))
+            done = start(
+                hub,
+                tmp_path_factory.mktemp("home"),
+                model,
+                dataset,
+                output=tmp_path_factory.mktemp("out"),
+            )
             return done, hub.requests
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        asked = {"model": (MODEL, SAMPLE_DATA), "data set": (SAMPLE_MODEL, NETFLIX), "wikitext": (SAMPLE_MODEL, "wikitext-2-raw")}
+        asked = {
+            "model": (MODEL, SAMPLE_DATA),
+            "data set": (SAMPLE_MODEL, NETFLIX),
+            "wikitext": (SAMPLE_MODEL, "wikitext-2-raw"),
+        }
         yield {case: pool.submit(one, case[0], *asked[case[1]]) for case in DEAD}
 
 
@@ -161,12 +246,18 @@ def test_a_hub_that_does_not_answer(dead_hub, mode, what):
     """Costs HF_HUB_ETAG_TIMEOUT seconds at most: it is asked once."""
     done, requests = dead_hub[mode, what].result()
     name = {"model": MODEL, "data set": NETFLIX, "wikitext": "wikitext-2-raw"}[what]
-    assert_refused(done, name, "not to be had from the Hub", {"error": "500", "silent": "timed out", "hang up": "aborted"}[mode])
+    assert_refused(
+        done,
+        name,
+        "not to be had from the Hub",
+        {"error": "500", "silent": "timed out", "hang up": "aborted"}[mode],
+    )
     assert len(requests) == 1
 
 
 def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
-    """A model and a data set of an earlier run, with the Hub gone; but not a model that was downloaded by half."""
+    """A model and a data set of an earlier run, with the Hub gone; but not a model that was
+    downloaded by half."""
     for mode in ("serve", "silent"):
         hub.mode = mode
         done = start(hub, home, MODEL, NETFLIX, "--dry_run", output=tmp_path / "out")
@@ -182,7 +273,8 @@ def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
 
 
 def test_a_download_that_breaks_off(tmp_path):
-    """In the middle of the weights: the run ends; half a file is not taken for the whole; the next run fetches the rest."""
+    """In the middle of the weights: the run ends; half a file is not taken for the whole; the next
+    run fetches the rest."""
     folder = tmp_path / "root" / "models" / MODEL
     folder.mkdir(parents=True)
     save_model(folder, ffn_dim=60_000)  # 31 MB: what arrives is written in pieces of 10
@@ -195,11 +287,15 @@ def break_off(hub, tmp_path):
     hub.mode = "cut"
     done = start(hub, tmp_path, MODEL, SAMPLE_DATA, *flags, output=tmp_path / "out")
     said = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr[-4000:]
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr[
+        -4000:
+    ]
     assert "not to be had from the Hub" in said[0] and MODEL in said[0]
     assert not list((tmp_path / "hub").glob("models--*/snapshots/*/pytorch_model.bin"))
     whole = hub.repository("models", MODEL) / "pytorch_model.bin"
-    halves = [file.stat().st_size for file in (tmp_path / "hub").glob("models--*/blobs/*.incomplete")]
+    halves = [
+        file.stat().st_size for file in (tmp_path / "hub").glob("models--*/blobs/*.incomplete")
+    ]
     assert whole.stat().st_size > max(halves) >= 10**7
 
     hub.mode = "serve"

@@ -1,4 +1,5 @@
-"""opt/kernels.py on GPUs that are not there: Triton compiles for them on any host. What the kernels compute only a GPU can show."""
+"""opt/kernels.py on GPUs that are not there: Triton compiles for them on any host. What the kernels
+compute only a GPU can show."""
 
 import json
 import os
@@ -20,10 +21,16 @@ from opt.train import plan
 from .conftest import REPO, SAMPLE_MODEL, finish, start
 
 TRITONS = ("3.1.0", "3.6.0")  # of the oldest and the newest torch that requirements.txt allows
-# KiB that a program may ask for, by compute capability: NVIDIA's CUDA C++ Programming Guide, "technical specifications per compute
-# capability".
+# KiB that a program may ask for, by compute capability: NVIDIA's CUDA C++ Programming Guide,
+# "technical specifications per compute capability".
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}
-KERNELS = {"_adamw", "_sums_of_squares", "_cross_entropy", "_short_attention", "_short_attention_backward"}
+KERNELS = {
+    "_adamw",
+    "_sums_of_squares",
+    "_cross_entropy",
+    "_short_attention",
+    "_short_attention_backward",
+}
 
 
 def installed_triton() -> str | None:
@@ -35,29 +42,49 @@ def installed_triton() -> str | None:
 
 
 def triton_on_path(version: str, cache) -> dict:
-    """The environment in which Python imports this Triton, without the torch that belongs to it; fetched where it is not installed."""
+    """The environment in which Python imports this Triton, without the torch that belongs to it;
+    fetched where it is not installed."""
     if installed_triton() == version:
         return {"PYTHONPATH": str(REPO)}
-    folder = cache.mkdir("triton") / f"{version}-python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = (
+        cache.mkdir("triton") / f"{version}-python{sys.version_info.major}.{sys.version_info.minor}"
+    )
     if not folder.exists():
         part = folder.with_suffix(".part")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"]
-        done = subprocess.run([*pip, "--target", str(part), f"triton=={version}"], capture_output=True, text=True)
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--upgrade",
+        ]
+        done = subprocess.run(
+            [*pip, "--target", str(part), f"triton=={version}"], capture_output=True, text=True
+        )
         if done.returncode:
-            pytest.skip(f"Triton {version} is not installed here, and pip cannot fetch it: {done.stderr.strip()[-200:]}")
+            pytest.skip(
+                f"Triton {version} is not installed here, and pip cannot fetch it: "
+                f"{done.stderr.strip()[-200:]}"
+            )
         part.rename(folder)
     return {"PYTHONPATH": f"{REPO}{os.pathsep}{folder}"}
 
 
 @pytest.fixture(scope="module")
 def workers(request, tmp_path_factory):
-    """The processes that compile, one for each Triton, started together: a core is busy with one for a minute and a half."""
+    """The processes that compile, one for each Triton, started together: a core is busy with one
+    for a minute and a half."""
     started = {}
 
     def worker(version):
         if version not in started:
             # A folder of its own: what an earlier run has compiled would be found there.
-            env = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))} | triton_on_path(version, request.config.cache)
+            env = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))} | triton_on_path(
+                version, request.config.cache
+            )
             started[version] = start(REPO / "tests" / "compile_worker.py", *SHARED_MEMORY, env=env)
         return started[version]
 
@@ -86,24 +113,50 @@ def compiled(request, workers) -> list[dict]:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_every_kernel_is_built(compiled, capability):
     """To machine code, within the shared memory that such a GPU has."""
-    found = [kernel for kernel in compiled if kernel["capability"] == capability and isinstance(kernel["call"], dict)]
+    found = [
+        kernel
+        for kernel in compiled
+        if kernel["capability"] == capability and isinstance(kernel["call"], dict)
+    ]
     assert not [kernel for kernel in found if "error" in kernel]
     assert {kernel["kernel"] for kernel in found} == KERNELS
     sizes = {(kernel["call"].get("longest"), kernel["call"].get("head_dim")) for kernel in found}
-    assert sizes >= {(64, 64), (128, 64), (64, 128)}  # heads of all published models but 2.7b's, which are 80 wide
-    assert not [kernel for kernel in found if not kernel["bytes"] or kernel["shared"] > SHARED_MEMORY[capability] * 1024]
+    assert sizes >= {
+        (64, 64),
+        (128, 64),
+        (64, 128),
+    }  # heads of all published models but 2.7b's, which are 80 wide
+    assert not [
+        kernel
+        for kernel in found
+        if not kernel["bytes"] or kernel["shared"] > SHARED_MEMORY[capability] * 1024
+    ]
 
 
 def test_the_update_moves_16_bytes_at_a_time(compiled):
-    """Of tensors that lie so: a program's 8 warps move 8 elements a thread, of gradients, fp32 state and 16-bit weights."""
-    found = [kernel for kernel in compiled if isinstance(kernel["call"], dict) and kernel["call"].get("aligned")]
-    assert len(found) == len(SHARED_MEMORY) * 3 * (1 + 3)  # norm and update of 3 dtypes, the update with 3 kinds of output
-    assert not [kernel for kernel in found if kernel.get("vectors") != 8 * kernel["call"]["bytes_an_element"] // 16]
+    """Of tensors that lie so: a program's 8 warps move 8 elements a thread, of gradients, fp32
+    state and 16-bit weights."""
+    found = [
+        kernel
+        for kernel in compiled
+        if isinstance(kernel["call"], dict) and kernel["call"].get("aligned")
+    ]
+    assert len(found) == len(SHARED_MEMORY) * 3 * (
+        1 + 3
+    )  # norm and update of 3 dtypes, the update with 3 kinds of output
+    assert not [
+        kernel
+        for kernel in found
+        if kernel.get("vectors") != 8 * kernel["call"]["bytes_an_element"] // 16
+    ]
 
 
 def test_what_a_trial_builds_the_run_uses(compiled):
     """Or the start of each run on a GPU would take longer, for kernels that it never calls."""
-    built = {call: {kernel["kernel"] for kernel in compiled if kernel["call"] == call and kernel["new"]} for call in ("trial", "run")}
+    built = {
+        call: {kernel["kernel"] for kernel in compiled if kernel["call"] == call and kernel["new"]}
+        for call in ("trial", "run")
+    }
     assert built == {"trial": KERNELS, "run": set()}
 
 
@@ -112,7 +165,8 @@ def test_what_a_trial_builds_the_run_uses(compiled):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """A GPU, as far as kernel_probe looks, and the set of kernels that Triton does not build for it."""
+    """A GPU, as far as kernel_probe looks, and the set of kernels that Triton does not build for
+    it."""
     names = set()
 
     def trial(name):
@@ -143,9 +197,15 @@ def plan_line(flags: str, longest: int | None = 60) -> str | None:
 def test_a_kernel_falls_away_alone(broken, capsys):
     broken.add("update")
     line = plan_line("--plugin low_level_zero --fused_loss")
-    assert "the update, where" in line and "no such instruction" in line and "alone was not measured" in line
+    assert (
+        "the update, where" in line
+        and "no such instruction" in line
+        and "alone was not measured" in line
+    )
     assert not has_kernel("update", GPU.device, torch.bfloat16, torch.bfloat16)
-    assert has_kernel("norm", GPU.device, torch.bfloat16) and has_kernel("loss", GPU.device, torch.bfloat16, 2048)
+    assert has_kernel("norm", GPU.device, torch.bfloat16) and has_kernel(
+        "loss", GPU.device, torch.bfloat16, 2048
+    )
     assert has_short_attention(GPU.device, torch.bfloat16, 32, 60)
     assert not capsys.readouterr().out  # the plan has told it
 
@@ -178,8 +238,15 @@ def test_the_plan_tries_what_the_run_needs(broken, flags, longest, needed):
 def test_a_kernel_that_the_plan_left_out(broken, capsys):
     """One line, however often it is asked for."""
     broken.add("norm")
-    assert not any(has_kernel("norm", GPU.device, dtype) for dtype in (torch.float32, torch.float16) for _ in range(3))
-    assert capsys.readouterr().out.count("kernels   PyTorch's own operations for the gradient's norm") == 1
+    assert not any(
+        has_kernel("norm", GPU.device, dtype)
+        for dtype in (torch.float32, torch.float16)
+        for _ in range(3)
+    )
+    assert (
+        capsys.readouterr().out.count("kernels   PyTorch's own operations for the gradient's norm")
+        == 1
+    )
 
 
 def test_nothing_is_said_where_nothing_is_missing(broken):
@@ -188,6 +255,9 @@ def test_nothing_is_said_where_nothing_is_missing(broken):
 
 def test_a_cpu_imports_no_triton():
     """And has nothing to say: PyTorch's operations are what a CPU runs."""
-    code = "import sys, torch; from opt.model.kernel_probe import *; print(has_kernel('norm', torch.device('cpu'), torch.float32), 'triton' in sys.modules)"
+    code = (
+        "import sys, torch; from opt.model.kernel_probe import *; print(has_kernel('norm', "
+        "torch.device('cpu'), torch.float32), 'triton' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr

@@ -1,4 +1,5 @@
-"""The README's ways to start two processes: each trains the same. On two GPUs if they are there, otherwise on the CPU."""
+"""The README's ways to start two processes: each trains the same. On two GPUs if they are there,
+otherwise on the CPU."""
 
 import math
 import os
@@ -10,16 +11,41 @@ import torch
 
 from opt.colossal.processes import free_port
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, colossalai_run, finish, losses, metrics, start, train
+from .conftest import (
+    REPO,
+    SAMPLE_DATA,
+    SAMPLE_MODEL,
+    colossalai_run,
+    finish,
+    losses,
+    metrics,
+    start,
+    train,
+)
 
-FLAGS = ["--plugin", "low_level_zero", "--precision", "fp32", "--batch_size", "4", "--dropout", "0", "--max_train_steps", "6"]
+FLAGS = [
+    "--plugin",
+    "low_level_zero",
+    "--precision",
+    "fp32",
+    "--batch_size",
+    "4",
+    "--dropout",
+    "0",
+    "--max_train_steps",
+    "6",
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 GPUS = torch.cuda.device_count() > 1
 
 
 def devices(*numbers) -> dict[str, str]:
-    """The environment of processes that are to use these GPUs; and as many threads as torchrun gives to each of several."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers)) if GPUS else "", "OMP_NUM_THREADS": "1"}
+    """The environment of processes that are to use these GPUs; and as many threads as torchrun
+    gives to each of several."""
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers)) if GPUS else "",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +58,19 @@ def reference(tmp_path_factory) -> list[dict]:
 
 
 def runs_of_two_nodes(port):
-    """A launcher on each of two nodes, here on one host, which find one another by torchrun's rendezvous."""
-    launcher = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+    """A launcher on each of two nodes, here on one host, which find one another by torchrun's
+    rendezvous."""
+    launcher = [
+        *TORCHRUN,
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{port}",
+    ]
     return [(launcher, devices(node)) for node in (0, 1)]
 
 
@@ -43,16 +80,36 @@ def runs_of_colossalai(port):
 
 
 def without_timing(lines: list[dict]) -> list[dict]:
-    """What two runs have in common; the perplexity by its logarithm, or a last digit of the loss would be a thousand times as much."""
-    kept = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-    return [line | {k: math.log(v) for k, v in line.items() if k == "eval_perplexity"} for line in kept]
+    """What two runs have in common; the perplexity by its logarithm, or a last digit of the loss
+    would be a thousand times as much."""
+    kept = [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
+    return [
+        line | {k: math.log(v) for k, v in line.items() if k == "eval_perplexity"} for line in kept
+    ]
 
 
-@pytest.mark.parametrize("way", [runs_of_two_nodes, runs_of_colossalai], ids=["two nodes", "colossalai run"])
+@pytest.mark.parametrize(
+    "way", [runs_of_two_nodes, runs_of_colossalai], ids=["two nodes", "colossalai run"]
+)
 def test_two_processes_train_the_same(tmp_path, reference, way):
-    """Losses, norms and evaluations, but for the last digits: sums over memory that lies elsewhere are rounded otherwise."""
-    flags = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path, *FLAGS]
-    started = [start(REPO / "opt_train_demo.py", *flags, launcher=launcher, env=env) for launcher, env in way(free_port())]
+    """Losses, norms and evaluations, but for the last digits: sums over memory that lies elsewhere
+    are rounded otherwise."""
+    flags = [
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        SAMPLE_DATA,
+        "--output_path",
+        tmp_path,
+        *FLAGS,
+    ]
+    started = [
+        start(REPO / "opt_train_demo.py", *flags, launcher=launcher, env=env)
+        for launcher, env in way(free_port())
+    ]
     for done in [finish(process, 180) for process in started]:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found, expected = without_timing(metrics(tmp_path)), without_timing(reference)
@@ -63,8 +120,15 @@ def test_two_processes_train_the_same(tmp_path, reference, way):
 @pytest.mark.parametrize("connections", [None, "3"])
 def test_colossalai_is_imported_without_its_side_effects(connections):
     """Neither bitsandbytes and the compiler, nor one queue on the GPU for all streams."""
-    code = "import opt_train_demo, os, sys; print('bitsandbytes' in sys.modules, os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'))"
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    code = (
+        "import opt_train_demo, os, sys; print('bitsandbytes' in sys.modules, "
+        "os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'))"
+    )
+    env = {
+        name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"
+    }
     env |= {"CUDA_DEVICE_MAX_CONNECTIONS": connections} if connections else {}
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", str(connections)]

@@ -1,4 +1,5 @@
-"""The parts of a decoder layer that are this project's own, against PyTorch's: packed attention and linear maps."""
+"""The parts of a decoder layer that are this project's own, against PyTorch's: packed attention and
+linear maps."""
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ LENGTHS = [31, 5, 40, 1, 0, 22, 63, 14]
 def attention_row_by_row(q, k, v, lengths):
     """PyTorch's attention of one row after the other."""
     rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    outs = [F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in row), is_causal=True)[0] for row in rows if row[0].shape[1]]
+    outs = [
+        F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in row), is_causal=True)[0]
+        for row in rows
+        if row[0].shape[1]
+    ]
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
@@ -38,7 +43,9 @@ def gpu(*parameters):
         gpu("cuda", torch.float16, 64, 128, 1e-3),
         gpu("cuda", torch.float16, 16, 63, 1e-3),
         gpu("cuda", torch.bfloat16, 128, 64, 8e-3),
-        gpu("cuda", torch.bfloat16, 64, 300, 8e-3),  # FlashAttention: longer rows, or heads of another width
+        gpu(
+            "cuda", torch.bfloat16, 64, 300, 8e-3
+        ),  # FlashAttention: longer rows, or heads of another width
         gpu("cuda", torch.float16, 80, 64, 1e-3),
         gpu("cuda", torch.float16, 20, 64, 1e-3),  # neither
     ],
@@ -47,10 +54,16 @@ def test_attention_of_packed_rows_is_that_of_each_row_alone(device, dtype, head_
     """Output and gradients; `longest` may be more than any row has."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(sum(LENGTHS), 3, head_dim) for _ in range(4))
-    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(
+        [0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=device
+    )
     rows = locate(cu_seqlens, sum(LENGTHS), longest, head_dim, dtype)
     expected = with_gradients(lambda *qkv: attention_row_by_row(*qkv, LENGTHS), (q, k, v), grad)
-    found = with_gradients(lambda *qkv: attend(torch.stack(qkv, 1), rows, 0.0), [x.to(device, dtype) for x in (q, k, v)], grad)
+    found = with_gradients(
+        lambda *qkv: attend(torch.stack(qkv, 1), rows, 0.0),
+        [x.to(device, dtype) for x in (q, k, v)],
+        grad,
+    )
     for a, b in zip(found, expected, strict=True):
         assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < near
 
@@ -58,20 +71,31 @@ def test_attention_of_packed_rows_is_that_of_each_row_alone(device, dtype, head_
 @pytest.mark.gpu
 @pytest.mark.parametrize("longest, head_dim", [(64, 64), (300, 64)])
 def test_attention_drops_what_it_is_told_to(longest, head_dim):
-    """Of a row whose values are all 1, each output is a sum of weights, some dropped and the others scaled up."""
+    """Of a row whose values are all 1, each output is a sum of weights, some dropped and the others
+    scaled up."""
     x = torch.ones(400, 3, 8, head_dim, device="cuda", dtype=torch.bfloat16)
-    rows = locate(torch.arange(0, 401, 50, device="cuda", dtype=torch.int32), 400, longest, head_dim, torch.bfloat16)
+    rows = locate(
+        torch.arange(0, 401, 50, device="cuda", dtype=torch.int32),
+        400,
+        longest,
+        head_dim,
+        torch.bfloat16,
+    )
     out = attend(x, rows, 0.25).float()
     assert out.mean().item() == pytest.approx(1, abs=0.05) and out.std() > 0.05
 
 
-@pytest.mark.parametrize("device, dtype, near", [("cpu", torch.float32, 1e-6), gpu("cuda", torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    "device, dtype, near", [("cpu", torch.float32, 1e-6), gpu("cuda", torch.bfloat16, 8e-3)]
+)
 def test_linear_map_is_pytorchs(device, dtype, near):
     """Output and gradients; under autocast too, with fp32 parameters."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 40)
     x, grad = torch.randn(2, 70, 48), torch.randn(2, 70, 40)
-    expected = with_gradients(lambda x, w, b: F.linear(x, w, b), (x, layer.weight.detach(), layer.bias.detach()), grad)
+    expected = with_gradients(
+        lambda x, w, b: F.linear(x, w, b), (x, layer.weight.detach(), layer.bias.detach()), grad
+    )
     for autocast in (False, True):
         own = torch.nn.Linear(48, 40, device=device, dtype=torch.float32 if autocast else dtype)
         own.load_state_dict(layer.state_dict())
@@ -81,8 +105,14 @@ def test_linear_map_is_pytorchs(device, dtype, near):
         given = x.clone().to(device, dtype).detach().requires_grad_()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
             out = own(given)
-        assert own.product is linear.few_tokens and out.dtype == (torch.bfloat16 if autocast else dtype)
+        assert own.product is linear.few_tokens and out.dtype == (
+            torch.bfloat16 if autocast else dtype
+        )
         out.backward(grad.to(out))
-        found = [t.float().cpu() for t in (out.detach(), given.grad, own.weight.grad, own.bias.grad)]
+        found = [
+            t.float().cpu() for t in (out.detach(), given.grad, own.weight.grad, own.bias.grad)
+        ]
         for a, b in zip(found, expected, strict=True):
-            assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < (8e-3 if autocast else near)
+            assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < (
+                8e-3 if autocast else near
+            )

@@ -1,4 +1,5 @@
-"""Model folders as people have them: which are trained, with what loss, which are refused, and what is left of them in the export."""
+"""Model folders as people have them: which are trained, with what loss, which are refused, and what
+is left of them in the export."""
 
 import json
 import shutil
@@ -16,14 +17,28 @@ from .hub import serving
 from .test_bad_input import assert_refused
 
 TEXTS = [f"A ferry crosses the river {i} times, and nobody is on it." for i in range(12)]
-SETTINGS = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "do_sample": True, "top_k": 12, "temperature": 0.7}
+SETTINGS = {
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "do_sample": True,
+    "top_k": 12,
+    "temperature": 0.7,
+}
 
 
 @pytest.fixture(scope="module")
 def model() -> OPTForCausalLM:
-    """Two layers, wide enough that another head, another embedding or another text shows in the loss."""
+    """Two layers, wide enough that another head, another embedding or another text shows in the
+    loss."""
     torch.manual_seed(5)
-    sizes = dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     made = OPTForCausalLM(OPTConfig.from_pretrained(SAMPLE_MODEL, init_std=0.12, **sizes)).eval()
     for name, parameter in made.named_parameters():
         if name.endswith("bias"):
@@ -34,12 +49,17 @@ def model() -> OPTForCausalLM:
 @pytest.fixture(scope="module")
 def state(model) -> dict:
     """Its weights, the tied head left out."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
 
 
 @pytest.fixture
 def folder(tmp_path, model):
-    """Makes a folder of config.json, tokenizer and these files: bytes, tensors, or an object for JSON or torch.save."""
+    """Makes a folder of config.json, tokenizer and these files: bytes, tensors, or an object for
+    JSON or torch.save."""
 
     def make(files: dict, at="model", **config) -> Path:
         place = tmp_path / at
@@ -78,9 +98,20 @@ def expected(model) -> float:
 def train(model, tmp_path, *flags, env=None):
     """One step of opt_train_demo.py on TEXTS, in one batch; the model is saved to `out`."""
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    given = ("--model_name_or_path", model, "--dataset", tmp_path / "texts.txt", "--output_path", tmp_path / "out", "--eval_fraction", 0)
+    given = (
+        "--model_name_or_path",
+        model,
+        "--dataset",
+        tmp_path / "texts.txt",
+        "--output_path",
+        tmp_path / "out",
+        "--eval_fraction",
+        0,
+    )
     flags = ("--batch_size", len(TEXTS), "--max_train_steps", 1, "--dropout", 0, *flags)
-    return run(REPO / "opt_train_demo.py", *given, *flags, env={"CUDA_VISIBLE_DEVICES": ""} | (env or {}))
+    return run(
+        REPO / "opt_train_demo.py", *given, *flags, env={"CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    )
 
 
 def first_loss(done, tmp_path) -> float:
@@ -92,24 +123,49 @@ def first_loss(done, tmp_path) -> float:
 
 LORA = {"base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}
 UNREAD = {
-    "GPTQ": ({"gptq_model-4bit-128g.safetensors": LORA}, ["gptq_model-4bit-128g.safetensors", "quantized", "original"]),
+    "GPTQ": (
+        {"gptq_model-4bit-128g.safetensors": LORA},
+        ["gptq_model-4bit-128g.safetensors", "quantized", "original"],
+    ),
     "GGUF": ({"opt-350m.Q4_K_M.gguf": b"GGUF"}, ["opt-350m.Q4_K_M.gguf", "quantized", "original"]),
     "flax": ({"flax_model.msgpack": bytes(99)}, ["flax_model.msgpack", "from_flax=True"]),
     "TensorFlow": ({"tf_model.h5": bytes(99)}, ["tf_model.h5", "from_tf=True"]),
-    "adapter": ({"adapter_model.safetensors": LORA, "adapter_config.json": {"r": 4}}, ["adapter_model.safetensors", "merge"]),
+    "adapter": (
+        {"adapter_model.safetensors": LORA, "adapter_config.json": {"r": 4}},
+        ["adapter_model.safetensors", "merge"],
+    ),
     "adapter.bin": ({"adapter_model.bin": LORA}, ["adapter_model.bin", "merge"]),
-    "DeepSpeed": ({"latest": b"global_step1", "global_step1/mp_rank_00_model_states.pt": {}}, ["global_step1/mp_rank_00_model_states.pt", "zero_to_fp32"]),
-    "FSDP": ({"pytorch_model_fsdp_0/__0_0.distcp": bytes(99)}, ["pytorch_model_fsdp_0/__0_0.distcp", "join"]),
+    "DeepSpeed": (
+        {"latest": b"global_step1", "global_step1/mp_rank_00_model_states.pt": {}},
+        ["global_step1/mp_rank_00_model_states.pt", "zero_to_fp32"],
+    ),
+    "FSDP": (
+        {"pytorch_model_fsdp_0/__0_0.distcp": bytes(99)},
+        ["pytorch_model_fsdp_0/__0_0.distcp", "join"],
+    ),
     "metaseq": ({"restored.pt": {}}, ["restored.pt", "convert"]),
     "metaseq's shards": ({"reshard-model_part-0.pt": {}}, ["reshard-model_part-0.pt", "convert"]),
-    "another name": ({"finetuned.safetensors": LORA}, ["finetuned.safetensors", "rename it to model.safetensors"]),
+    "another name": (
+        {"finetuned.safetensors": LORA},
+        ["finetuned.safetensors", "rename it to model.safetensors"],
+    ),
     "another name.bin": ({"opt.bin": LORA}, ["opt.bin", "rename it to pytorch_model.bin"]),
     "a variant": ({"model.fp16.safetensors": LORA}, ["model.fp16.safetensors", "rename it"]),
     "Lightning": ({"epoch=3-step=100.ckpt": {}}, ["epoch=3-step=100.ckpt", "convert"]),
     "ONNX": ({"onnx/decoder_model.onnx": bytes(99)}, ["onnx/decoder_model.onnx", "convert"]),
-    "a checkpoint inside": ({"checkpoint-500/model.safetensors": LORA}, ["checkpoint-500/model.safetensors", "give checkpoint-500/ itself"]),
-    "GPTQ by name of its tensors": ({"model.safetensors": {"model.decoder.layers.0.fc1.qweight": torch.ones(4, 4, dtype=torch.int32)}}, ["fc1.qweight", "quantized"]),
-}  # fmt: skip
+    "a checkpoint inside": (
+        {"checkpoint-500/model.safetensors": LORA},
+        ["checkpoint-500/model.safetensors", "give checkpoint-500/ itself"],
+    ),
+    "GPTQ by name of its tensors": (
+        {
+            "model.safetensors": {
+                "model.decoder.layers.0.fc1.qweight": torch.ones(4, 4, dtype=torch.int32)
+            }
+        },
+        ["fc1.qweight", "quantized"],
+    ),
+}
 
 
 @pytest.mark.parametrize("form", UNREAD)
@@ -121,14 +177,25 @@ def test_weights_that_are_not_read_are_named(folder, tmp_path, form):
 
 def test_from_scratch_only_without_weights(folder, tmp_path):
     """What else lies in a model's folder is none."""
-    others = {"training_args.bin": {}, "optimizer.pt": {}, "rng_state_0.pth": {}, "vocab.txt": b"", "README.md": b"", "tokenizer.bin": b""}
+    others = {
+        "training_args.bin": {},
+        "optimizer.pt": {},
+        "rng_state_0.pth": {},
+        "vocab.txt": b"",
+        "README.md": b"",
+        "tokenizer.bin": b"",
+    }
     done = train(folder(others), tmp_path, "--dry_run")
     assert done.returncode == 0 and "it trains from scratch" in done.stdout, done.stderr
 
 
 def test_weights_in_folders_beside_the_model_are_not_its_own(folder, tmp_path, state, expected):
     """On the Hub and here: a checkpoint in a folder is another model."""
-    nested = {"pytorch_model.bin": state, "last-checkpoint/model.safetensors": {"x": torch.ones(1)}, "last-checkpoint/config.json": {}}
+    nested = {
+        "pytorch_model.bin": state,
+        "last-checkpoint/model.safetensors": {"x": torch.ones(1)},
+        "last-checkpoint/config.json": {},
+    }
     folder(nested, at="hub/models/acme/trained")
     with serving(tmp_path / "hub") as hub:
         done = train("acme/trained", tmp_path, env=hub.environment(tmp_path / "home"))
@@ -167,7 +234,9 @@ def test_a_head_that_is_the_embedding_is(folder, tmp_path, state, expected, dtyp
     whole = {name: tensor.to(dtype) for name, tensor in state.items()}
     whole["lm_head.weight"] = whole["model.decoder.embed_tokens.weight"]
     done = train(folder({"pytorch_model.bin": whole}), tmp_path)
-    assert first_loss(done, tmp_path) == pytest.approx(expected, abs=1e-4 if dtype is torch.float32 else 1e-2)
+    assert first_loss(done, tmp_path) == pytest.approx(
+        expected, abs=1e-4 if dtype is torch.float32 else 1e-2
+    )
 
 
 # ---- the end of a run, and what it exports
@@ -175,8 +244,14 @@ def test_a_head_that_is_the_embedding_is(folder, tmp_path, state, expected, dtyp
 
 def without(name: str) -> dict:
     """The sample's tokenizer files without one of its special tokens."""
-    contents = {file: json.loads((SAMPLE_MODEL / file).read_text()) for file in ("tokenizer_config.json", "special_tokens_map.json")}
-    return {file: {key: value for key, value in content.items() if key != name} for file, content in contents.items()}
+    contents = {
+        file: json.loads((SAMPLE_MODEL / file).read_text())
+        for file in ("tokenizer_config.json", "special_tokens_map.json")
+    }
+    return {
+        file: {key: value for key, value in content.items() if key != name}
+        for file, content in contents.items()
+    }
 
 
 def test_samples_without_a_start_token(folder, tmp_path, state):
@@ -188,27 +263,50 @@ def test_samples_without_a_start_token(folder, tmp_path, state):
 def test_samples_no_longer_than_the_positions(folder, tmp_path, state):
     place = "model.decoder.embed_positions.weight"
     short = state | {place: state[place][:42].clone()}
-    done = train(folder({"model.safetensors": short}, max_position_embeddings=40), tmp_path, "--max_length", 40)
+    done = train(
+        folder({"model.safetensors": short}, max_position_embeddings=40),
+        tmp_path,
+        "--max_length",
+        40,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n  - ") == 3
 
 
 def test_samples_that_fail_do_not_fail_the_run(folder, tmp_path, state):
     """A generation_config.json that transformers cannot generate by."""
-    done = train(folder({"model.safetensors": state, "generation_config.json": SETTINGS | {"num_beams": "many"}}), tmp_path)
+    done = train(
+        folder(
+            {"model.safetensors": state, "generation_config.json": SETTINGS | {"num_beams": "many"}}
+        ),
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "saved the model" in done.stdout
-    assert "no descriptions that it writes: " in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert (
+        "no descriptions that it writes: " in done.stdout
+        and "Traceback" not in done.stdout + done.stderr
+    )
 
 
 def test_the_export_keeps_what_the_model_had(folder, tmp_path, state, expected):
-    """generation_config.json to the byte, dropout as it was, and no quantization that there is none of."""
+    """generation_config.json to the byte, dropout as it was, and no quantization that there is none
+    of."""
     files = {"model.safetensors": state, "generation_config.json": SETTINGS}
-    done = train(folder(files, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}, dropout=0.1), tmp_path)
+    done = train(
+        folder(
+            files,
+            quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128},
+            dropout=0.1,
+        ),
+        tmp_path,
+    )
     assert first_loss(done, tmp_path) == pytest.approx(expected, abs=1e-4)
     assert "quantization_config in config.json is left out" in done.stdout
     given, written = tmp_path / "model", tmp_path / "out"
-    assert (written / "generation_config.json").read_bytes() == (given / "generation_config.json").read_bytes()
+    assert (written / "generation_config.json").read_bytes() == (
+        given / "generation_config.json"
+    ).read_bytes()
     config = json.loads((written / "config.json").read_text())
     assert config["dropout"] == 0.1 and "quantization_config" not in config
     assert AutoModelForCausalLM.from_pretrained(written).generation_config.top_k == 12

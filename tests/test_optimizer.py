@@ -1,4 +1,5 @@
-"""HybridAdam without a compiler is torch.optim.AdamW; the groups and the schedule are what they say."""
+"""HybridAdam without a compiler is torch.optim.AdamW; the groups and the schedule are what they
+say."""
 
 import math
 import time
@@ -11,7 +12,7 @@ from opt.colossal import adam
 from opt.colossal.adam import HybridAdam, decay_groups, update
 from opt.model.config import load_config
 from opt.model.opt import meta_model
-from opt.train.schedule import build_schedule
+from opt.train.schedule import linear
 
 from .conftest import SAMPLE_MODEL
 
@@ -25,15 +26,20 @@ def small_network(device) -> nn.Sequential:
 
 
 def gradients(network, dtype, steps):
-    """Of each step one for each parameter, in magnitudes from 1e-4 to 10: Adam is far from linear in them."""
+    """Of each step one for each parameter, in magnitudes from 1e-4 to 10: Adam is far from linear
+    in them."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         size = 10.0 ** (step % 6 - 4)
-        yield [(torch.randn(p.shape, generator=generator) * size).to(p.device, dtype) for p in network.parameters()]
+        yield [
+            (torch.randn(p.shape, generator=generator) * size).to(p.device, dtype)
+            for p in network.parameters()
+        ]
 
 
 def set_grad(parameter, grad) -> None:
-    """Give it a gradient of whatever dtype, as Gemini does: PyTorch checks the dtype only when the gradient is set."""
+    """Give it a gradient of whatever dtype, as Gemini does: PyTorch checks the dtype only when the
+    gradient is set."""
     data = parameter.data
     parameter.data = data.to(grad.dtype)
     parameter.grad = grad
@@ -44,7 +50,8 @@ def set_grad(parameter, grad) -> None:
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
-    """Over 20 steps, with decay in one group and none in the other, under a changing learning rate."""
+    """Over 20 steps, with decay in one group and none in the other, under a changing learning
+    rate."""
     ours, theirs = small_network(device), small_network(device)
     hybrid = HybridAdam(decay_groups(ours, 0.1), lr=1e-2)
     parameters = list(theirs.parameters())
@@ -53,9 +60,11 @@ def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
         {"params": [parameters[i] for i in (1, 2, 3, 5)], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1e-2)
-    schedules = [build_schedule(o, 5, 25) for o in (hybrid, adamw)]
+    schedules = [linear(o, 5, 25) for o in (hybrid, adamw)]
     for grads in gradients(ours, grad_dtype, 20):
-        for mine, reference, grad in zip(ours.parameters(), theirs.parameters(), grads, strict=True):
+        for mine, reference, grad in zip(
+            ours.parameters(), theirs.parameters(), grads, strict=True
+        ):
             set_grad(mine, grad)
             reference.grad = grad.float() / div_scale if div_scale > 0 else grad.float()
         hybrid.step(div_scale=div_scale)
@@ -65,7 +74,10 @@ def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
         for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6)
     start = small_network(device)
-    assert all((p - q).abs().max() > 0.01 for p, q in zip(ours.parameters(), start.parameters(), strict=True))
+    assert all(
+        (p - q).abs().max() > 0.01
+        for p, q in zip(ours.parameters(), start.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,15 +90,32 @@ def test_16_bit_weights_follow_and_a_divisor_that_is_not_finite_stops_all(monkey
     exp_avgs, exp_avg_sqs = ([torch.zeros_like(r) for r in reference] for _ in range(2))
     outputs = [torch.empty(n, dtype=torch.bfloat16, device=device) for n in sizes]
     grads = [torch.randn(n, device=device).bfloat16() for n in sizes]
-    numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
-    update(grads, params, exp_avgs, exp_avg_sqs, None, torch.tensor(float("nan"), device=device), **numbers)
+    numbers = {
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "step": 1,
+    }
+    update(
+        grads,
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        None,
+        torch.tensor(float("nan"), device=device),
+        **numbers,
+    )
     assert all(torch.equal(p, r) for p, r in zip(params, reference, strict=True))
     assert not any(t.any() for t in (*exp_avgs, *exp_avg_sqs))
 
     leaves = [r.requires_grad_() for r in reference]
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad.float() / 4
-    update(grads, params, exp_avgs, exp_avg_sqs, outputs, torch.tensor(4.0, device=device), **numbers)
+    update(
+        grads, params, exp_avgs, exp_avg_sqs, outputs, torch.tensor(4.0, device=device), **numbers
+    )
     torch.optim.AdamW(leaves, lr=1e-2, weight_decay=0.1).step()
     for param, leaf, output in zip(params, leaves, outputs, strict=True):
         torch.testing.assert_close(param, leaf.detach(), rtol=0, atol=2e-6)
@@ -107,7 +136,11 @@ def test_starts_at_once(device):
 def test_no_decay_on_biases_and_norms():
     model = meta_model(load_config(SAMPLE_MODEL))
     names = {id(p): name for name, p in model.named_parameters()}
-    decay = {names[id(p)]: g["weight_decay"] for g in HybridAdam(decay_groups(model, 0.1), lr=1e-3).param_groups for p in g["params"]}
+    decay = {
+        names[id(p)]: g["weight_decay"]
+        for g in HybridAdam(decay_groups(model, 0.1), lr=1e-3).param_groups
+        for p in g["params"]
+    }
     assert decay.keys() == set(names.values())
     for name, value in decay.items():
         assert value == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
@@ -115,9 +148,10 @@ def test_no_decay_on_biases_and_norms():
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (4, 4), (10, 10), (0, 1)])
 def test_schedule(warmup, total):
-    """Step n of 1..total has peak x n / warmup, then peak x (total - n + 1) / (total - warmup): up to the peak, down to 0."""
+    """Step n of 1..total has peak x n / warmup, then peak x (total - n + 1) / (total - warmup): up
+    to the peak, down to 0."""
     adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = build_schedule(adamw, warmup, total)
+    schedule = linear(adamw, warmup, total)
     for n in range(1, total + 1):
         wanted = 0.5 * (n / warmup if n <= warmup else (total - n + 1) / (total - warmup))
         assert math.isclose(adamw.param_groups[0]["lr"], wanted), n

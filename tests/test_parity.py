@@ -1,4 +1,5 @@
-"""The first forward of every plugin, from every layout of a checkpoint, is plain transformers' forward."""
+"""The first forward of every plugin, from every layout of a checkpoint, is plain transformers'
+forward."""
 
 import json
 import math
@@ -40,9 +41,17 @@ SETTINGS = {
     },
 }
 # The others place weights by the same code as one of these: for them one layout is enough.
-ALL_LAYOUTS = {(2, "torch_ddp"), (2, "low_level_zero"), (2, "gemini"), (2, "tp=2"), (2, "pp=2"), (4, "tp=2 x pp=2")}
+ALL_LAYOUTS = {
+    (2, "torch_ddp"),
+    (2, "low_level_zero"),
+    (2, "gemini"),
+    (2, "tp=2"),
+    (2, "pp=2"),
+    (4, "tp=2 x pp=2"),
+}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.02, "fp16": 0.02}
-# The odd vocabulary is padded under tensor parallelism; the second is what opt-350m has that no other OPT has.
+# The odd vocabulary is padded under tensor parallelism; the second is what opt-350m has that no
+# other OPT has.
 MODELS = {
     "odd vocabulary": {"vocab_size": 1003},
     "like opt-350m": {"vocab_size": 1000, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
@@ -51,7 +60,11 @@ NO_WEIGHTS = "no weights"
 TRAINED_LAYOUT = "Hub"  # for the others a forward is enough
 SEED = 7
 MEMORY_LAYOUTS = ("Hub", "save_pretrained", NO_WEIGHTS)
-MEMORY_SETTINGS = {1: {"torch_ddp": ["Hub"]}, 2: {"gemini": MEMORY_LAYOUTS}, 4: {"tp=2 x pp=2": MEMORY_LAYOUTS}}
+MEMORY_SETTINGS = {
+    1: {"torch_ddp": ["Hub"]},
+    2: {"gemini": MEMORY_LAYOUTS},
+    4: {"tp=2 x pp=2": MEMORY_LAYOUTS},
+}
 LENGTHS = (9, 30, 17, 5, 24, 12, 2, 28)
 
 
@@ -63,13 +76,22 @@ def precisions(setting: str) -> tuple[str, ...]:
 
 def save_hub_layout(model, directory, shards=1):
     """As facebook/opt-* are on the Hub: fp16 .bin, the base model's names, no head."""
-    tensors = {k.removeprefix("model."): v.half() for k, v in model.state_dict().items() if k != TIED_HEAD}
+    tensors = {
+        k.removeprefix("model."): v.half() for k, v in model.state_dict().items() if k != TIED_HEAD
+    }
     names = sorted(tensors)
-    files = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)] if shards > 1 else ["pytorch_model.bin"]
+    files = (
+        [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+        if shards > 1
+        else ["pytorch_model.bin"]
+    )
     for i, file in enumerate(files):
         torch.save({name: tensors[name] for name in names[i::shards]}, directory / file)
     if shards > 1:
-        index = {"metadata": {}, "weight_map": {name: files[i % shards] for i, name in enumerate(names)}}
+        index = {
+            "metadata": {},
+            "weight_map": {name: files[i % shards] for i, name in enumerate(names)},
+        }
         (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
@@ -77,18 +99,32 @@ LAYOUTS = {
     "Hub": save_hub_layout,
     "Hub in shards": lambda model, directory: save_hub_layout(model, directory, shards=3),
     "save_pretrained": lambda model, directory: model.save_pretrained(directory),
-    "full state dict": lambda model, directory: torch.save(model.state_dict(), directory / "pytorch_model.bin"),
-    "shards, bin": lambda model, directory: model.save_pretrained(directory, max_shard_size="200KB", safe_serialization=False),
-    "shards, safetensors": lambda model, directory: model.save_pretrained(directory, max_shard_size="200KB"),
+    "full state dict": lambda model, directory: torch.save(
+        model.state_dict(), directory / "pytorch_model.bin"
+    ),
+    "shards, bin": lambda model, directory: model.save_pretrained(
+        directory, max_shard_size="200KB", safe_serialization=False
+    ),
+    "shards, safetensors": lambda model, directory: model.save_pretrained(
+        directory, max_shard_size="200KB"
+    ),
     NO_WEIGHTS: lambda model, directory: None,
 }
 
 
 def random_model(**config) -> OPTForCausalLM:
-    """A small OPT whose every tensor matters: with the usual initial weights its loss would be ln(vocabulary) whatever was
-    lost on the way, and all biases are 0."""
-    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
-    model = OPTForCausalLM(OPTConfig(**({"word_embed_proj_dim": 64, "init_std": 0.2} | sizes | config)))
+    """A small OPT whose every tensor matters: with the usual initial weights its loss would be
+    ln(vocabulary) whatever was lost on the way, and all biases are 0."""
+    sizes = {
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    model = OPTForCausalLM(
+        OPTConfig(**({"word_embed_proj_dim": 64, "init_std": 0.2} | sizes | config))
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
@@ -123,7 +159,9 @@ def checkpoints(tmp_path_factory) -> dict:
 
 
 def plain_loss(model, rows: Rows) -> float:
-    batch = collate([rows[i] for i in range(len(rows))], len(rows), int(rows.lengths.max()), pad_id=1)
+    batch = collate(
+        [rows[i] for i in range(len(rows))], len(rows), int(rows.lengths.max()), pad_id=1
+    )
     with torch.no_grad():
         return model.eval()(**batch, attention_mask=(batch["labels"] != -100).long()).loss.item()
 
@@ -140,14 +178,19 @@ def expected(checkpoints, rows) -> dict:
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
         found[name, layout] = plain_loss(model, rows)
-        assert abs(found[name, layout] - math.log(MODELS[name]["vocab_size"])) > 0.5, "a model that has lost its weights has this loss"
+        assert abs(found[name, layout] - math.log(MODELS[name]["vocab_size"])) > 0.5, (
+            "a model that has lost its weights has this loss"
+        )
     return found
 
 
 @pytest.fixture(scope="module")
 def big_model(tmp_path_factory) -> dict:
-    """{layout: directory} of a model of about 200 MB, none of its tensors over a twelfth of that; and its size in bytes."""
-    model = random_model(**{"vocab_size": 2048, "hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096})
+    """{layout: directory} of a model of about 200 MB, none of its tensors over a twelfth of that;
+    and its size in bytes."""
+    model = random_model(
+        **{"vocab_size": 2048, "hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096}
+    )
     found = {"bytes": 4 * sum(p.numel() for p in model.parameters())}
     for layout in MEMORY_LAYOUTS:
         found[layout] = directory = tmp_path_factory.mktemp("big")
@@ -157,11 +200,18 @@ def big_model(tmp_path_factory) -> dict:
 
 
 def run_worker(directory, nproc, cases: dict, env: dict) -> dict:
-    """{case: result} of tests/parity_worker.py, which says what a case is. Its files go into `directory`."""
+    """{case: result} of tests/parity_worker.py, which says what a case is. Its files go into
+    `directory`."""
     spec = {str(key): case | {"flags": [*map(str, case["flags"])]} for key, case in cases.items()}
     files = (directory / "cases.json", directory / "results.json")
     files[0].write_text(json.dumps(spec, default=str))
-    done = run(REPO / "tests" / "parity_worker.py", *files, nproc=nproc, env={"PYTHONPATH": str(REPO)} | env, timeout=300)
+    done = run(
+        REPO / "tests" / "parity_worker.py",
+        *files,
+        nproc=nproc,
+        env={"PYTHONPATH": str(REPO)} | env,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(files[1].read_text())
     return {key: results[str(key)] for key in cases}
@@ -182,14 +232,28 @@ def worker(tmp_path_factory, checkpoints, rows, big_model):
                 cases["memory", setting, layout] = {"wanted": "memory", "flags": flags}
         for setting, flags in SETTINGS[nproc].items():
             for precision in precisions(setting):
-                more = ("--precision", precision, "--dropout", 0, "--learning_rate", 0, "--batch_size", len(LENGTHS), "--seed", SEED)
+                more = (
+                    "--precision",
+                    precision,
+                    "--dropout",
+                    0,
+                    "--learning_rate",
+                    0,
+                    "--batch_size",
+                    len(LENGTHS),
+                    "--seed",
+                    SEED,
+                )
                 for (model, layout), directory in checkpoints.items():
                     if layout != TRAINED_LAYOUT and (nproc, setting) not in ALL_LAYOUTS:
                         continue
                     steps = ("--max_train_steps", 2) if layout == TRAINED_LAYOUT else ()
                     case = {"wanted": "first_losses", "rows": rows.directory}
-                    cases[setting, precision, model, layout] = case | {"flags": ("--model_name_or_path", directory, *flags, *more, *steps)}
-        # glibc keeps freed memory for later; here it is to give it back, so that the next case starts from nothing.
+                    cases[setting, precision, model, layout] = case | {
+                        "flags": ("--model_name_or_path", directory, *flags, *more, *steps)
+                    }
+        # glibc keeps freed memory for later; here it is to give it back, so that the next case
+        # starts from nothing.
         env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         if device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""  # several processes would need a GPU each
@@ -199,7 +263,12 @@ def worker(tmp_path_factory, checkpoints, rows, big_model):
     return on
 
 
-CASES = [(n, setting, precision) for n, settings in SETTINGS.items() for setting in settings for precision in precisions(setting)]
+CASES = [
+    (n, setting, precision)
+    for n, settings in SETTINGS.items()
+    for setting in settings
+    for precision in precisions(setting)
+]
 
 
 @pytest.mark.parametrize(("nproc", "setting", "precision"), CASES)
@@ -219,48 +288,82 @@ def check_losses(results, expected, setting, precision, layouts):
     wanted = {key: loss for key, loss in expected.items() if key[1] in layouts}
     found = {key: results[(setting, precision, *key)] for key in wanted}
     assert {key: steps[0] for key, steps in found.items()} == pytest.approx(wanted, abs=near)
-    # After a step with a learning rate of 0 the weights come from the optimizer's master copy: it must have got them too.
+    # After a step with a learning rate of 0 the weights come from the optimizer's master copy: it
+    # must have got them too.
     trained = {key: steps[1:] for key, steps in found.items() if key[1] == TRAINED_LAYOUT}
     assert trained == {key: pytest.approx([wanted[key]] * 2, abs=near) for key in trained}
 
 
 @pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
 def test_weights_stream_in(worker, big_model, layout):
-    """With gemini and hybrid_parallel no process ever holds the whole model: users ran out of host memory with OPT-66B."""
+    """With gemini and hybrid_parallel no process ever holds the whole model: users ran out of host
+    memory with OPT-66B."""
     whole = big_model["bytes"]  # in fp32
-    assert worker(1)["memory", "torch_ddp", "Hub"]["peak"][0] > whole, "what holds a copy must be seen to do so"
+    assert worker(1)["memory", "torch_ddp", "Hub"]["peak"][0] > whole, (
+        "what holds a copy must be seen to do so"
+    )
 
     quarter = worker(4)["memory", "tp=2 x pp=2", layout]
     assert max(quarter["kept"]) < 0.35 * whole
     assert max(quarter["peak"]) < 0.45 * whole
-    # Gemini's half has 6 bytes a parameter, and a chunk of its parameters is put together at a time.
+    # Gemini's half has 6 bytes a parameter, and a chunk of its parameters is put together at a
+    # time.
     half = worker(2)["memory", "gemini", layout]
     assert max(half["kept"]) < 0.85 * whole
     assert max(p - k for p, k in zip(half["peak"], half["kept"], strict=True)) < 0.7 * whole
 
 
 def test_initial_weights_are_distributed_as_transformers_own():
-    sizes = {"hidden_size": 64, "word_embed_proj_dim": 32, "ffn_dim": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     model = OPTForCausalLM(OPTConfig(vocab_size=1003, **sizes))
     ours = InitialWeights(model, seed=0)
     assert TIED_HEAD not in list(ours)
     for name, theirs in model.named_parameters():
         assert ours[name].shape == theirs.shape, name
-        assert ours[name].mean().item() == pytest.approx(theirs.mean().item(), abs=5 * 0.02 / theirs.numel() ** 0.5), name
+        assert ours[name].mean().item() == pytest.approx(
+            theirs.mean().item(), abs=5 * 0.02 / theirs.numel() ** 0.5
+        ), name
         assert ours[name].std().item() == pytest.approx(theirs.std().item(), rel=0.1), name
-    assert torch.equal(ours["model.decoder.embed_tokens.weight"][model.config.pad_token_id], torch.zeros(32))
-    assert not torch.equal(InitialWeights(model, seed=1)["model.decoder.layers.0.fc1.weight"], ours["model.decoder.layers.0.fc1.weight"])
+    assert torch.equal(
+        ours["model.decoder.embed_tokens.weight"][model.config.pad_token_id], torch.zeros(32)
+    )
+    assert not torch.equal(
+        InitialWeights(model, seed=1)["model.decoder.layers.0.fc1.weight"],
+        ours["model.decoder.layers.0.fc1.weight"],
+    )
 
 
 def test_without_weights_it_says_that_it_trains_from_scratch(tmp_path):
-    assert f"none in {SAMPLE_MODEL}: it trains from scratch" in train(tmp_path / "out", "--dry_run").stdout
+    assert (
+        f"none in {SAMPLE_MODEL}: it trains from scratch"
+        in train(tmp_path / "out", "--dry_run").stdout
+    )
 
 
 def test_a_compiled_layer_is_one_graph_on_two_processes(tmp_path, rows):
-    """DistributedDataParallel would have Dynamo cut a layer into graphs, of 1 MB of gradients and more; this one has 3 MB."""
-    model = random_model(vocab_size=1000, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=2)
+    """DistributedDataParallel would have Dynamo cut a layer into graphs, of 1 MB of gradients and
+    more; this one has 3 MB."""
+    model = random_model(
+        vocab_size=1000, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=2
+    )
     model.save_pretrained(tmp_path)
-    flags = ("--model_name_or_path", tmp_path, "--compile", "--dropout", 0, "--learning_rate", 0, "--max_train_steps", 1)
+    flags = (
+        "--model_name_or_path",
+        tmp_path,
+        "--compile",
+        "--dropout",
+        0,
+        "--learning_rate",
+        0,
+        "--max_train_steps",
+        1,
+    )
     case = {"wanted": "compiled", "rows": rows.directory, "flags": flags}
     found = run_worker(tmp_path, 2, {"torch_ddp": case}, {"CUDA_VISIBLE_DEVICES": ""})["torch_ddp"]
     assert found["graphs"] == [2, 2]  # one for the evaluation, one for the step
@@ -268,12 +371,25 @@ def test_a_compiled_layer_is_one_graph_on_two_processes(tmp_path, rows):
 
 
 def test_gradients_reduced_by_layer_are_the_mean_over_three_processes(tmp_path, checkpoints, rows):
-    """Most tensors do not divide by three; the two backwards without an update between them add up. In bf16."""
-    plugins = {"stage 2": ("low_level_zero", "--zero_stage", 2), "hybrid": ("hybrid_parallel", "--zero_stage", 1)}
+    """Most tensors do not divide by three; the two backwards without an update between them add up.
+    In bf16."""
+    plugins = {
+        "stage 2": ("low_level_zero", "--zero_stage", 2),
+        "hybrid": ("hybrid_parallel", "--zero_stage", 1),
+    }
     cases = {}
     for model in MODELS:
         for setting, flags in plugins.items():
-            flags = ("--model_name_or_path", checkpoints[model, "Hub"], "--plugin", *flags, "--precision", "bf16", "--dropout", 0)
+            flags = (
+                "--model_name_or_path",
+                checkpoints[model, "Hub"],
+                "--plugin",
+                *flags,
+                "--precision",
+                "bf16",
+                "--dropout",
+                0,
+            )
             cases[model, setting] = {"wanted": "gradients", "rows": rows.directory, "flags": flags}
     for key, distances in run_worker(tmp_path, 3, cases, {"CUDA_VISIBLE_DEVICES": ""}).items():
         assert len(distances) > 60 and max(distances.values()) < 0.01, key

@@ -18,13 +18,21 @@ from opt.model.sizes import preset_config
 
 from .conftest import REPO, metrics, pretend, workers
 
-# Nothing listens there: the Hub is out of reach at once. Without CUDA devices the script takes the CPU's way anywhere.
-NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": "", "INSTALL": "0", "PYTHON": sys.executable}
+# Nothing listens there: the Hub is out of reach at once. Without CUDA devices the script takes the
+# CPU's way anywhere.
+NO_HUB = {
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "CUDA_VISIBLE_DEVICES": "",
+    "INSTALL": "0",
+    "PYTHON": sys.executable,
+}
 
 
 def run_demo(*arguments, **env):
     command = ["bash", str(REPO / "run_demo.sh"), *arguments]
-    return subprocess.run(command, env=os.environ | NO_HUB | env, capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        command, env=os.environ | NO_HUB | env, capture_output=True, text=True, timeout=400
+    )
 
 
 def test_without_gpu_and_hub_the_sample_is_learned(tmp_path):
@@ -37,10 +45,15 @@ def test_without_gpu_and_hub_the_sample_is_learned(tmp_path):
     assert "CPU, 1 process on " in done.stdout
     assert seconds < 180
 
-    evaluations = [line["eval_perplexity"] for line in metrics(tmp_path) if "eval_perplexity" in line]
+    evaluations = [
+        line["eval_perplexity"] for line in metrics(tmp_path) if "eval_perplexity" in line
+    ]
     assert evaluations[-1] < evaluations[0] / 2
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     ids = tokenizer("A detective returns to the town", return_tensors="pt").input_ids
     with torch.no_grad():
         assert model(ids, labels=ids).loss < 6.5  # an untrained model has ln(2048) = 7.6
@@ -48,7 +61,9 @@ def test_without_gpu_and_hub_the_sample_is_learned(tmp_path):
 
 
 def test_a_named_model_is_never_replaced(tmp_path):
-    done = run_demo(OUTPUT=str(tmp_path / "out"), MODEL="facebook/opt-125m", HF_HOME=str(tmp_path / "hub"))
+    done = run_demo(
+        OUTPUT=str(tmp_path / "out"), MODEL="facebook/opt-125m", HF_HOME=str(tmp_path / "hub")
+    )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line]
     assert len(errors) == 1 and "facebook/opt-125m" in errors[0]
@@ -56,7 +71,14 @@ def test_a_named_model_is_never_replaced(tmp_path):
 
 
 def test_choices_are_the_users(tmp_path):
-    env = {"PLUGIN": "low_level_zero", "GPUNUM": "1", "BS": "8", "LR": "1e-3", "EPOCH": "1", "OUTPUT": str(tmp_path)}
+    env = {
+        "PLUGIN": "low_level_zero",
+        "GPUNUM": "1",
+        "BS": "8",
+        "LR": "1e-3",
+        "EPOCH": "1",
+        "OUTPUT": str(tmp_path),
+    }
     done = run_demo("--max_train_steps", "2", "--eval_fraction", "0", **env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "plugin low_level_zero on 1 process(es) a node (you chose it)" in done.stdout
@@ -75,7 +97,12 @@ GIB = 2**30
         (331e6, Machine(1, 80 * GIB, True), 1, ("low_level_zero", "")),
         (331e6, Machine(4, 80 * GIB, True), 4, ("low_level_zero", "")),
         (331e6, Machine(1, 16 * GIB, False), 1, ("torch_ddp", "")),
-        (1.3e9, Machine(2, 16 * GIB, False), 2, ("gemini", "")),  # fp16: 16 bytes a parameter, or 10, are too many
+        (
+            1.3e9,
+            Machine(2, 16 * GIB, False),
+            2,
+            ("gemini", ""),
+        ),  # fp16: 16 bytes a parameter, or 10, are too many
         (331e6, Machine(1, 8 * GIB, True), 1, ("low_level_zero", "")),
         (1.3e9, Machine(1, 16 * GIB, True), 1, ("gemini", "--offload_optim_frac 1")),
         (6.7e9, Machine(4, 80 * GIB, True), 4, ("low_level_zero", "")),
@@ -95,13 +122,16 @@ def test_parameters_by_config(tmp_path, size):
     """As the model has them, but for vectors and positions."""
     config = preset_config(size)
     config.save_pretrained(tmp_path)
-    assert parameters_of(str(tmp_path), False) == pytest.approx(sum(p.numel() for p in meta_model(config).parameters()), rel=0.02)
+    assert parameters_of(str(tmp_path), False) == pytest.approx(
+        sum(p.numel() for p in meta_model(config).parameters()), rel=0.02
+    )
     assert parameters_of(str(tmp_path / "nowhere"), False) is None
 
 
 @pytest.mark.parametrize(("torch_version", "asks_pip"), [("2.11.0", False), ("2.2.2", True)])
 def test_pip_is_asked_only_where_something_is_missing(tmp_path, torch_version, asks_pip):
-    """It would put torch 2.5.1 in the place of a newer one, which ColossalAI's pins do not allow."""
+    """It would put torch 2.5.1 in the place of a newer one, which ColossalAI's pins do not
+    allow."""
     stub = tmp_path / "python"
     stub.write_text(
         f"""#!/usr/bin/env bash
@@ -112,9 +142,13 @@ esac
 """
     )
     stub.chmod(0o755)
-    done = run_demo(INSTALL="1", PYTHON=str(stub), **pretend(tmp_path / "packages", f"torch {torch_version}"))
+    done = run_demo(
+        INSTALL="1", PYTHON=str(stub), **pretend(tmp_path / "packages", f"torch {torch_version}")
+    )
     assert ("asked pip: -m pip install" in done.stdout) == asks_pip
-    assert ("torch 2.2.2" in done.stderr) == asks_pip  # a pip that could not help is not the end of it
+    assert (
+        "torch 2.2.2" in done.stderr
+    ) == asks_pip  # a pip that could not help is not the end of it
 
 
 GRAPH = "--fused_loss --cuda_graph"
@@ -125,24 +159,79 @@ GRAPH = "--fused_loss --cuda_graph"
     [
         ("1 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 32 {GRAPH}"),
         ("1 0", "torch_ddp", {}, [], f"--plugin torch_ddp --batch_size 32 {GRAPH}"),
-        ("1 1", "low_level_zero", {}, ["--precision", "fp16"], "--plugin low_level_zero --batch_size 32 --fused_loss"),
-        ("1 1", "low_level_zero", {}, ["--grad_checkpoint"], "--plugin low_level_zero --batch_size 32 --fused_loss"),
-        ("1 1", "gemini --offload_optim_frac 1", {}, [], "--plugin gemini --offload_optim_frac 1 --batch_size 32"),
+        (
+            "1 1",
+            "low_level_zero",
+            {},
+            ["--precision", "fp16"],
+            "--plugin low_level_zero --batch_size 32 --fused_loss",
+        ),
+        (
+            "1 1",
+            "low_level_zero",
+            {},
+            ["--grad_checkpoint"],
+            "--plugin low_level_zero --batch_size 32 --fused_loss",
+        ),
+        (
+            "1 1",
+            "gemini --offload_optim_frac 1",
+            {},
+            [],
+            "--plugin gemini --offload_optim_frac 1 --batch_size 32",
+        ),
         ("1 1", "low_level_zero", {"PLUGIN": "gemini"}, [], "--plugin gemini --batch_size 32"),
         ("2 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 16 {GRAPH}"),
         ("3 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 11 {GRAPH}"),
         ("4 1", "low_level_zero", {}, [], f"--plugin low_level_zero --batch_size 8 {GRAPH}"),
-        ("4 1", "low_level_zero", {"BS": "32"}, [], f"--plugin low_level_zero --batch_size 32 {GRAPH}"),
+        (
+            "4 1",
+            "low_level_zero",
+            {"BS": "32"},
+            [],
+            f"--plugin low_level_zero --batch_size 32 {GRAPH}",
+        ),
         ("2 0", "torch_ddp", {}, [], "--plugin torch_ddp --batch_size 16"),
-        ("2 1", "low_level_zero", {"PLUGIN": "torch_ddp"}, [], "--plugin torch_ddp --batch_size 16"),
-        ("2 1", "low_level_zero", {"PLUGIN": "hybrid_parallel"}, [], "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 32"),
-        ("4 1", "low_level_zero", {"PLUGIN": "hybrid_parallel"}, [], "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 32"),
-        ("4 1", "low_level_zero", {"TP": "2"}, [], "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 16"),
-        ("4 1", "low_level_zero", {"PP": "4"}, [], "--plugin hybrid_parallel --tp_size 1 --pp_size 4 --batch_size 32"),
+        (
+            "2 1",
+            "low_level_zero",
+            {"PLUGIN": "torch_ddp"},
+            [],
+            "--plugin torch_ddp --batch_size 16",
+        ),
+        (
+            "2 1",
+            "low_level_zero",
+            {"PLUGIN": "hybrid_parallel"},
+            [],
+            "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 32",
+        ),
+        (
+            "4 1",
+            "low_level_zero",
+            {"PLUGIN": "hybrid_parallel"},
+            [],
+            "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 32",
+        ),
+        (
+            "4 1",
+            "low_level_zero",
+            {"TP": "2"},
+            [],
+            "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 16",
+        ),
+        (
+            "4 1",
+            "low_level_zero",
+            {"PP": "4"},
+            [],
+            "--plugin hybrid_parallel --tp_size 1 --pp_size 4 --batch_size 32",
+        ),
     ],
 )
 def test_what_it_calls_on_gpus(tmp_path, gpus, chosen, env, arguments, expected):
-    """As "GPUS BF16" have it: a stand-in for Python says what is there, and what it was called with instead of training."""
+    """As "GPUS BF16" have it: a stand-in for Python says what is there, and what it was called with
+    instead of training."""
     stub, (name, *flags) = tmp_path / "python", chosen.split()
     stub.write_text(
         f"""#!/usr/bin/env bash
@@ -162,7 +251,10 @@ esac
     nproc = gpus.split()[0]
     launcher = "" if nproc == "1" else f"-m opt.torchrun --standalone --nproc_per_node {nproc} "
     assert command.startswith(f"asked for: {launcher}opt_train_demo.py ")
-    found = re.findall(r"--(?:plugin|[tp]p_size|offload_optim_frac|batch_size) \S+|--fused_loss|--cuda_graph", command)
+    found = re.findall(
+        r"--(?:plugin|[tp]p_size|offload_optim_frac|batch_size) \S+|--fused_loss|--cuda_graph",
+        command,
+    )
     assert " ".join(found) == expected
 
 
@@ -192,7 +284,10 @@ def test_a_kill_is_named(tmp_path, nproc):
     assert demo.returncode == 137
     assert "run_demo: killed, most likely for host memory (exit code 137)" in err
     if nproc == 2:
-        assert re.search(rf"error: another process was lost: rank 1 \(process {victim.pid}\) was killed, most likely for host memory", err)
+        assert re.search(
+            rf"error: another process was lost: rank 1 \(process {victim.pid}\) was killed, most likely for host memory",
+            err,
+        )
     assert "Traceback" not in out + err
 
 

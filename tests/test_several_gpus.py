@@ -12,10 +12,23 @@ from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, 
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="needs two CUDA devices, and this machine has one"),
+    pytest.mark.skipif(
+        0 < torch.cuda.device_count() < 2, reason="needs two CUDA devices, and this machine has one"
+    ),
 ]
 
-COMMON = ["--dropout", "0", "--num_epoch", "1", "--max_train_steps", "10", "--learning_rate", "1e-3", "--eval_fraction", "0"]
+COMMON = [
+    "--dropout",
+    "0",
+    "--num_epoch",
+    "1",
+    "--max_train_steps",
+    "10",
+    "--learning_rate",
+    "1e-3",
+    "--eval_fraction",
+    "0",
+]
 HYBRID = ["--plugin", "hybrid_parallel"]
 
 
@@ -23,7 +36,15 @@ HYBRID = ["--plugin", "hybrid_parallel"]
 def reference(tmp_path_factory) -> list[float]:
     """The losses of ten steps of 16 rows on one GPU, in fp32."""
     output = tmp_path_factory.mktemp("reference")
-    train(output, *COMMON, "--precision", "fp32", "--batch_size", "16", env={"CUDA_VISIBLE_DEVICES": "0"})
+    train(
+        output,
+        *COMMON,
+        "--precision",
+        "fp32",
+        "--batch_size",
+        "16",
+        env={"CUDA_VISIBLE_DEVICES": "0"},
+    )
     found = losses(output)
     assert len(found) == 10 and found[-1] < found[0] - 0.3
     return found
@@ -39,7 +60,18 @@ def reference(tmp_path_factory) -> list[float]:
         (8, ["--plugin", "low_level_zero", "--compile"]),
         (8, ["--plugin", "low_level_zero", "--cuda_graph"]),
         (4, ["--plugin", "low_level_zero", "--cuda_graph", "--gradient_accumulation_steps", "2"]),
-        (4, ["--plugin", "low_level_zero", "--cuda_graph", "--zero_stage", "2", "--gradient_accumulation_steps", "2"]),
+        (
+            4,
+            [
+                "--plugin",
+                "low_level_zero",
+                "--cuda_graph",
+                "--zero_stage",
+                "2",
+                "--gradient_accumulation_steps",
+                "2",
+            ],
+        ),
         (8, ["--plugin", "gemini"]),
         (8, ["--plugin", "gemini", "--compile"]),
         (4, ["--plugin", "gemini", "--gradient_accumulation_steps", "2"]),
@@ -64,7 +96,18 @@ def test_saved_on_some_gpus_and_resumed_on_others(tmp_path, reference, plugin, b
     def go(output, nproc, *flags):
         rows = "8" if nproc else "16"
         one = {} if nproc else {"CUDA_VISIBLE_DEVICES": "0"}
-        train(output, *COMMON, "--plugin", plugin, "--batch_size", rows, "--no_save", *flags, nproc=nproc, env=one)
+        train(
+            output,
+            *COMMON,
+            "--plugin",
+            plugin,
+            "--batch_size",
+            rows,
+            "--no_save",
+            *flags,
+            nproc=nproc,
+            env=one,
+        )
 
     go(tmp_path / "first", before, "--save_steps", "5")
     go(tmp_path / "second", after, "--resume", tmp_path / "first" / "checkpoints" / "step-00000005")
@@ -74,13 +117,27 @@ def test_saved_on_some_gpus_and_resumed_on_others(tmp_path, reference, plugin, b
 
 def test_one_of_two_killed(tmp_path):
     """The other ends, and the launcher with it."""
-    flags = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--output_path", tmp_path, "--num_epoch", "1000", "--no_save"]
+    flags = [
+        "--model_name_or_path",
+        SAMPLE_MODEL,
+        "--dataset",
+        SAMPLE_DATA,
+        "--output_path",
+        tmp_path,
+        "--num_epoch",
+        "1000",
+        "--no_save",
+    ]
     run = start(REPO / "opt_train_demo.py", *flags, "--plugin", "low_level_zero", nproc=2)
     file = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (file.is_file() and '"loss"' in file.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "opt_train_demo.py" in " ".join(p.cmdline())]
+    workers = [
+        p
+        for p in psutil.Process(run.pid).children(recursive=True)
+        if "opt_train_demo.py" in " ".join(p.cmdline())
+    ]
     os.kill(workers[-1].pid, signal.SIGKILL)
     killed = time.monotonic()
     assert finish(run, 60).returncode != 0

@@ -12,13 +12,41 @@ from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, kill_all, losses, metrics
 
 STEPS, SAVE_STEPS, KILLS = 2000, 25, 20
 # Two processes; 4 rows a step.
-FLAGS = ["--no_save", "--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--batch_size", 2, "--max_length", 32]
-FLAGS += ["--num_epoch", 20, "--max_train_steps", STEPS, "--learning_rate", 1e-3, "--save_steps", SAVE_STEPS]
+FLAGS = [
+    "--no_save",
+    "--model_name_or_path",
+    SAMPLE_MODEL,
+    "--dataset",
+    SAMPLE_DATA,
+    "--batch_size",
+    2,
+    "--max_length",
+    32,
+]
+FLAGS += [
+    "--num_epoch",
+    20,
+    "--max_train_steps",
+    STEPS,
+    "--learning_rate",
+    1e-3,
+    "--save_steps",
+    SAVE_STEPS,
+]
 
 
 def go(output, *more):
     with open(output.with_suffix(".log"), "a") as log:
-        return start(REPO / "opt_train_demo.py", *FLAGS, "--output_path", output, *more, nproc=2, stdout=log, stderr=log)
+        return start(
+            REPO / "opt_train_demo.py",
+            *FLAGS,
+            "--output_path",
+            output,
+            *more,
+            nproc=2,
+            stdout=log,
+            stderr=log,
+        )
 
 
 def newest_step(output) -> int:
@@ -54,6 +82,10 @@ def test_soak(tmp_path):
     assert len(losses(killed)) == STEPS and losses(killed) == losses(through)
     settled = [(step, size) for step, size in memory if STEPS / 4 < step < STEPS and size]
     slope, _ = statistics.linear_regression(*zip(*settled, strict=True))
-    result = {"final_loss": losses(killed)[-1], "kilobytes_per_1000_steps": slope, "at_the_end_megabytes": settled[-1][1] / 1e6}
+    result = {
+        "final_loss": losses(killed)[-1],
+        "kilobytes_per_1000_steps": slope,
+        "at_the_end_megabytes": settled[-1][1] / 1e6,
+    }
     print(json.dumps(result))
     assert slope * 1000 < 20e6, f"host memory grows by {slope * 1000 / 1e6:.1f} MB in 1,000 steps"

@@ -13,10 +13,16 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from opt.data import tokens
 from opt.data.batches import Batches
 
-from .conftest import SAMPLE_DATA, SAMPLE_MODEL, metrics, train
+from .conftest import SAMPLE_DATA, SAMPLE_MODEL, metrics, tokenize, train
 
 TEXTS, EVAL_FRACTION, SEED, MAX_LENGTH = 94, 0.1, 5, 64  # of 94 texts, 9 are held out
-ROWS, STEPS, STEPS_PER_EPOCH, EVAL_STEPS, WARMUP = 16, 10, 6, 4, 2  # the last step of an epoch has 5 of its 85 rows
+ROWS, STEPS, STEPS_PER_EPOCH, EVAL_STEPS, WARMUP = (
+    16,
+    10,
+    6,
+    4,
+    2,
+)  # the last step of an epoch has 5 of its 85 rows
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.1, 0.7
 
 HYBRID = ("--plugin", "hybrid_parallel")
@@ -36,43 +42,137 @@ RUNS = {
     "torch_ddp": Run(2, ("--plugin", "torch_ddp", "--batch_size", 8, "--report_to", "tensorboard")),
     # Three steps, since a CPU is slow in fp16: their learning rates are those of the others.
     "torch_ddp_fp16": Run(
-        2, ("--plugin", "torch_ddp_fp16", "--batch_size", 8, "--max_train_steps", 3, "--warmup_ratio", WARMUP / 3), near=0.02, steps=3
-    ),
-    "low_level_zero": Run(2, ("--plugin", "low_level_zero", "--batch_size", 8, "--fused_loss")),
-    # --scale_lr doubles the rate for two data-parallel ranks, and leaves it alone for two tensor-parallel ones.
-    "low_level_zero, stage 2": Run(
-        2, ("--plugin", "low_level_zero", "--zero_stage", 2, "--batch_size", 8, "--scale_lr", "--learning_rate", LEARNING_RATE / 2)
-    ),
-    # bf16 weights with fp32 copies have an update of their own (opt/colossal/copies.py), with one process and with several.
-    "low_level_zero, bf16": Run(2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 8), near=0.02),
-    "low_level_zero, bf16, accumulated": Run(
-        2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 4, "--gradient_accumulation_steps", 2), near=0.02
-    ),
-    "low_level_zero, bf16, alone": Run(None, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 16), near=0.02),
-    "tp=2, zero 1, bf16": Run(2, (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 16), near=0.02),
-    "pp=2 x dp=2, zero 1, bf16": Run(4, (*HYBRID, "--pp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 8), near=0.02),
-    "tp=2 x pp=2, bf16": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--precision", "bf16", "--batch_size", 16), near=0.02),
-    "gemini": Run(2, ("--plugin", "gemini", "--batch_size", 8, "--fused_loss"), near=0.02),
-    "gemini, fp16": Run(
         2,
-        ("--plugin", "gemini", "--precision", "fp16", "--batch_size", 8, "--max_train_steps", 3, "--warmup_ratio", WARMUP / 3),
+        (
+            "--plugin",
+            "torch_ddp_fp16",
+            "--batch_size",
+            8,
+            "--max_train_steps",
+            3,
+            "--warmup_ratio",
+            WARMUP / 3,
+        ),
         near=0.02,
         steps=3,
     ),
-    "gemini, compiled, alone": Run(None, ("--plugin", "gemini", "--batch_size", 16, "--compile", "--fused_loss"), near=0.02),
+    "low_level_zero": Run(2, ("--plugin", "low_level_zero", "--batch_size", 8, "--fused_loss")),
+    # --scale_lr doubles the rate for two data-parallel ranks, and leaves it alone for two
+    # tensor-parallel ones.
+    "low_level_zero, stage 2": Run(
+        2,
+        (
+            "--plugin",
+            "low_level_zero",
+            "--zero_stage",
+            2,
+            "--batch_size",
+            8,
+            "--scale_lr",
+            "--learning_rate",
+            LEARNING_RATE / 2,
+        ),
+    ),
+    # bf16 weights with fp32 copies have an update of their own (opt/colossal/copies.py), with one
+    # process and with several.
+    "low_level_zero, bf16": Run(
+        2, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 8), near=0.02
+    ),
+    "low_level_zero, bf16, accumulated": Run(
+        2,
+        (
+            "--plugin",
+            "low_level_zero",
+            "--precision",
+            "bf16",
+            "--batch_size",
+            4,
+            "--gradient_accumulation_steps",
+            2,
+        ),
+        near=0.02,
+    ),
+    "low_level_zero, bf16, alone": Run(
+        None, ("--plugin", "low_level_zero", "--precision", "bf16", "--batch_size", 16), near=0.02
+    ),
+    "tp=2, zero 1, bf16": Run(
+        2,
+        (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 16),
+        near=0.02,
+    ),
+    "pp=2 x dp=2, zero 1, bf16": Run(
+        4,
+        (*HYBRID, "--pp_size", 2, "--zero_stage", 1, "--precision", "bf16", "--batch_size", 8),
+        near=0.02,
+    ),
+    "tp=2 x pp=2, bf16": Run(
+        4,
+        (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--precision", "bf16", "--batch_size", 16),
+        near=0.02,
+    ),
+    "gemini": Run(2, ("--plugin", "gemini", "--batch_size", 8, "--fused_loss"), near=0.02),
+    "gemini, fp16": Run(
+        2,
+        (
+            "--plugin",
+            "gemini",
+            "--precision",
+            "fp16",
+            "--batch_size",
+            8,
+            "--max_train_steps",
+            3,
+            "--warmup_ratio",
+            WARMUP / 3,
+        ),
+        near=0.02,
+        steps=3,
+    ),
+    "gemini, compiled, alone": Run(
+        None, ("--plugin", "gemini", "--batch_size", 16, "--compile", "--fused_loss"), near=0.02
+    ),
     "tp=2": Run(2, (*HYBRID, "--tp_size", 2, "--batch_size", 16, "--scale_lr")),
     "pp=2": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 16, "--fused_loss")),
     "tp=2 x pp=2": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--batch_size", 16)),
     "pp=2 x dp=2": Run(4, (*HYBRID, "--pp_size", 2, "--batch_size", 8)),
-    "tp=2 x dp=2, accumulated": Run(4, (*HYBRID, "--tp_size", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2)),
-    "torch_ddp, accumulated": Run(2, ("--plugin", "torch_ddp", "--batch_size", 4, "--gradient_accumulation_steps", 2)),
-    "torch_ddp, padded": Run(2, ("--plugin", "torch_ddp", "--batch_size", 8, "--no-padding_free")),
-    "gemini, padded": Run(2, ("--plugin", "gemini", "--batch_size", 8, "--no-padding_free"), near=0.02),
-    "low_level_zero, accumulated": Run(
-        2, ("--plugin", "low_level_zero", "--batch_size", 4, "--gradient_accumulation_steps", 2, "--grad_checkpoint")
+    "tp=2 x dp=2, accumulated": Run(
+        4, (*HYBRID, "--tp_size", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2)
     ),
-    "gemini, accumulated": Run(2, ("--plugin", "gemini", "--batch_size", 4, "--gradient_accumulation_steps", 2), near=0.02),
-    "pp=2, accumulated": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 8, "--gradient_accumulation_steps", 2, "--grad_checkpoint")),
+    "torch_ddp, accumulated": Run(
+        2, ("--plugin", "torch_ddp", "--batch_size", 4, "--gradient_accumulation_steps", 2)
+    ),
+    "torch_ddp, padded": Run(2, ("--plugin", "torch_ddp", "--batch_size", 8, "--no-padding_free")),
+    "gemini, padded": Run(
+        2, ("--plugin", "gemini", "--batch_size", 8, "--no-padding_free"), near=0.02
+    ),
+    "low_level_zero, accumulated": Run(
+        2,
+        (
+            "--plugin",
+            "low_level_zero",
+            "--batch_size",
+            4,
+            "--gradient_accumulation_steps",
+            2,
+            "--grad_checkpoint",
+        ),
+    ),
+    "gemini, accumulated": Run(
+        2, ("--plugin", "gemini", "--batch_size", 4, "--gradient_accumulation_steps", 2), near=0.02
+    ),
+    "pp=2, accumulated": Run(
+        2,
+        (
+            *HYBRID,
+            "--pp_size",
+            2,
+            "--batch_size",
+            8,
+            "--gradient_accumulation_steps",
+            2,
+            "--grad_checkpoint",
+        ),
+    ),
 }
 
 
@@ -83,8 +183,9 @@ class Runs:
         self.folder, self._done = folder, {}
         self.model, self.texts = folder / "model", folder / "texts.csv"
         torch.manual_seed(0)
-        # Not ReLU: parallel plugins add up in another order, and a unit whose input rounds to the other side of 0 gives another
-        # gradient. One such unit at the start token, which all rows share, moved the losses by 4e-4.
+        # Not ReLU: parallel plugins add up in another order, and a unit whose input rounds to the
+        # other side of 0 gives another gradient. One such unit at the start token, which all rows
+        # share, moved the losses by 4e-4.
         config = OPTConfig.from_pretrained(SAMPLE_MODEL, init_std=0.06, activation_function="gelu")
         OPTForCausalLM(config).save_pretrained(self.model)
         AutoTokenizer.from_pretrained(SAMPLE_MODEL).save_pretrained(self.model)
@@ -125,7 +226,7 @@ class Runs:
     def dataset(self) -> tokens.Dataset:
         """What all of them train on."""
         tokenizer = tokens.load_tokenizer(self.model)
-        return tokens.open_dataset(tokens.tokenize(str(self.texts), "description", MAX_LENGTH, EVAL_FRACTION, SEED, tokenizer))
+        return tokenize(self.texts, "description", MAX_LENGTH, EVAL_FRACTION, SEED, tokenizer)
 
     @functools.cached_property
     def plain(self) -> dict:
@@ -146,11 +247,15 @@ def runs(tmp_path_factory) -> Runs:
 
 
 def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
-    """The same ten steps without this project and without ColossalAI, but for the order of the rows."""
+    """The same ten steps without this project and without ColossalAI, but for the order of the
+    rows."""
     model = OPTForCausalLM.from_pretrained(directory, dropout=0.0, attention_dropout=0.0)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE)
 
     def loss_of(inputs):
@@ -158,7 +263,9 @@ def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
         return model(**inputs, attention_mask=(inputs["labels"] != -100).long()).loss
 
     def evaluate():
-        (batch,) = Batches(dataset.held_out, len(dataset.held_out), 0, 1, model.config.pad_token_id, seed=None).epoch()
+        (batch,) = Batches(
+            dataset.held_out, len(dataset.held_out), 0, 1, model.config.pad_token_id, seed=None
+        ).epoch()
         with torch.no_grad():
             return loss_of(batch.inputs).item()
 
@@ -166,7 +273,9 @@ def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
     found = {"loss": [], "grad_norm": [], "lr": [], "tokens": []}
     evaluations = {0: evaluate()}
     for step, batch in enumerate([*batches.epoch(0), *batches.epoch(1)][:STEPS], start=1):
-        lr = LEARNING_RATE * (step / WARMUP if step <= WARMUP else (STEPS - step + 1) / (STEPS - WARMUP))
+        lr = LEARNING_RATE * (
+            step / WARMUP if step <= WARMUP else (STEPS - step + 1) / (STEPS - WARMUP)
+        )
         for group in adamw.param_groups:
             group["lr"] = lr
         loss = loss_of(batch.inputs)
@@ -175,7 +284,12 @@ def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
         adamw.step()
         adamw.zero_grad()
         real_tokens = (batch.inputs["labels"] != -100).sum().item()
-        for key, value in (("loss", loss.item()), ("grad_norm", norm.item()), ("lr", lr), ("tokens", real_tokens)):
+        for key, value in (
+            ("loss", loss.item()),
+            ("grad_norm", norm.item()),
+            ("lr", lr),
+            ("tokens", real_tokens),
+        ):
             found[key].append(value)
         if step % EVAL_STEPS == 0 or step == STEPS:
             evaluations[step] = evaluate()
@@ -201,7 +315,9 @@ def test_losses_are_those_of_a_plain_loop(name, runs):
     assert [line["lr"] for line in steps] == pytest.approx(plain["lr"])
     assert [line["tokens"] for line in steps] == plain["tokens"]
     if name != "gemini, fp16":  # there it has the loss scale in it, and is not written
-        assert [line["grad_norm"] for line in steps] == pytest.approx(plain["grad_norm"], rel=1e-3 if run.near < 1e-3 else 0.02)
+        assert [line["grad_norm"] for line in steps] == pytest.approx(
+            plain["grad_norm"], rel=1e-3 if run.near < 1e-3 else 0.02
+        )
 
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert list(evaluations) == ([0, 4, 8, 10] if run.steps == STEPS else [0, run.steps])
@@ -214,24 +330,45 @@ def test_metrics_say_what_they_should(name, runs):
     dataset = runs.dataset
     lines = metrics(runs.output(name))
     assert lines[0]["step"] == 0
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 10], "an evaluation follows its step"
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 10], (
+        "an evaluation follows its step"
+    )
     for line in lines:
         if "eval_loss" in line:
             assert line.keys() == {"step", "eval_loss", "eval_perplexity"}
             assert math.isclose(line["eval_perplexity"], math.exp(line["eval_loss"]))
         else:
-            assert list(line) == ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
-            assert line["seconds"] > 0 and math.isclose(line["tokens_per_second"], line["tokens"] / line["seconds"])
+            assert list(line) == [
+                "step",
+                "epoch",
+                "loss",
+                "lr",
+                "grad_norm",
+                "tokens",
+                "tokens_per_second",
+                "seconds",
+            ]
+            assert line["seconds"] > 0 and math.isclose(
+                line["tokens_per_second"], line["tokens"] / line["seconds"]
+            )
             epochs, steps = divmod(line["step"], STEPS_PER_EPOCH)
-            assert line["epoch"] == pytest.approx(epochs + steps * ROWS / len(dataset.train), abs=1e-4)
-    epoch = [line["tokens"] for line in lines if 1 <= line["step"] <= STEPS_PER_EPOCH and "tokens" in line]
+            assert line["epoch"] == pytest.approx(
+                epochs + steps * ROWS / len(dataset.train), abs=1e-4
+            )
+    epoch = [
+        line["tokens"]
+        for line in lines
+        if 1 <= line["step"] <= STEPS_PER_EPOCH and "tokens" in line
+    ]
     assert sum(epoch) == dataset.train.lengths.sum()
 
 
 def test_what_else_a_run_leaves(runs):
     output = runs.output("torch_ddp")
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "model.safetensors" in next(line for line in (output / "stdout").read_text().splitlines() if "weights " in line)
+    assert "model.safetensors" in next(
+        line for line in (output / "stdout").read_text().splitlines() if "weights " in line
+    )
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -13,8 +13,8 @@ from opt.model.kernel_probe import has_kernel
 
 
 class _NoKernel:
-    """What ColossalAI's KernelLoader finds instead of its own kernels, which want a compiler and which HybridAdam asks for when it is
-    made: ours updates by update()."""
+    """What ColossalAI's KernelLoader finds instead of its own kernels, which want a compiler and
+    which HybridAdam asks for when it is made: ours updates by update()."""
 
     name = "none"
     priority = 100
@@ -33,14 +33,29 @@ class _NoKernel:
         pass
 
 
-def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, beta2, eps, weight_decay, step, rates=None) -> None:
+def update(
+    grads,
+    params,
+    exp_avgs,
+    exp_avg_sqs,
+    outputs,
+    divisor,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    step,
+    rates=None,
+) -> None:
     """One step of AdamW in place; on a GPU in one kernel for all tensors.
 
     Args:
         grads: tensors in any floating-point dtype, all the same.
         params, exp_avgs, exp_avg_sqs: fp32 tensors with as many elements each.
         outputs: 16-bit tensors that take the updated `params` as well, or None.
-        divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not finite, nothing changes.
+        divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not finite,
+            nothing changes.
         step: the number of this update, from 1.
         rates: rates() of lr and step, on the parameters' device, if they are there already.
     """
@@ -50,14 +65,28 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
         on_device = rates_of(lr, beta1, beta2, step).to(device) if rates is None else rates
-        adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, on_device, beta1, beta2, eps, weight_decay)
+        adamw(
+            grads,
+            params,
+            exp_avgs,
+            exp_avg_sqs,
+            outputs,
+            divisor,
+            on_device,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        )
         return
     # The kernel reads the step after it was counted up, as a tensor, on the parameters' device.
     counted = torch.full((), float(step), device=device)
     found_inf = None if divisor is None else (~divisor.isfinite()).float()
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])]
     widens = device.type == "cpu" and grads[0].dtype != params[0].dtype
-    for params_, grads_, exp_avgs_, exp_avg_sqs_, *outputs_ in _pieces(lists) if widens else [lists]:
+    for params_, grads_, exp_avgs_, exp_avg_sqs_, *outputs_ in (
+        _pieces(lists) if widens else [lists]
+    ):
         torch._fused_adamw_(
             params_,
             [g.to(p.dtype).view_as(p) for g, p in zip(grads_, params_, strict=True)],
@@ -76,7 +105,9 @@ def update(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, lr, beta1, be
             found_inf=found_inf,
         )
         if outputs_:
-            torch._foreach_copy_(*outputs_, [p.view_as(output) for p, output in zip(params_, *outputs_, strict=True)])
+            torch._foreach_copy_(
+                *outputs_, [p.view_as(output) for p, output in zip(params_, *outputs_, strict=True)]
+            )
 
 
 def rates_of(lr: float, beta1: float, beta2: float, step: int) -> torch.Tensor:
@@ -88,15 +119,17 @@ PIECE = 2**20  # elements: 4 MiB in fp32, which the cores' caches hold between t
 
 
 def _pieces(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
-    """`lists`, a piece of one tensor of each at a time: 16-bit gradients in host memory are widened where they are used, with fewer
-    passes over memory than one after the other, and no fp32 copy of them all."""
+    """`lists`, a piece of one tensor of each at a time: 16-bit gradients in host memory are widened
+    where they are used, with fewer passes over memory than one after the other, and no fp32 copy of
+    them all."""
     for tensors in zip(*lists, strict=True):
         for pieces in zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True):
             yield [[piece] for piece in pieces]
 
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """The squares of all elements of tensors of one dtype, added up in fp32: in bf16 the sum would be good to two digits."""
+    """The squares of all elements of tensors of one dtype, added up in fp32: in bf16 the sum would
+    be good to two digits."""
     if has_kernel("norm", grads[0].device, grads[0].dtype):
         from opt.model.kernels import sum_of_squares
 
@@ -105,29 +138,42 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 class HybridAdam(colossalai_optimizer.HybridAdam):
-    """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is not finite.
+    """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is
+    not finite.
 
-    In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen passes over it, without `div_scale`.
+    In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen passes
+    over it, without `div_scale`.
     """
 
-    # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before it calls step().
+    # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before
+    # it calls step().
     find_norm: Callable[[], float] | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._rates: dict[tuple[int, torch.device], torch.Tensor] = {}  # by parameter group and device
+        self._rates: dict[
+            tuple[int, torch.device], torch.Tensor
+        ] = {}  # by parameter group and device
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of all gradients of this process, a scalar on the device."""
         return sum_of_squares(self._gradients()).sqrt()
 
     @torch.no_grad()
-    def step(self, closure=None, div_scale: float = -1, grad_norm: torch.Tensor | None = None, max_norm: float = math.inf):
-        """One update, of gradients divided by `div_scale`, if that is over 0, and scaled down from `grad_norm` to `max_norm`; none if
-        `grad_norm`, or what find_norm gives, is not finite."""
+    def step(
+        self,
+        closure=None,
+        div_scale: float = -1,
+        grad_norm: torch.Tensor | None = None,
+        max_norm: float = math.inf,
+    ):
+        """One update, of gradients divided by `div_scale`, if that is over 0, and scaled down from
+        `grad_norm` to `max_norm`; none if `grad_norm`, or what find_norm gives, is not finite."""
         norm = self.find_norm() if self.find_norm else grad_norm
         divisor = div_scale if div_scale > 0 else 1.0
-        if isinstance(norm, torch.Tensor) and norm.is_cuda:  # update() decides: the host does not wait for the norm
+        if (
+            isinstance(norm, torch.Tensor) and norm.is_cuda
+        ):  # update() decides: the host does not wait for the norm
             divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0) * divisor
         elif norm is not None:
             if not math.isfinite(norm):
@@ -143,7 +189,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
                 self.update_group(group, parameters, [p.grad for p in parameters], None, divisor)
 
     def count(self, group: dict, params: list) -> None:
-        """Before an update of parameters of `group`, on one device: one more for each, and the rates that follow from it."""
+        """Before an update of parameters of `group`, on one device: one more for each, and the
+        rates that follow from it."""
         for param in params:
             state = adam_state(self, param, param.shape)
             state["step"] += 1
@@ -151,31 +198,62 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         if device.type == "cuda":
             if (id(group), device) not in self._rates:
                 self._rates[id(group), device] = torch.empty(3, device=device)
-            self._rates[id(group), device].copy_(rates_of(group["lr"], *group["betas"], state["step"]), non_blocking=True)
+            self._rates[id(group), device].copy_(
+                rates_of(group["lr"], *group["betas"], state["step"]), non_blocking=True
+            )
 
-    def update_group(self, group: dict, params: list, grads: list, outputs: list | None, divisor: torch.Tensor | float) -> None:
-        """update() of parameters of `group`, on one device, that have been counted, and of their state."""
+    def update_group(
+        self,
+        group: dict,
+        params: list,
+        grads: list,
+        outputs: list | None,
+        divisor: torch.Tensor | float,
+    ) -> None:
+        """update() of parameters of `group`, on one device, that have been counted, and of their
+        state."""
         states = [adam_state(self, param, param.shape) for param in params]
         moments = ([state[name] for state in states] for name in MOMENTS)
         if not isinstance(divisor, torch.Tensor):
             divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
-        numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"], states[0]["step"]
-        update(grads, params, *moments, outputs, divisor, *numbers, rates=self._rates.get((id(group), params[0].device)))
+        numbers = (
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            states[0]["step"],
+        )
+        update(
+            grads,
+            params,
+            *moments,
+            outputs,
+            divisor,
+            *numbers,
+            rates=self._rates.get((id(group), params[0].device)),
+        )
 
     def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
 
 
-gemini_optimizer._AVAIL_OPTIM_LIST |= {HybridAdam}  # Gemini asks for one of these very classes, not for a subclass
+gemini_optimizer._AVAIL_OPTIM_LIST |= {
+    HybridAdam
+}  # Gemini asks for one of these very classes, not for a subclass
 for _loader in (FusedOptimizerLoader, CPUAdamLoader):
-    _loader.REGISTRY = [_NoKernel]  # alone: beside ColossalAI's own it warns about every choice that it has to make
+    _loader.REGISTRY = [
+        _NoKernel
+    ]  # alone: beside ColossalAI's own it warns about every choice that it has to make
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size | tuple) -> dict:
-    """HybridAdam's state of the parameter `key`, of `shape`; made if the first update, which would make it, has not come yet."""
+    """HybridAdam's state of the parameter `key`, of `shape`; made if the first update, which would
+    make it, has not come yet."""
     state = adam.state[key]
     if not state:
         state |= {"step": 0, **{name: torch.zeros(shape, device=key.device) for name in MOMENTS}}
@@ -183,7 +261,11 @@ def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for a torch optimizer: decay on matrices alone, not on biases and layer norms."""
+    """Parameter groups for a torch optimizer: decay on matrices alone, not on biases and layer
+    norms."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]

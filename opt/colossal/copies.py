@@ -1,8 +1,9 @@
-"""The form of 16-bit weights with fp32 copies, which Adam updates: ColossalAI's MixedPrecisionOptimizer, of hybrid_parallel without ZeRO.
+"""The form of 16-bit weights with fp32 copies, which Adam updates: ColossalAI's
+MixedPrecisionOptimizer, of hybrid_parallel without ZeRO.
 
-In 0.5.0 it goes through the parameters one by one: widens a gradient, scales it, takes its norm, updates, narrows the weight. Here each
-of these is one kernel for all, and the norm never comes to the host. The update stays what it was; its state is kept where HybridAdam
-keeps it.
+In 0.5.0 it goes through the parameters one by one: widens a gradient, scales it, takes its norm,
+updates, narrows the weight. Here each of these is one kernel for all, and the norm never comes to
+the host. The update stays what it was; its state is kept where HybridAdam keeps it.
 """
 
 import itertools
@@ -39,7 +40,9 @@ class Copies(Form):
 
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
-        self._collected: list[list[Batch]] = []  # parts that are updated one after the other, by parameter group
+        self._collected: list[
+            list[Batch]
+        ] = []  # parts that are updated one after the other, by parameter group
         if self.is_bf16:
             optimizer.step = self.step
 
@@ -78,7 +81,8 @@ class Copies(Form):
         adam._opt_called = True  # or the schedule warns: it watches HybridAdam.step
 
     def run(self) -> torch.Tensor | None:
-        """On the device: update what was collected. Returns the gradient's norm before clipping, if it is asked for."""
+        """On the device: update what was collected. Returns the gradient's norm before clipping, if
+        it is asked for."""
         divisor, norm, adam = 1.0, None, self.optimizer.optim
         if self.max_norm > 0:
             norm = self._norm()
@@ -112,10 +116,17 @@ class Copies(Form):
         grads = [grad for batch in batches for grad in batch.grads]
         groups = self.norm_groups()
         if self.is_model_parallel:
-            copies = [self._holders(parameter) for batch in batches for parameter in batch.parameters]
+            copies = [
+                self._holders(parameter) for batch in batches for parameter in batch.parameters
+            ]
             squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
-            square = (squares / torch.tensor(copies, dtype=torch.float32).to(squares.device, non_blocking=True)).sum()
-            groups += [group for group in (self.optimizer.tp_pg, self.optimizer.pp_pg) if group is not None]
+            square = (
+                squares
+                / torch.tensor(copies, dtype=torch.float32).to(squares.device, non_blocking=True)
+            ).sum()
+            groups += [
+                group for group in (self.optimizer.tp_pg, self.optimizer.pp_pg) if group is not None
+            ]
         else:
             square = sum_of_squares(grads)
         for group in groups:
@@ -132,13 +143,18 @@ class Copies(Form):
         return self._size("tp_pg") * self._size("pp_pg") > 1
 
     def _size(self, group: str) -> int:
-        group = getattr(self.optimizer, group, None)  # LowLevelZeroOptimizer has none, hybrid_parallel's optimizers may
+        group = getattr(
+            self.optimizer, group, None
+        )  # LowLevelZeroOptimizer has none, hybrid_parallel's optimizers may
         return 1 if group is None else dist.get_world_size(group)
 
     def _holders(self, parameter: torch.Tensor) -> int:
-        """How many processes of the tensor- and pipeline-parallel groups hold this very gradient."""
+        """How many processes of the tensor- and pipeline-parallel groups hold this very
+        gradient."""
         holders = 1 if is_distributed_tensor(parameter) else self._size("tp_pg")
-        for shared in self.optimizer.shared_params:  # the tied embedding, on the first stage and the last
+        for (
+            shared
+        ) in self.optimizer.shared_params:  # the tied embedding, on the first stage and the last
             if shared.get(self.optimizer.stage_manager.stage) is parameter:
                 holders *= len(shared)
         return holders

@@ -1,7 +1,7 @@
 """Lets every plugin run on a host without a GPU (ColossalAI 0.5.0 supports CUDA and Ascend only).
 
-ColossalAI stops on a CPU for small reasons, each named below; nothing here is touched on a CUDA host. To see whether a
-patch can go, remove it and run tests/test_parity.py.
+ColossalAI stops on a CPU for small reasons, each named below; nothing here is touched on a CUDA
+host. To see whether a patch can go, remove it and run tests/test_parity.py.
 """
 
 from contextlib import nullcontext
@@ -29,7 +29,8 @@ class _NoEvent(_NoStream):
 
 
 class CpuDevice(CpuAccelerator):
-    """CpuAccelerator raises "not supported" for streams, events, seeds and synchronisation, which all plugins ask for."""
+    """CpuAccelerator raises "not supported" for streams, events, seeds and synchronisation, which
+    all plugins ask for."""
 
     support_set_device = False
 
@@ -59,7 +60,9 @@ class CpuDevice(CpuAccelerator):
     manual_seed_all = manual_seed
 
     def get_rng_state(self, device=None):
-        return torch.get_rng_state()  # CpuAccelerator passes the device on, which torch.get_rng_state does not take
+        return (
+            torch.get_rng_state()
+        )  # CpuAccelerator passes the device on, which torch.get_rng_state does not take
 
     def device_count(self):
         return 1  # more than none: the loss scaler of fp16 asks
@@ -86,22 +89,27 @@ def _zero_on_cpu() -> None:
     def same_dtype(self):
         for group in self.optim.param_groups:
             for p in group["params"]:
-                assert p.dtype == self._dtype, f"parameters of one dtype are expected: {self._dtype}, got {p.dtype}"
+                assert p.dtype == self._dtype, (
+                    f"parameters of one dtype are expected: {self._dtype}, got {p.dtype}"
+                )
 
     LowLevelZeroOptimizer._sanity_checks = same_dtype
 
 
 def _pipeline_over_gloo() -> None:
-    """p2p compares a gloo group's name with Backend.HCCL, which only Ascend builds of PyTorch have."""
+    """p2p compares a gloo group's name with Backend.HCCL, which only Ascend builds of PyTorch
+    have."""
     from colossalai.pipeline import p2p
 
     p2p._check_for_nccl_hccl_backend = lambda group: False
 
 
 def _gemini_without_offload() -> None:
-    """Gemini moves chunks between "cuda" and "cpu" and tells the two by the accelerator's name, here the same for both.
+    """Gemini moves chunks between "cuda" and "cpu" and tells the two by the accelerator's name,
+    here the same for both.
 
-    A host without a GPU has one kind of memory: every chunk stays where it is, on what Gemini takes for the device.
+    A host without a GPU has one kind of memory: every chunk stays where it is, on what Gemini takes
+    for the device.
     """
     from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 

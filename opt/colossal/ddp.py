@@ -1,4 +1,5 @@
-"""--plugin torch_ddp and torch_ddp_fp16: a whole model in fp32 on each device, forward under autocast."""
+"""--plugin torch_ddp and torch_ddp_fp16: a whole model in fp32 on each device, forward under
+autocast."""
 
 import torch
 from colossalai.booster.mixed_precision.mixed_precision_base import MixedPrecision
@@ -12,7 +13,8 @@ from opt.model.config import DTYPES
 
 
 class DDPPlugin(Plugin, TorchDDPPlugin):
-    """Gradients are averaged over all processes, by LayerwiseDDP in DistributedDataParallel's place."""
+    """Gradients are averaged over all processes, by LayerwiseDDP in DistributedDataParallel's
+    place."""
 
     can_defer_sync = True
     weights_dtype = torch.float32
@@ -41,7 +43,8 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
     # ---- plugin, travel, form
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
-        """Booster.boost calls this, and then mixed_precision.configure, which wraps the optimizer."""
+        """Booster.boost calls this, and then mixed_precision.configure, which wraps the
+        optimizer."""
         if self.spread.dp_size > 1:
             self._ddp = LayerwiseDDP(model, None)
         self._finish_layers(model)
@@ -59,7 +62,8 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
 
 
 class AutocastPrecision(MixedPrecision):
-    """fp32 weights, forward under autocast to `dtype`, gradients clipped by the update; with a loss scaler for fp16.
+    """fp32 weights, forward under autocast to `dtype`, gradients clipped by the update; with a loss
+    scaler for fp16.
 
     Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, and its 'fp16' scales on CUDA only.
     """
@@ -72,5 +76,7 @@ class AutocastPrecision(MixedPrecision):
         if self.dtype != torch.float32:
             inner = model.unwrap()
             inner.forward = torch.autocast(self.device_type, dtype=self.dtype)(inner.forward)
-        scaler = torch.amp.GradScaler(self.device_type, init_scale=2.0**16, enabled=self.dtype == torch.float16)
+        scaler = torch.amp.GradScaler(
+            self.device_type, init_scale=2.0**16, enabled=self.dtype == torch.float16
+        )
         return model, ClippingOptimizer(optimizer.optim, scaler, self.max_norm), criterion

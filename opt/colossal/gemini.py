@@ -1,12 +1,13 @@
-"""--plugin gemini: weights, gradients and optimizer state in chunks that are spread over the processes; without what ColossalAI 0.5.0
-does for each gradient and each chunk in vain.
+"""--plugin gemini: weights, gradients and optimizer state in chunks that are spread over the
+processes; without what ColossalAI 0.5.0 does for each gradient and each chunk in vain.
 
-One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there it works without Gemini's
-hooks. Otherwise a decoder layer is fetched and reduced as a whole: ColossalAI fetches parameters around each torch function that
-they go through, and takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy
-for longer than the GPU computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and waited for in the middle of
-backward; bf16 gradients are searched for overflows, which only fp16's loss scale asks about; and the host waits for each chunk that
-comes from its memory.
+One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there
+it works without Gemini's hooks. Otherwise a decoder layer is fetched and reduced as a whole:
+ColossalAI fetches parameters around each torch function that they go through, and takes gradients
+one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy for
+longer than the GPU computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and
+waited for in the middle of backward; bf16 gradients are searched for overflows, which only fp16's
+loss scale asks about; and the host waits for each chunk that comes from its memory.
 """
 
 import logging
@@ -32,7 +33,8 @@ _reduce_chunk = Chunk.reduce
 
 
 class OptGeminiPlugin(Plugin, GeminiPlugin):
-    """ColossalAI's, which fetches and reduces a decoder layer as a whole, or does nothing at all where there is nothing to do."""
+    """ColossalAI's, which fetches and reduces a decoder layer as a whole, or does nothing at all
+    where there is nothing to do."""
 
     is_lazy = True
 
@@ -44,14 +46,19 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
             placement_policy="static",
             offload_optim_frac=plan.offload_optim_frac,
             enable_gradient_accumulation=plan.gradient_accumulation_steps > 1,
-            # A model of fewer parameters than a chunk holds is kept whole: one process saves nothing by letting go of parameters
-            # that it will gather from itself (see _do_without_hooks). Of several processes the chunks must be smaller than any
-            # model (the default is 32 Mi), or ColossalAI 0.5.0 adds up accumulated gradients world_size times
-            # (tests/test_training.py, gemini with accumulation).
-            min_chunk_size_m=num_parameters / 2**20 + 1 if alone else min(32, num_parameters / 2**20 / 4),
+            # A model of fewer parameters than a chunk holds is kept whole: one process saves
+            # nothing by letting go of parameters that it will gather from itself (see
+            # _do_without_hooks). Of several processes the chunks must be smaller than any model
+            # (the default is 32 Mi), or ColossalAI 0.5.0 adds up accumulated gradients world_size
+            # times (tests/test_training.py, gemini with accumulation).
+            min_chunk_size_m=num_parameters / 2**20 + 1
+            if alone
+            else min(32, num_parameters / 2**20 / 4),
             # Pinned memory and a reduction stream exist beside a GPU only.
             enable_async_reduce=on_gpu and several,
-            max_prefetch=3 if several else 0,  # chunks of 32 Mi elements or more; a layer of OPT-1.3b has 48 Mi
+            max_prefetch=3
+            if several
+            else 0,  # chunks of 32 Mi elements or more; a layer of OPT-1.3b has 48 Mi
             pin_memory=on_gpu,
             initial_scale=2**16,
             max_norm=plan.max_norm,
@@ -62,7 +69,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
 
     @staticmethod
     def state_bytes(plan, parameters, dp_size):
-        """All of it spread; gradients take the weights' place, unless they accumulate; Adam's part may be in host memory."""
+        """All of it spread; gradients take the weights' place, unless they accumulate; Adam's part
+        may be in host memory."""
         gradients = 2 if plan.gradient_accumulation_steps > 1 else 0
         return parameters * (2 + gradients + 12 * (1 - plan.offload_optim_frac)) / dp_size
 
@@ -76,7 +84,9 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         """Booster.boost calls this."""
-        model, optimizer, *rest = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+        model, optimizer, *rest = super().configure(
+            model, optimizer, criterion, dataloader, lr_scheduler
+        )
         _mend(model)
         self.form = Chunks(model, optimizer)
         if self.knows_grad_norm:
@@ -95,9 +105,13 @@ def _mend(model: GeminiDDP) -> None:
     _prefetch_in_training(model)
     _wait_on_device(model)
     _forget_gradients_once(model)
-    model._logger = logging.getLogger(__name__)  # ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
+    model._logger = logging.getLogger(
+        __name__
+    )  # ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
-    if model.chunk_manager.reuse_fp16_chunk and all(chunk.keep_gathered and chunk.pg_size == 1 for chunk in chunks):
+    if model.chunk_manager.reuse_fp16_chunk and all(
+        chunk.keep_gathered and chunk.pg_size == 1 for chunk in chunks
+    ):
         _do_without_hooks(model, chunks)
     else:
         _work_by_layer(model)
@@ -105,7 +119,9 @@ def _mend(model: GeminiDDP) -> None:
 
 def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
     for chunk in chunks:
-        model.chunk_manager.access_chunk(chunk)  # parameters are now views of their chunks, and stay so
+        model.chunk_manager.access_chunk(
+            chunk
+        )  # parameters are now views of their chunks, and stay so
         model.chunk_manager.fake_release_chunk(chunk)
     model.remove_hooks()
     model.remove_hooks = lambda: None  # it would be called again at the end
@@ -115,8 +131,12 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
 
     def backward(self, loss):
         loss.backward()
-        with torch.no_grad():  # gradients take the weights' place in the chunks, where the optimizer looks for them
-            torch._foreach_copy_([p.data for p in self.fp16_params], [p.grad for p in self.fp16_params])
+        with (
+            torch.no_grad()
+        ):  # gradients take the weights' place in the chunks, where the optimizer looks for them
+            torch._foreach_copy_(
+                [p.data for p in self.fp16_params], [p.grad for p in self.fp16_params]
+            )
         self._setup_grads_ptr()
         for chunk in chunks:
             _record(self, chunk)
@@ -126,8 +146,9 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
 
 
 def _prefetch_in_training(model: GeminiDDP) -> None:
-    """Fetch ahead in training alone, in the order of the first step. ColossalAI would do so in the last operation of an evaluation as
-    well, for the backward that does not come, and takes an evaluation before the first step for a part of that."""
+    """Fetch ahead in training alone, in the order of the first step. ColossalAI would do so in the
+    last operation of an evaluation as well, for the backward that does not come, and takes an
+    evaluation before the first step for a part of that."""
     manager, policy = model.gemini_manager, model.gemini_manager.placement_policy
     get_prefetch_chunks, pre_iter = policy.get_prefetch_chunks, manager.pre_iter
 
@@ -143,9 +164,11 @@ def _prefetch_in_training(model: GeminiDDP) -> None:
 
 
 def _wait_on_device(model: GeminiDDP) -> None:
-    """Let the GPU, not the host, wait for the gradients' reduction, or the host could not get ahead with the update and the next
-    forward. An update in host memory has to wait."""
-    if model.async_reduce_stream is None or any(device.type == "cpu" for device in model.grads_device.values()):
+    """Let the GPU, not the host, wait for the gradients' reduction, or the host could not get ahead
+    with the update and the next forward. An update in host memory has to wait."""
+    if model.async_reduce_stream is None or any(
+        device.type == "cpu" for device in model.grads_device.values()
+    ):
         return
     model.enable_async_reduce = False  # which only asks for the host's wait
     post_backward = model._post_backward
@@ -158,8 +181,8 @@ def _wait_on_device(model: GeminiDDP) -> None:
 
 
 def _forget_gradients_once(model: GeminiDDP) -> None:
-    """Gradients are let go of after backward, and not before forward again. ColossalAI walks over all modules for both, and setting a
-    ColoParameter's attribute is a torch function."""
+    """Gradients are let go of after backward, and not before forward again. ColossalAI walks over
+    all modules for both, and setting a ColoParameter's attribute is a torch function."""
     parameters = list(model.module.parameters())
 
     def forget():
@@ -172,10 +195,12 @@ def _forget_gradients_once(model: GeminiDDP) -> None:
 
 
 class _Layer:
-    """A decoder layer to be fetched and reduced as a whole; its parameters are plain ones then, whose torch functions no hook asks about.
+    """A decoder layer to be fetched and reduced as a whole; its parameters are plain ones then,
+    whose torch functions no hook asks about.
 
-    A step of one of two processes takes 36 ms of the host's time; with a layer as one torch function, whose parameters the hooks still
-    took one by one, it took 53 (on a CPU, 24 layers of hidden size 64).
+    A step of one of two processes takes 36 ms of the host's time; with a layer as one torch
+    function, whose parameters the hooks still took one by one, it took 53 (on a CPU, 24 layers of
+    hidden size 64).
     """
 
     def __init__(self, model: GeminiDDP, layer: nn.Module):
@@ -184,7 +209,10 @@ class _Layer:
         by_chunk = {}
         for parameter in self._parameters:
             by_chunk.setdefault(self._manager.get_chunk(parameter), []).append(parameter)
-        self._infos = {chunk: [chunk.tensors_info[p] for p in parameters] for chunk, parameters in by_chunk.items()}
+        self._infos = {
+            chunk: [chunk.tensors_info[p] for p in parameters]
+            for chunk, parameters in by_chunk.items()
+        }
         self._first_of_each = [parameters[0] for parameters in by_chunk.values()]
         self._grad_handles = [p._backward_hooks[p._grad_handle.id] for p in self._parameters]
         for parameter in self._parameters:
@@ -201,13 +229,15 @@ class _Layer:
         self._turn(TensorState.HOLD)
 
     def reduce(self) -> None:
-        """After backward, once all gradients are there: they take the weights' place in the chunks, and a chunk that has all of its
-        gradients is reduced."""
+        """After backward, once all gradients are there: they take the weights' place in the chunks,
+        and a chunk that has all of its gradients is reduced."""
         self._turn(TensorState.HOLD_AFTER_BWD)
         grads = [p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        if not self._manager.reuse_fp16_chunk:  # gradients that accumulate have chunks of their own, and one more state to go through
+        if (
+            not self._manager.reuse_fp16_chunk
+        ):  # gradients that accumulate have chunks of their own, and one more state to go through
             for handle, grad in zip(self._grad_handles, grads, strict=True):
                 handle(grad)
             return
@@ -221,10 +251,14 @@ class _Layer:
         with get_accelerator().stream(stream):
             for chunk in self._infos:
                 if self._manager.reduce_chunk(chunk):
-                    (chunk.cuda_global_chunk if chunk.is_gathered else chunk.cuda_shard).div_(chunk.pg_size)
+                    (chunk.cuda_global_chunk if chunk.is_gathered else chunk.cuda_shard).div_(
+                        chunk.pg_size
+                    )
                     _record(self._model, chunk)
                     device = self._model.grads_device[chunk.get_tensors()[0]]
-                    self._manager.move_chunk(chunk, device, force_copy=True, async_move=stream is not None)
+                    self._manager.move_chunk(
+                        chunk, device, force_copy=True, async_move=stream is not None
+                    )
 
     def _turn(self, state: TensorState) -> None:
         """Chunk.tensor_trans_state for all parameters, which are always in the same."""
@@ -267,21 +301,28 @@ def _record(model: GeminiDDP, chunk: Chunk) -> None:
 
 
 def _free_storage(tensor: torch.Tensor) -> None:
-    """Let go of the memory when this stream has done what it has been told: another one may write there sooner."""
+    """Let go of the memory when this stream has done what it has been told: another one may write
+    there sooner."""
     if tensor.is_cuda:
         tensor.record_stream(get_accelerator().current_stream())
     tensor.untyped_storage().resize_(0)
 
 
 def _reduce(self, async_op: bool = False) -> None:
-    """In the order of the stream that it is called in. With `async_op` ColossalAI frees the chunk while NCCL may still read it (on two
-    H200 the loss of OPT-350m, compiled, was nan after 22 steps)."""
+    """In the order of the stream that it is called in. With `async_op` ColossalAI frees the chunk
+    while NCCL may still read it (on two H200 the loss of OPT-350m, compiled, was nan after 22
+    steps)."""
     _reduce_chunk(self)
 
 
 def _set_l2_norm(self) -> None:
-    """Record the square of this chunk's L2 norm, on the device: GeminiOptimizer reads it when all are there."""
-    values = self.cuda_global_chunk[: self.utilized_size] if self.is_gathered else self.cuda_shard[: self.valid_end]
+    """Record the square of this chunk's L2 norm, on the device: GeminiOptimizer reads it when all
+    are there."""
+    values = (
+        self.cuda_global_chunk[: self.utilized_size]
+        if self.is_gathered
+        else self.cuda_shard[: self.valid_end]
+    )
     self.l2_norm = torch.linalg.vector_norm(values, dtype=torch.float32).square()
 
 
@@ -289,7 +330,9 @@ def _has_inf_or_nan(self):
     return _finds_overflow(self) if self.dtype == torch.float16 else False
 
 
-def _move_shard(self, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None:
-    """To the GPU the host only sends it on its way: the memory that it comes from is written to again by the update, which waits for
-    the gradients. (Its gradient is waited for.)"""
+def _move_shard(
+    self, device: torch.device, force_copy: bool = False, non_blocking: bool = False
+) -> None:
+    """To the GPU the host only sends it on its way: the memory that it comes from is written to
+    again by the update, which waits for the gradients. (Its gradient is waited for.)"""
     _shard_move(self, device, force_copy, non_blocking or device.type == "cuda")

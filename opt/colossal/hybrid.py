@@ -1,4 +1,5 @@
-"""--plugin hybrid_parallel: tensor and pipeline parallelism, with or without ZeRO over the data-parallel ranks."""
+"""--plugin hybrid_parallel: tensor and pipeline parallelism, with or without ZeRO over the
+data-parallel ranks."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -9,13 +10,18 @@ import torch.distributed as dist
 import transformers
 from colossalai.booster.plugin import HybridParallelPlugin, hybrid_parallel_plugin
 from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
-from colossalai.shardformer.layer._operation import linear_with_async_comm, reduce_backward, reduce_forward
+from colossalai.shardformer.layer._operation import (
+    linear_with_async_comm,
+    reduce_backward,
+    reduce_forward,
+)
 from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from opt.colossal.copies import Copies
 from opt.colossal.plain import Plain
-from opt.colossal.plugin import Plugin, Spread
+from opt.colossal.plugin import Plugin
+from opt.colossal.processes import Spread
 from opt.colossal.reduction import LayerwiseDDP
 from opt.colossal.sharded import Sharded
 from opt.model.attention import Attention
@@ -38,7 +44,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             max_norm=plan.max_norm,
             overlap_communication=device.type == "cuda",
             custom_policy=OPTPolicy(),
-            make_vocab_size_divisible_by=1,  # the vocabulary is padded to a multiple of this times tp_size
+            # The vocabulary is padded to a multiple of this times tp_size
+            make_vocab_size_divisible_by=1,
         )
         stages = self.stage_manager
         spread = Spread(
@@ -65,7 +72,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
 
     @staticmethod
     def state_bytes(plan, parameters, dp_size):
-        """This stage's and rank's part of weights, gradients and Adam's state, which ZeRO spreads."""
+        """This stage's and rank's part of weights, gradients and Adam's state, which ZeRO
+        spreads."""
         width, adam = (4, 8) if plan.precision == "fp32" else (2, 12)
         gradients = width / (dp_size if plan.zero_stage == 2 else 1)
         own = parameters / (plan.tp_size * plan.pp_size)
@@ -73,9 +81,14 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
 
     @staticmethod
     def update_kernels(plan):
-        """In bf16 the update is ours (copies.Copies, sharded.Sharded); otherwise ColossalAI widens gradients before it."""
+        """In bf16 the update is ours (copies.Copies, sharded.Sharded); otherwise ColossalAI widens
+        gradients before it."""
         own = plan.precision == "bf16"
-        yield "update", torch.bfloat16 if own else torch.float32, DTYPES[plan.precision] if own else None
+        yield (
+            "update",
+            torch.bfloat16 if own else torch.float32,
+            DTYPES[plan.precision] if own else None,
+        )
         if own and plan.max_norm > 0 and plan.tp_size * plan.pp_size == 1:
             yield "norm", torch.bfloat16
 
@@ -91,10 +104,14 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             return module
 
         with patch.object(hybrid_parallel_plugin, "DDP", average):
-            model, optimizer, *rest = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+            model, optimizer, *rest = super().configure(
+                model, optimizer, criterion, dataloader, lr_scheduler
+            )
         model.use_ddp = False
         if self.plan.zero_stage > 0:
-            self.form = Sharded(model, optimizer, self.spread.dp_size, recorded=self.plan.cuda_graph)
+            self.form = Sharded(
+                model, optimizer, self.spread.dp_size, recorded=self.plan.cuda_graph
+            )
         else:
             self.form = (Plain if self.plan.precision == "fp32" else Copies)(model, optimizer)
         if self.knows_grad_norm:
@@ -106,12 +123,15 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         return model, optimizer, *rest
 
     def _share_input(self, model: OPTForCausalLM) -> None:
-        """Add up the gradient of the input of q, k and v over the tensor-parallel ranks once. ColossalAI 0.5.0 does it for each of the
-        three: six all-reduces a layer instead of four, which take half of a step of OPT-1.3b (tp 2, two H200)."""
+        """Add up the gradient of the input of q, k and v over the tensor-parallel ranks once.
+        ColossalAI 0.5.0 does it for each of the three: six all-reduces a layer instead of four,
+        which take half of a step of OPT-1.3b (tp 2, two H200)."""
         for layer in model.own_layers:
             layer.self_attn.enter = partial(_add_up_gradient, group=self.tp_group)
         self._inputs_shared = {
-            m for layer in model.own_layers for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+            m
+            for layer in model.own_layers
+            for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         }
 
     def _cut(self, module) -> dict | None:
@@ -119,7 +139,11 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         if isinstance(module, Linear1D_Row):
             return {"leave": partial(_add_up, group=self.tp_group)}
         if isinstance(module, Linear1D_Col):
-            return {} if module in self._inputs_shared else {"product": partial(_columns, group=self.tp_group)}
+            return (
+                {}
+                if module in self._inputs_shared
+                else {"product": partial(_columns, group=self.tp_group)}
+            )
         return None
 
     def accumulate(self, model, optimizer, is_last_batch):
@@ -128,11 +152,15 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             return self._ddp.no_sync()
         return super().accumulate(model, optimizer, is_last_batch)
 
-    def execute_pipeline(self, data_iter, model, criterion, optimizer=None, return_loss=True, return_outputs=False):
-        """See ColossalAI's. A batch's shape is told to the next stage with its first micro-batch, once while it stays the same.
+    def execute_pipeline(
+        self, data_iter, model, criterion, optimizer=None, return_loss=True, return_outputs=False
+    ):
+        """See ColossalAI's. A batch's shape is told to the next stage with its first micro-batch,
+        once while it stays the same.
 
-        ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host waits for the GPU each time. Our batches
-        are as long as their longest row; of a batch to be evaluated the last micro-batch may have fewer rows.
+        ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host waits
+        for the GPU each time. Our batches are as long as their longest row; of a batch to be
+        evaluated the last micro-batch may have fewer rows.
         """
         batch = next(data_iter)
         shape = batch["input_ids"].shape if optimizer is not None else None
@@ -141,9 +169,12 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             self.scheduler.tensor_metadata_recv = self.scheduler.grad_metadata_recv = None
         self.scheduler.enable_metadata_cache = shape is not None
         self._shape = shape
-        # ColossalAI 0.5.0 reduces the tied weights' gradients even where there are none, but for no_sync.
+        # ColossalAI 0.5.0 reduces the tied weights' gradients even where there are none, but for
+        # no_sync.
         with model.no_sync() if optimizer is None else nullcontext():
-            return super().execute_pipeline(iter([batch]), model, criterion, optimizer, return_loss, return_outputs)
+            return super().execute_pipeline(
+                iter([batch]), model, criterion, optimizer, return_loss, return_outputs
+            )
 
 
 def _columns(x, weight, bias, group):
@@ -162,10 +193,12 @@ def _add_up_gradient(x, group):
 
 
 class OPTPolicy(OPTForCausalLMPolicy):
-    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with our attention and forward.
+    """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with our attention and
+    forward.
 
-    ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU, and its pipeline forward
-    builds a 4-D mask, calls torch.cuda and reduces the loss in the model's dtype.
+    ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU,
+    and its pipeline forward builds a 4-D mask, calls torch.cuda and reduces the loss in the model's
+    dtype.
     """
 
     def module_policy(self):
@@ -175,7 +208,10 @@ class OPTPolicy(OPTForCausalLMPolicy):
             policy = super().module_policy()
         finally:
             config._attn_implementation = "sdpa"
-        for base, ours in ((OPTAttention, Attention), (transformers.OPTForCausalLM, OPTForCausalLM)):
+        for base, ours in (
+            (OPTAttention, Attention),
+            (transformers.OPTForCausalLM, OPTForCausalLM),
+        ):
             if base in policy:
                 policy[ours] = policy.pop(base)
                 policy[ours].method_replacement = None
@@ -190,6 +226,8 @@ class OPTPolicy(OPTForCausalLMPolicy):
             model.tp_group = self.shard_config.tensor_parallel_process_group
         stages = self.pipeline_stage_manager
         if stages is not None:
-            start, end = stages.get_stage_index(stages.distribute_layers(model.config.num_hidden_layers))
+            start, end = stages.get_stage_index(
+                stages.distribute_layers(model.config.num_hidden_layers)
+            )
             model.stage = Stage(start, end, stages.is_first_stage(), stages.is_last_stage())
         return model

@@ -1,14 +1,16 @@
-"""Import ColossalAI without the packages that it pulls in and this project never uses: seconds of every start.
+"""Import ColossalAI without the packages that it pulls in and this project never uses: seconds of
+every start.
 
-colossalai 0.5.0 imports bitsandbytes for its GaLore optimizers and for quantization, and its fp8 functions are decorated with
-torch.compile, which loads the compiler at once; transformers imports scikit-learn, where that is installed, for assisted
-generation. On an H100's host these three took 4.1, 2.3 and 2.6 s. To see whether this can go:
-python -X importtime -c "import opt_train_demo".
+colossalai 0.5.0 imports bitsandbytes for its GaLore optimizers and for quantization, and its fp8
+functions are decorated with torch.compile, which loads the compiler at once; transformers imports
+scikit-learn, where that is installed, for assisted generation. On an H100's host these three took
+4.1, 2.3 and 2.6 s. To see whether this can go: python -X importtime -c "import opt_train_demo".
 
-Its import also sets CUDA_DEVICE_MAX_CONNECTIONS to 1, for a way of overlapping that OPT's policy does not use. Then all streams
-share one queue: what follows a collective that waits for the one before waits as well, which holds up backward. It stays as it was.
-And it asks for the current device and what that can do, for a default of Gemini's and for fp8 functions that nothing here calls: each
-process of a node would occupy some of the first GPU's memory, whichever its own is.
+Its import also sets CUDA_DEVICE_MAX_CONNECTIONS to 1, for a way of overlapping that OPT's policy
+does not use. Then all streams share one queue: what follows a collective that waits for the one
+before waits as well, which holds up backward. It stays as it was. And it asks for the current
+device and what that can do, for a default of Gemini's and for fp8 functions that nothing here
+calls: each process of a node would occupy some of the first GPU's memory, whichever its own is.
 """
 
 import functools
@@ -39,7 +41,11 @@ class _StandIn(types.ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "bitsandbytes" else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name.split(".")[0] == "bitsandbytes"
+            else None
+        )
 
     def create_module(self, spec):
         return _StandIn(spec.name)
@@ -64,7 +70,9 @@ if "bitsandbytes" not in sys.modules:
     try:
         with (
             patch.object(torch, "compile", _compile_at_first_call),
-            patch.multiple(torch.cuda, current_device=lambda: 0, get_device_capability=lambda: (0, 0)),
+            patch.multiple(
+                torch.cuda, current_device=lambda: 0, get_device_capability=lambda: (0, 0)
+            ),
         ):
             import colossalai.booster.plugin  # noqa: F401
             import colossalai.nn.optimizer  # noqa: F401

@@ -1,13 +1,13 @@
-"""Model and optimizer state, whole and by parameter name, out of any plugin's pieces and back into them.
+"""Model and optimizer state, whole and by parameter name, out of any plugin's pieces and back into
+them.
 
-ZeRO keeps a flat slice of each tensor on each data-parallel rank, Gemini what falls into its slice of a chunk, tensor
-parallelism rows or columns. Joined to whole fp32 tensors with names, the state depends neither on the plugin nor on parallel
-sizes: others can take it up.
+ZeRO keeps a flat slice of each tensor on each data-parallel rank, Gemini what falls into its slice
+of a chunk, tensor parallelism rows or columns. Joined to whole fp32 tensors with names, the state
+depends neither on the plugin nor on parallel sizes: others can take it up.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,11 @@ from colossalai.interface import OptimizerWrapper
 from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
 from opt.colossal.adam import MOMENTS, adam_state
+from opt.colossal.processes import Spread
 from opt.model.weights import TIED_HEAD, Weights
 
-if TYPE_CHECKING:
-    from opt.colossal.plugin import Spread
-
-# Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are that copy rounded.
+# Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are
+# that copy rounded.
 WEIGHTS = "weights"
 KINDS = (WEIGHTS, *MOMENTS)
 
@@ -37,11 +36,14 @@ class Piece:
     size: int  # elements of the piece; 0 where this process holds none
     key: torch.Tensor | None  # what Adam's state is found by
     weights: torch.Tensor | None  # the flat fp32 weights, `size` elements, a view
-    group: dist.ProcessGroup | None  # the processes whose pieces make up the parameter; None: this one holds it all
+    group: (
+        dist.ProcessGroup | None
+    )  # the processes whose pieces make up the parameter; None: this one holds it all
 
 
 class Form:
-    """The form in which a boosted model's optimizer keeps its state. A subclass says where the pieces are, and how they are updated."""
+    """The form in which a boosted model's optimizer keeps its state. A subclass says where the
+    pieces are, and how they are updated."""
 
     replay = None  # replays run(), with --cuda_graph: a graphs.GraphedUpdate
 
@@ -52,8 +54,9 @@ class Form:
         """All parameters of this pipeline stage, in the same order on all its processes."""
         raise NotImplementedError
 
-    def place(self, weights: Weights, spread: "Spread") -> None:
-        """Fill the model, and the fp32 copies of 16-bit weights, in the precision that `weights` have."""
+    def place(self, weights: Weights, spread: Spread) -> None:
+        """Fill the model, and the fp32 copies of 16-bit weights, in the precision that `weights`
+        have."""
         working = dict(self.model.unwrap().named_parameters())
         for piece in self.pieces():
             whole = weights[piece.name]
@@ -64,8 +67,10 @@ class Form:
                 piece.weights[: own.numel()].copy_(own)
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and whole, unpadded tensors of this pipeline stage as they compute; the tied head is left out. A collective."""
-        get_accelerator().synchronize()  # weights may still be on their way from other processes, see reduction.LayerwiseZero
+        """Names and whole, unpadded tensors of this pipeline stage as they compute; the tied head
+        is left out. A collective."""
+        # Weights may still be on their way from other processes, see reduction.LayerwiseZero
+        get_accelerator().synchronize()
         for name, parameter in self.model.unwrap().named_parameters():
             if name != TIED_HEAD:
                 whole = gather_distributed_param(parameter, keep_vars=False)
@@ -75,7 +80,7 @@ class Form:
 class TrainingState:
     """Reads and writes the fp32 weights and Adam's state of a boosted model."""
 
-    def __init__(self, form: Form, spread: "Spread", shapes: dict[str, torch.Size]):
+    def __init__(self, form: Form, spread: Spread, shapes: dict[str, torch.Size]):
         """`shapes`: of the named parameters in the whole model, unsplit and unpadded."""
         self._spread, self._shapes, self._adam = spread, shapes, form.optimizer
         while isinstance(self._adam, OptimizerWrapper):
@@ -85,10 +90,13 @@ class TrainingState:
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole fp32 tensors (host memory, copies) of one of KINDS. A collective.
 
-        Each tensor of the model comes out on one process alone, which is to write it; they are dealt out by size.
+        Each tensor of the model comes out on one process alone, which is to write it; they are
+        dealt out by size.
         """
         spread = self._spread
-        dealt = [0] * (spread.dp_size * spread.tp_size)  # elements so far, by process of this pipeline stage
+        dealt = [0] * (
+            spread.dp_size * spread.tp_size
+        )  # elements so far, by process of this pipeline stage
         for piece in self._pieces:
             if piece.name == TIED_HEAD:  # the embedding itself, on a last stage its twin
                 continue
@@ -118,7 +126,8 @@ class TrainingState:
 
     @property
     def updates(self) -> int:
-        """How many updates Adam has made: its bias correction depends on it. Skipped steps make it fewer than the steps."""
+        """How many updates Adam has made: its bias correction depends on it. Skipped steps make it
+        fewer than the steps."""
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
     @updates.setter
@@ -130,15 +139,20 @@ class TrainingState:
         """This process's piece, flat; a view, to be written through."""
         if kind == WEIGHTS:
             return piece.weights
-        # Adam makes its state at the first update; what is saved or loaded before that has to be there. Gemini's keys are empty
-        # between updates.
-        return adam_state(self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,))[kind].view(-1)
+        # Adam makes its state at the first update; what is saved or loaded before that has to be
+        # there. Gemini's keys are empty between updates.
+        return adam_state(
+            self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,)
+        )[kind].view(-1)
 
     def _flat(self, piece: Piece, kind: str) -> torch.Tensor:
-        """The parameter on this tensor-parallel rank, flat, put together from all pieces; a copy."""
+        """The parameter on this tensor-parallel rank, flat, put together from all pieces; a
+        copy."""
         numel = piece.shape.numel()
         # A slice of ZeRO's may reach past the parameter's end, into padding.
-        flat = torch.zeros(max(piece.start + piece.size, numel), device=get_accelerator().get_current_device())
+        flat = torch.zeros(
+            max(piece.start + piece.size, numel), device=get_accelerator().get_current_device()
+        )
         if piece.size:
             flat[piece.start : piece.start + piece.size] = self._own(piece, kind)
         flat = flat[:numel]
@@ -167,7 +181,11 @@ def _split_dim(part, whole) -> int | None:
 def scaler_state(optimizer) -> dict[str, float] | None:
     """Loss scale and counters of a boosted optimizer in fp16, else None."""
     scaler, fields = _scaler(optimizer)
-    return {field: float(getattr(scaler, attribute)) for field, attribute in fields.items()} if scaler else None
+    return (
+        {field: float(getattr(scaler, attribute)) for field, attribute in fields.items()}
+        if scaler
+        else None
+    )
 
 
 def load_scaler_state(optimizer, state: dict[str, float]) -> None:
@@ -176,11 +194,18 @@ def load_scaler_state(optimizer, state: dict[str, float]) -> None:
     for field, attribute in fields.items():
         if field in state:
             old = getattr(scaler, attribute)
-            setattr(scaler, attribute, torch.full_like(old, state[field]) if isinstance(old, torch.Tensor) else type(old)(state[field]))
+            setattr(
+                scaler,
+                attribute,
+                torch.full_like(old, state[field])
+                if isinstance(old, torch.Tensor)
+                else type(old)(state[field]),
+            )
 
 
 def _scaler(optimizer):
-    """The loss scaler and where it keeps what changes. ColossalAI 0.5.0's own state_dict leaves its counters out."""
+    """The loss scaler and where it keeps what changes. ColossalAI 0.5.0's own state_dict leaves its
+    counters out."""
     if hasattr(optimizer, "scaler"):
         scaler = optimizer.scaler
         if not scaler.is_enabled():
@@ -191,5 +216,9 @@ def _scaler(optimizer):
     for attribute in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):
         mixin = getattr(optimizer, attribute, None)
         if hasattr(mixin, "grad_scaler"):
-            return mixin.grad_scaler, {"scale": "_scale", "growth_step": "_growth_step", "hysteresis_step": "_hysteresis_step"}
+            return mixin.grad_scaler, {
+                "scale": "_scale",
+                "growth_step": "_growth_step",
+                "hysteresis_step": "_hysteresis_step",
+            }
     return None, {}

@@ -1,4 +1,5 @@
-"""The plain form of the optimizer's state: Adam updates the weights that forward and backward work with, which are in fp32."""
+"""The plain form of the optimizer's state: Adam updates the weights that forward and backward work
+with, which are in fp32."""
 
 from collections.abc import Iterator
 
@@ -14,14 +15,17 @@ class Plain(Form):
     def pieces(self) -> Iterator[Piece]:
         """Whole parameters, of this tensor-parallel rank."""
         for name, working in self.model.unwrap().named_parameters():
-            yield Piece(name, working.shape, 0, working.numel(), working, working.data.view(-1), None)
+            yield Piece(
+                name, working.shape, 0, working.numel(), working, working.data.view(-1), None
+            )
 
 
 class ClippingOptimizer(OptimizerWrapper):
     """HybridAdam behind a loss scaler, which passes everything on if it is not enabled."""
 
     def __init__(self, optim, scaler: torch.amp.GradScaler, max_norm: float):
-        """`max_norm`: gradients are scaled down to it where it is over 0, be it infinite; then their norm is known."""
+        """`max_norm`: gradients are scaled down to it where it is over 0, be it infinite; then
+        their norm is known."""
         super().__init__(optim)
         self.scaler, self._max_norm, self._norm = scaler, max_norm, None
 

@@ -1,17 +1,18 @@
-"""What this project asks of a ColossalAI plugin, one question after the other. The answers are in ddp, zero, gemini and hybrid.
+"""What this project asks of a ColossalAI plugin, one question after the other. The answers are in
+ddp, zero, gemini and hybrid.
 
-before there are processes   describe, state_bytes, update_kernels
-hold      new_model          each parameter: its form, and whether it is made before or after the plugin cuts the model
-plugin    __init__, configure   ColossalAI's plugin, precision; what has to be mended is mended in configure(), which Booster.boost calls
-travel    configure          when gradients and weights go from process to process
-place     place              how weights come to this process's share of the model
-form      configure          in which of four forms the optimizer's state lies: plain, copies, sharded, chunks
+before there are processes   describe, state_bytes, update_kernels hold      new_model          each
+parameter: its form, and whether it is made before or after the plugin cuts the model plugin
+__init__, configure   ColossalAI's plugin, precision; what has to be mended is mended in
+configure(), which Booster.boost calls travel    configure          when gradients and weights go
+from process to process place     place              how weights come to this process's share of the
+model form      configure          in which of four forms the optimizer's state lies: plain, copies,
+sharded, chunks
 """
 
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,38 +21,23 @@ from transformers import OPTConfig
 from transformers.modeling_utils import no_init_weights
 
 from opt.colossal.pieces import Form
-from opt.colossal.processes import seed_everything
+from opt.colossal.processes import Spread, seed_everything
 from opt.model import linear
 from opt.model.config import DTYPES
 from opt.model.opt import OPTForCausalLM, compile_layers
 from opt.model.weights import Weights
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How the processes share the work, and this one's place among them. All but hybrid_parallel are data parallel alone."""
-
-    dp_rank: int
-    dp_size: int
-    tp_rank: int = 0
-    tp_size: int = 1
-    tp_group: dist.ProcessGroup | None = None
-    pp_rank: int = 0
-    pp_size: int = 1
-    is_last_stage: bool = True
-
-    @property
-    def counts_loss(self) -> bool:
-        """Whether this process speaks for its data-parallel rank when losses are added up over all processes."""
-        return self.is_last_stage and self.tp_rank == 0
-
-
 class Plugin:
-    """The part of the plugins that is the same for all; comes before one of ColossalAI's among the bases."""
+    """The part of the plugins that is the same for all; comes before one of ColossalAI's among the
+    bases."""
 
-    is_lazy = False  # whether parameters get memory only when the plugin has cut them to this process's share
+    # Whether parameters get memory only when the plugin has cut them to this process's share
+    is_lazy = False
     mixed_precision = None  # for Booster, where the plugin leaves precision to it
-    can_defer_sync = False  # whether gradients of several batches may be reduced once, with the last
+    can_defer_sync = (
+        False  # whether gradients of several batches may be reduced once, with the last
+    )
     form: Form  # of the optimizer's state; set by configure
 
     plan: Namespace
@@ -84,17 +70,27 @@ class Plugin:
     # ---- hold
 
     def new_model(self, config: OPTConfig) -> OPTForCausalLM:
-        """A model ready for Booster.boost, its weights still to be placed. Lazy, or in memory at once as it will be trained."""
-        # The ranks of a tensor-parallel group hold parts of the same activations and must drop the same; all others differ.
-        seed_everything(self.plan.seed + self.spread.dp_rank * self.spread.pp_size + self.spread.pp_rank)
-        with LazyInitContext(default_device=self.device) if self.is_lazy else nullcontext(), no_init_weights():
+        """A model ready for Booster.boost, its weights still to be placed. Lazy, or in memory at
+        once as it will be trained."""
+        # The ranks of a tensor-parallel group hold parts of the same activations and must drop the
+        # same; all others differ.
+        seed_everything(
+            self.plan.seed + self.spread.dp_rank * self.spread.pp_size + self.spread.pp_rank
+        )
+        with (
+            LazyInitContext(default_device=self.device) if self.is_lazy else nullcontext(),
+            no_init_weights(),
+        ):
             if self.is_lazy:
                 model = OPTForCausalLM(config)
             else:
                 with torch.device(self.device):
                     model = OPTForCausalLM(config).to(self.weights_dtype)
         assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
-        model.recompute_activations, model.fused_loss = self.plan.grad_checkpoint, self.plan.fused_loss
+        model.recompute_activations, model.fused_loss = (
+            self.plan.grad_checkpoint,
+            self.plan.fused_loss,
+        )
         return model
 
     @property
@@ -105,23 +101,36 @@ class Plugin:
     # ---- plugin
 
     def _finish_layers(self, model: OPTForCausalLM, cut=lambda module: None) -> None:
-        """The last thing in configure(): linear maps of the layers that are here, put together of their parts, and compiled."""
+        """The last thing in configure(): linear maps of the layers that are here, put together of
+        their parts, and compiled."""
         few_tokens = self.device.type == "cuda" and not self.plan.compile
-        linear.attach(model.own_layers, linear.fp8 if self.plan.fp8 else linear.few_tokens if few_tokens else linear.plain, cut)
+        linear.attach(
+            model.own_layers,
+            linear.fp8 if self.plan.fp8 else linear.few_tokens if few_tokens else linear.plain,
+            cut,
+        )
         if self.plan.compile:
-            compile_layers(model, saves_memory=not self.plan.cuda_graph)  # recorded steps are short ones
+            compile_layers(
+                model, saves_memory=not self.plan.cuda_graph
+            )  # recorded steps are short ones
 
     def accumulate(self, model, optimizer, is_last_batch: bool):
         """The context for the backward of one of several batches of a step."""
-        return nullcontext() if is_last_batch or not self.can_defer_sync else self.no_sync(model, optimizer)
+        return (
+            nullcontext()
+            if is_last_batch or not self.can_defer_sync
+            else self.no_sync(model, optimizer)
+        )
 
     def grad_norm(self, optimizer) -> torch.Tensor | float | None:
-        """The gradient's L2 norm before clipping, of the step that was just taken; None where it is not known."""
+        """The gradient's L2 norm before clipping, of the step that was just taken; None where it is
+        not known."""
         return optimizer.get_grad_norm() if self.knows_grad_norm else None
 
     # ---- place
 
     def place(self, model, weights: Weights) -> None:
-        """Fill the boosted `model` from `weights`, a tensor at a time, and make it ready to train."""
+        """Fill the boosted `model` from `weights`, a tensor at a time, and make it ready to
+        train."""
         self.form.place(weights, self.spread)
         model.train()

@@ -33,11 +33,39 @@ class Place:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How the processes share the work, and this one's place among them. All but hybrid_parallel
+    are data parallel alone."""
+
+    dp_rank: int
+    dp_size: int
+    tp_rank: int = 0
+    tp_size: int = 1
+    tp_group: dist.ProcessGroup | None = None
+    pp_rank: int = 0
+    pp_size: int = 1
+    is_last_stage: bool = True
+
+    def counted(self, loss: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """`loss`, or 0 where another process speaks for this data-parallel rank when losses are
+        added up over all processes."""
+        counts = self.is_last_stage and self.tp_rank == 0
+        return loss.detach() if counts else torch.zeros((), device=device)
+
+
 def place() -> Place:
-    """Read the launcher's environment; without a launcher this is the only process. Raises UserError."""
-    rank, world_size, local_rank = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
+    """Read the launcher's environment; without a launcher this is the only process. Raises
+    UserError."""
+    rank, world_size, local_rank = (
+        _variable("RANK", 0),
+        _variable("WORLD_SIZE", 1),
+        _variable("LOCAL_RANK", 0),
+    )
     if rank >= world_size:
-        raise UserError(f"the environment says RANK {rank} of WORLD_SIZE {world_size}: ranks count from 0")
+        raise UserError(
+            f"the environment says RANK {rank} of WORLD_SIZE {world_size}: ranks count from 0"
+        )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Place(rank, world_size, local_rank, device)
 
@@ -45,14 +73,19 @@ def place() -> Place:
 def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or name == "WORLD_SIZE" and int(text) == 0:
-        raise UserError(f"the environment variable {name} is '{text:.40}', not a number of processes: a launcher sets it")
+        raise UserError(
+            f"the environment variable {name} is '{text:.40}', not a number of processes: a "
+            "launcher sets it"
+        )
     return int(text)
 
 
 def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and make this process's device ColossalAI's. Raises UserError.
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and make this process's device
+    ColossalAI's. Raises UserError.
 
-    A collective that some process does not come to ends with an error after `timeout_minutes`, on every other one.
+    A collective that some process does not come to ends with an error after `timeout_minutes`, on
+    every other one.
     """
     from colossalai.accelerator import set_accelerator
 
@@ -60,32 +93,46 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
 
     if "MASTER_ADDR" not in os.environ:
         if here.world_size > 1:
-            raise UserError(f"WORLD_SIZE is {here.world_size}, but MASTER_ADDR and MASTER_PORT are not set: use torchrun or colossalai run")
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+            raise UserError(
+                f"WORLD_SIZE is {here.world_size}, but MASTER_ADDR and MASTER_PORT are not set: "
+                "use torchrun or colossalai run"
+            )
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        }
     if here.device.type == "cuda":
         set_accelerator("cuda")
         torch.cuda.set_device(here.device)
         if mem_cap_gib:
             total = torch.cuda.get_device_properties(here.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, mem_cap_gib * 2**30 / total), here.device)
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, mem_cap_gib * 2**30 / total), here.device
+            )
     else:
         use_cpu()
-    # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores idle, beside GPUs as well: an
-    # offloaded Adam works on them.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores
+    # idle, beside GPUs as well: an offloaded Adam works on them.
+    torch.set_num_threads(
+        max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    )
 
     timeout = timedelta(minutes=timeout_minutes)
     if here.device.type == "cuda":
         dist.init_process_group("nccl", device_id=here.device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    # A new group does not take over the first one's timeout, and ColossalAI makes its groups without naming any: they would
-    # wait for 30 minutes (gloo) or 10 (NCCL), whatever was asked for.
+    # A new group does not take over the first one's timeout, and ColossalAI makes its groups
+    # without naming any: they would wait for 30 minutes (gloo) or 10 (NCCL), whatever was asked
+    # for.
     dist.new_group = functools.partial(dist.new_group, timeout=timeout)
     _introduce(here.world_size)
 
 
-# Host, process number and start of every process, by rank: known while all are there, asked for when one is lost.
+# Host, process number and start of every process, by rank: known while all are there, asked for
+# when one is lost.
 _processes: list[tuple[str, int, float]] = []
 
 
@@ -102,14 +149,21 @@ def leave_word() -> None:
 
 
 def killed_processes() -> str | None:
-    """Which processes of this node were killed, in words, None if none was; waits up to a second for one to be gone."""
+    """Which processes of this node were killed, in words, None if none was; waits up to a second
+    for one to be gone."""
     end = time.monotonic() + 1
     while True:
-        gone = [rank for rank, (host, *process) in enumerate(_processes) if host == socket.gethostname() and not _is_there(*process)]
+        gone = [
+            rank
+            for rank, (host, *process) in enumerate(_processes)
+            if host == socket.gethostname() and not _is_there(*process)
+        ]
         if gone or time.monotonic() > end:
             break
         time.sleep(0.05)
-    have_said = _in_time(lambda store: [rank for rank in gone if store.check([f"opt_has_said/{rank}"])])
+    have_said = _in_time(
+        lambda store: [rank for rank in gone if store.check([f"opt_has_said/{rank}"])]
+    )
     silent = [rank for rank in gone if rank not in (have_said or ())]
     if not silent:
         return None
@@ -120,7 +174,8 @@ def killed_processes() -> str | None:
 
 
 def _in_time(ask):
-    """What `ask(store)` returns; None if the store of the process group does not answer within a second, or not at all."""
+    """What `ask(store)` returns; None if the store of the process group does not answer within a
+    second, or not at all."""
     answer = []
 
     def work():
@@ -143,7 +198,8 @@ def _is_there(number: int, started: float) -> bool:
         return False
 
 
-# What has to go before the process group: a CUDA graph with collectives of NCCL's in it, or that waits for ever to be taken down.
+# What has to go before the process group: a CUDA graph with collectives of NCCL's in it, or that
+# waits for ever to be taken down.
 before_stop: list[Callable[[], None]] = []
 
 
@@ -152,8 +208,9 @@ def stop() -> None:
     for let_go in before_stop:
         let_go()
     before_stop.clear()
-    # torch 2.5.1 destroys a gloo group with Python's lock held, and waits for threads of the group which may need that lock to
-    # free the last collective's tensors: destroyed within a millisecond of a collective, two processes hang in one of 20 tries.
+    # torch 2.5.1 destroys a gloo group with Python's lock held, and waits for threads of the group
+    # which may need that lock to free the last collective's tensors: destroyed within a millisecond
+    # of a collective, two processes hang in one of 20 tries.
     time.sleep(0.1)
     dist.destroy_process_group()
 
@@ -173,7 +230,8 @@ def seed_everything(seed: int) -> None:
 
 
 def node_first(here: Place, work):
-    """Run `work()` on the first process of each node; every process of the node gets its result, or its exception.
+    """Run `work()` on the first process of each node; every process of the node gets its result, or
+    its exception.
 
     The result travels between processes, so it should be small: a path, not the data.
     """
@@ -181,7 +239,9 @@ def node_first(here: Place, work):
     if here.local_rank == 0 or not dist.is_initialized():
         try:
             outcome = (work(), None)
-        except Exception as error:  # handed to the node's other processes, which would wait for ever otherwise
+        except (
+            Exception
+        ) as error:  # handed to the node's other processes, which would wait for ever otherwise
             outcome = (None, error)
     if dist.is_initialized():  # a dry run is one process, whatever the number that it plans for
         outcomes = [None] * here.world_size

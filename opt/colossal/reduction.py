@@ -1,10 +1,13 @@
-"""How gradients, and ZeRO's weights, come together over the data-parallel processes: a decoder layer at a time.
+"""How gradients, and ZeRO's weights, come together over the data-parallel processes: a decoder
+layer at a time.
 
-ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m: it
-puts them into a bucket, cuts them, flattens the bucket, reduces the whole of it on every process (stage 1), and has the host wait
-for the GPU at the end. Here a decoder layer's gradients are taken at once and reduced to the process that updates them, half of
-what went over the wire, and nobody waits: a step of one of two processes, on one H100 with collectives that do nothing, takes 91 ms
-instead of 114 (OPT-350m, 16 x 1024 tokens; 89 for a process alone).
+ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of its
+own, 388 a step for OPT-350m: it puts them into a bucket, cuts them, flattens the bucket, reduces
+the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
+decoder layer's gradients are taken at once and reduced to the process that updates them, half of
+what went over the wire, and nobody waits: a step of one of two processes, on one H100 with
+collectives that do nothing, takes 91 ms instead of 114 (OPT-350m, 16 x 1024 tokens; 89 for a
+process alone).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,22 +22,24 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 
 
 class LayerwiseDDP:
-    """What DistributedDataParallel does for a model, without its buckets: gradients are averaged as soon as backward has them, those of a
-    decoder layer beside the backward of the layer before.
+    """What DistributedDataParallel does for a model, without its buckets: gradients are averaged as
+    soon as backward has them, those of a decoder layer beside the backward of the layer before.
 
-    A bucket is memory that forward has to do without: with torch_ddp on two H100 OPT-1.3b needs 33.9 GiB instead of 38.8 and is up to 2 %
-    faster (16 x 1024 tokens a GPU).
+    A bucket is memory that forward has to do without: with torch_ddp on two H100 OPT-1.3b needs
+    33.9 GiB instead of 38.8 and is up to 2 % faster (16 x 1024 tokens a GPU).
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
-        """`model`: an OPTForCausalLM, in which the processes of `group` hold the same weights; None: all processes."""
+        """`model`: an OPTForCausalLM, in which the processes of `group` hold the same weights;
+        None: all processes."""
         self._model, self._group, self._operation = model, group, _average(group)
         self._is_deferred, self._left, self._works = False, {}, []
         model.between_layers = self._between_layers
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let the gradients of backwards add up in each process, to be averaged with those of one outside of this."""
+        """Let the gradients of backwards add up in each process, to be averaged with those of one
+        outside of this."""
         self._is_deferred = True
         try:
             yield
@@ -61,7 +66,9 @@ class LayerwiseDDP:
     @torch.no_grad()
     def _reduce(self, parameters: list[torch.Tensor]) -> None:
         flat = torch.cat([p.grad.flatten() for p in parameters])
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        for parameter, grad in zip(
+            parameters, flat.split([p.numel() for p in parameters]), strict=True
+        ):
             parameter.grad = grad.view_as(parameter)
             del self._left[parameter]
         if self._operation == dist.ReduceOp.SUM:
@@ -75,26 +82,39 @@ def _average(group: dist.ProcessGroup | None) -> dist.ReduceOp:
 
 
 class LayerwiseZero:
-    """Averages gradients over the processes, those of a decoder layer as soon as backward has them, beside the backward of the layer
-    before; and gathers the updated weights, beside the rest of the update and the next forward.
+    """Averages gradients over the processes, those of a decoder layer as soon as backward has them,
+    beside the backward of the layer before; and gathers the updated weights, beside the rest of the
+    update and the next forward.
 
-    With `recorded` what it does is part of CUDA graphs (opt/graphs.py), of which one ends with backward and another with the update: the
-    gradients are always in the same place, and weights are all there when the update ends.
+    With `recorded` what it does is part of CUDA graphs (opt/graphs.py), of which one ends with
+    backward and another with the update: the gradients are always in the same place, and weights
+    are all there when the update ends.
 
-    `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts it; complete after finish(), on the
-    stream that it was called in. Of several backwards without no_sync it is the sum.
-    `parts`: all parameters, in parts that are to be updated and gathered in this order, each a list for each parameter group.
+    `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts
+    it; complete after finish(), on the stream that it was called in. Of several backwards without
+    no_sync it is the sum. `parts`: all parameters, in parts that are to be updated and gathered in
+    this order, each a list for each parameter group.
     """
 
     def __init__(self, optimizer: LowLevelZeroOptimizer, model: nn.Module, recorded: bool):
-        """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one data-parallel group."""
+        """`model`: an OPTForCausalLM whose parameters `optimizer` updates, all of them in one
+        data-parallel group."""
         (self.group,) = optimizer.pg_to_param_list
         self.grads: dict[torch.Tensor, torch.Tensor] = {}
-        self._optimizer, self._stream, self._recorded = optimizer, get_accelerator().Stream(), recorded
-        self._places: dict[tuple, torch.Tensor] = {}  # where gradients that are reduced together always come to
+        self._optimizer, self._stream, self._recorded = (
+            optimizer,
+            get_accelerator().Stream(),
+            recorded,
+        )
+        self._places: dict[
+            tuple, torch.Tensor
+        ] = {}  # where gradients that are reduced together always come to
         self._in_use: list[torch.Tensor] = []  # what the stream reads, until finish()
         parts, self._part_of_layer = _parts(model)
-        groups = [set(optimizer._working_param_groups[number]) for number in range(len(optimizer.optim.param_groups))]
+        groups = [
+            set(optimizer._working_param_groups[number])
+            for number in range(len(optimizer.optim.param_groups))
+        ]
         self.parts = [[[p for p in part if p in group] for group in groups] for part in parts]
         self._arrivals = {}
         self._operation = _average(self.group)
@@ -114,7 +134,8 @@ class LayerwiseZero:
 
     @property
     def is_on(self) -> bool:
-        """Whether backward reduces: not with those batches of an accumulating step of ZeRO stage 1 that come before its last."""
+        """Whether backward reduces: not with those batches of an accumulating step of ZeRO stage 1
+        that come before its last."""
         return self._optimizer.require_grad_sync
 
     def take_places(self) -> None:
@@ -134,7 +155,8 @@ class LayerwiseZero:
     def _reduce(self, parameters: list[torch.Tensor]) -> None:
         """Average the gradients of `parameters`, each of which has one."""
         size = dist.get_world_size(self.group)
-        # A row for each process: its part of every gradient, padded with zeros as ColossalAI pads the parameter.
+        # A row for each process: its part of every gradient, padded with zeros as ColossalAI pads
+        # the parameter.
         parts = torch._chunk_cat([p.grad.flatten() for p in parameters], dim=0, num_chunks=size)
         for parameter in parameters:
             parameter.grad = None
@@ -145,12 +167,18 @@ class LayerwiseZero:
             parts.record_stream(self._stream)
         with get_accelerator().stream(self._stream):
             adds = parameters[0] in self.grads
-            own = self._place(parameters, parts) if self._recorded and not adds else parts.new_empty(parts.shape[1])
+            own = (
+                self._place(parameters, parts)
+                if self._recorded and not adds
+                else parts.new_empty(parts.shape[1])
+            )
             if self._operation == dist.ReduceOp.SUM:
                 parts.div_(size)
             dist.reduce_scatter_tensor(own, parts.view(-1), self._operation, self.group)
             if adds:
-                for parameter, part in zip(parameters, own.split(self._sizes(parameters)), strict=True):
+                for parameter, part in zip(
+                    parameters, own.split(self._sizes(parameters)), strict=True
+                ):
                     self.grads[parameter].add_(part)
             else:
                 self._split(own, parameters)
@@ -168,13 +196,16 @@ class LayerwiseZero:
         size = dist.get_world_size(self.group)
         return [-(-p.numel() // size) for p in parameters]
 
-    def gather(self, part: int, weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor]) -> None:
-        """Complete the weights of one of the parts, see gather(), before the first layer that needs them runs again."""
+    def gather(
+        self, part: int, weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor]
+    ) -> None:
+        """Complete the weights of one of the parts, see gather(), before the first layer that needs
+        them runs again."""
         self._stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(self._stream):
             if self._recorded:
-                # All in one call, each into its place: no copies (OPT-350m, two H100: 1.5 ms instead of 2.3), and a host that has no part
-                # in it when it is replayed.
+                # All in one call, each into its place: no copies (OPT-350m, two H100: 1.5 ms
+                # instead of 2.3), and a host that has no part in it when it is replayed.
                 with _coalescing_manager(self.group):
                     for weight, row in zip(weights, own_rows, strict=True):
                         dist.all_gather_into_tensor(weight.view(-1), row, self.group)
@@ -192,11 +223,14 @@ class LayerwiseZero:
 
 
 def _parts(model: nn.Module) -> tuple[list[list[torch.Tensor]], dict[nn.Module | None, int]]:
-    """`model`'s parameters in up to four parts of about the same size in the order in which forward needs them; and which of the parts
-    a decoder layer needs, or, by None, what is outside the layers."""
+    """`model`'s parameters in up to four parts of about the same size in the order in which forward
+    needs them; and which of the parts a decoder layer needs, or, by None, what is outside the
+    layers."""
     layers = list(model.own_layers)
     of_layers = {p for layer in layers for p in layer.parameters()}
-    units = {None: [p for p in model.parameters() if p not in of_layers]} | {layer: list(layer.parameters()) for layer in layers}
+    units = {None: [p for p in model.parameters() if p not in of_layers]} | {
+        layer: list(layer.parameters()) for layer in layers
+    }
     total = sum(p.numel() for p in model.parameters())
     parts, part_of_unit, before = [], {}, 0
     for unit, parameters in units.items():
@@ -209,11 +243,14 @@ def _parts(model: nn.Module) -> tuple[list[list[torch.Tensor]], dict[nn.Module |
 
 
 @torch.no_grad()
-def gather(weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Fill `weights`, each with a row for each process of `group`, with what is in these; `own_rows`: this process's of each.
+def gather(
+    weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> None:
+    """Fill `weights`, each with a row for each process of `group`, with what is in these;
+    `own_rows`: this process's of each.
 
-    Many tensors a call: one by one, even in one call of NCCL, OPT-350m's 388 keep the host busy for milliseconds. What one call has
-    brought is put in its place while the next one is under way.
+    Many tensors a call: one by one, even in one call of NCCL, OPT-350m's 388 keep the host busy for
+    milliseconds. What one call has brought is put in its place while the next one is under way.
     """
     before = None
     for first, end in _runs([weight.numel() for weight in weights]):
@@ -228,14 +265,17 @@ def gather(weights: Sequence[torch.Tensor], own_rows: Sequence[torch.Tensor], gr
 
 def _put_in_place(work: dist.Work, gathered: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     work.wait()
-    torch.split_with_sizes_copy(gathered, [weight.shape[1] for weight in weights], dim=1, out=weights)
+    torch.split_with_sizes_copy(
+        gathered, [weight.shape[1] for weight in weights], dim=1, out=weights
+    )
 
 
 RUN = 32 * 2**20  # elements
 
 
 def _runs(sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """Cut a list of tensors of so many elements each: (first, end) of what goes together, RUN elements or just over it."""
+    """Cut a list of tensors of so many elements each: (first, end) of what goes together, RUN
+    elements or just over it."""
     first, elements = 0, 0
     for i, size in enumerate(sizes):
         elements += size

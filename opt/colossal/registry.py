@@ -23,5 +23,6 @@ def plugin_class(name: str) -> type[Plugin]:
 
 
 def new_plugin(plan: Namespace, device: torch.device, num_parameters: int) -> Plugin:
-    """The plugin that the plan asks for, for a model of so many parameters. Needs the process group."""
+    """The plugin that the plan asks for, for a model of so many parameters. Needs the process
+    group."""
     return plugin_class(plan.plugin)(plan, device, num_parameters)

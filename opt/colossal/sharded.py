@@ -1,5 +1,6 @@
-"""The form of 16-bit (or fp32) weights whose fp32 copies and Adam's moments are spread over the data-parallel ranks, a slice of each
-parameter on each rank: ColossalAI's LowLevelZeroOptimizer, of low_level_zero and of hybrid_parallel with ZeRO."""
+"""The form of 16-bit (or fp32) weights whose fp32 copies and Adam's moments are spread over the
+data-parallel ranks, a slice of each parameter on each rank: ColossalAI's LowLevelZeroOptimizer, of
+low_level_zero and of hybrid_parallel with ZeRO."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,8 @@ from opt.colossal.pieces import Piece
 
 
 class Sharded(Copies):
-    """Slices of fp32 copies. In bf16 step() is ours, and a decoder layer's gradients are reduced together (reduction.LayerwiseZero)."""
+    """Slices of fp32 copies. In bf16 step() is ours, and a decoder layer's gradients are reduced
+    together (reduction.LayerwiseZero)."""
 
     def __init__(self, model, optimizer, dp_size: int, recorded: bool):
         """`recorded`: forward, backward and update are CUDA graphs."""
@@ -24,7 +26,9 @@ class Sharded(Copies):
         self.reduction = None
         if not self.is_bf16 or self.is_model_parallel:
             _bucket_a_group(optimizer)
-        elif dp_size == 1:  # gradients stay where backward puts them: there is no other process to reduce them with
+        elif (
+            dp_size == 1
+        ):  # gradients stay where backward puts them: there is no other process to reduce them with
             _stop_hooks(optimizer)
             optimizer._partition_grads = False
         else:
@@ -44,8 +48,19 @@ class Sharded(Copies):
     def pieces(self) -> Iterator[Piece]:
         """A slice of each parameter, which may reach past its end."""
         for name, working in self.model.unwrap().named_parameters():
-            key, group = self.optimizer.working_to_master_param[id(working)], self.optimizer.param_to_pg[working]
-            yield Piece(name, working.shape, dist.get_rank(group) * key.numel(), key.numel(), key, key.data.view(-1), group)
+            key, group = (
+                self.optimizer.working_to_master_param[id(working)],
+                self.optimizer.param_to_pg[working],
+            )
+            yield Piece(
+                name,
+                working.shape,
+                dist.get_rank(group) * key.numel(),
+                key.numel(),
+                key,
+                key.data.view(-1),
+                group,
+            )
 
     # ---- the update
 
@@ -63,7 +78,11 @@ class Sharded(Copies):
     def collect(self) -> list[list[Batch]]:
         """What this process updates: by part, and by parameter group."""
         groups = range(len(self.optimizer.optim.param_groups))
-        self._parts = self.reduction.parts if self.reduction else [[self.optimizer._working_param_groups[number] for number in groups]]
+        self._parts = (
+            self.reduction.parts
+            if self.reduction
+            else [[self.optimizer._working_param_groups[number] for number in groups]]
+        )
         collected = []
         for part in self._parts:
             collected.append([Batch() for _ in groups])
@@ -78,7 +97,9 @@ class Sharded(Copies):
     def updated(self, part: int) -> None:
         """Bring the part's weights together, from all processes."""
         if self.reduction:
-            self.reduction.gather(part, *self._all_rows(itertools.chain.from_iterable(self._parts[part])))
+            self.reduction.gather(
+                part, *self._all_rows(itertools.chain.from_iterable(self._parts[part]))
+            )
             return
         for group, parameters in self.optimizer.pg_to_param_list.items():
             if dist.get_world_size(group) > 1:
@@ -98,11 +119,13 @@ class Sharded(Copies):
         return by_rank[0 if self.optimizer._partition_grads else store.local_rank]
 
     def _rows(self, working: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weight with a row for each process, and the row that this process updates: views, made once, or the host would be busy with
-        them for milliseconds a step."""
+        """A weight with a row for each process, and the row that this process updates: views, made
+        once, or the host would be busy with them for milliseconds a step."""
         if working not in self._rows_of:
             store = self.optimizer.pid_to_grad_store[id(working)]
-            rows = self.optimizer._working_param_to_padded_working_param[working].view(store.world_size, -1)
+            rows = self.optimizer._working_param_to_padded_working_param[working].view(
+                store.world_size, -1
+            )
             self._rows_of[working] = rows, rows[store.local_rank]
         return self._rows_of[working]
 
@@ -112,7 +135,8 @@ class Sharded(Copies):
 
 
 def _stop_hooks(optimizer) -> None:
-    """Take away ColossalAI's hooks on parameters, and what follows backward: the rest of the reduction, the host's wait for its stream."""
+    """Take away ColossalAI's hooks on parameters, and what follows backward: the rest of the
+    reduction, the host's wait for its stream."""
     optimizer._reduce_grad = lambda partition_grad: None
     for hook in optimizer.grad_handles:
         hook.remove()
@@ -122,8 +146,9 @@ def _stop_hooks(optimizer) -> None:
 def _bucket_a_group(optimizer) -> None:
     """Give each parameter group a gradient bucket of its own, where ColossalAI's hooks stay.
 
-    There is one for all, reduced whenever a gradient comes from another group than the last: with biases and matrices in
-    different groups that is an all-reduce a parameter, 292 a step for OPT-350m.
+    There is one for all, reduced whenever a gradient comes from another group than the last: with
+    biases and matrices in different groups that is an all-reduce a parameter, 292 a step for
+    OPT-350m.
     """
     for group, parameters in optimizer._working_param_groups.items():
         if group == 0:

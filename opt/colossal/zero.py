@@ -1,4 +1,5 @@
-"""--plugin low_level_zero: 16-bit weights on each device, optimizer state (stage 1) and gradients (stage 2) spread over the processes."""
+"""--plugin low_level_zero: 16-bit weights on each device, optimizer state (stage 1) and gradients
+(stage 2) spread over the processes."""
 
 import torch
 from colossalai.booster.plugin import LowLevelZeroPlugin
@@ -33,13 +34,20 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
     def state_bytes(plan, parameters, dp_size):
         """Weights; gradients, spread in stage 2; Adam's moments and the fp32 copies, spread."""
         width, adam = (4, 8) if plan.precision == "fp32" else (2, 12)
-        return parameters * (width + width / (dp_size if plan.zero_stage == 2 else 1) + adam / dp_size)
+        return parameters * (
+            width + width / (dp_size if plan.zero_stage == 2 else 1) + adam / dp_size
+        )
 
     @staticmethod
     def update_kernels(plan):
-        """In bf16 the update is ours (sharded.Sharded); otherwise ColossalAI widens gradients before it."""
+        """In bf16 the update is ours (sharded.Sharded); otherwise ColossalAI widens gradients
+        before it."""
         own = plan.precision == "bf16"
-        yield "update", torch.bfloat16 if own else torch.float32, DTYPES[plan.precision] if own else None
+        yield (
+            "update",
+            torch.bfloat16 if own else torch.float32,
+            DTYPES[plan.precision] if own else None,
+        )
         if own and plan.max_norm > 0:
             yield "norm", torch.bfloat16
 
@@ -47,7 +55,9 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         """Booster.boost calls this."""
-        model, optimizer, *rest = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+        model, optimizer, *rest = super().configure(
+            model, optimizer, criterion, dataloader, lr_scheduler
+        )
         self.form = Sharded(model, optimizer, self.spread.dp_size, recorded=self.plan.cuda_graph)
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm

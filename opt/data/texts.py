@@ -1,9 +1,11 @@
 """Files, and data sets of the Hub -> texts, read one after the other.
 
-csv and JSON are read by Python's own modules, strictly: they know the line, every field is a text, and nothing is guessed. Through
-pandas, as `datasets` reads a csv, a row with a field more than the header turns the first column into row names and moves all others
-by one, "NA" is no text, "007" is a number, and a column that nobody asked for changes its type after 10,000 rows. pyarrow takes a quote
-that is not doubled for a letter, and half an emoji in JSON for a broken file. What a data set on the Hub consists of, `datasets` says.
+csv and JSON are read by Python's own modules, strictly: they know the line, every field is a text,
+and nothing is guessed. Through pandas, as `datasets` reads a csv, a row with a field more than the
+header turns the first column into row names and moves all others by one, "NA" is no text, "007" is
+a number, and a column that nobody asked for changes its type after 10,000 rows. pyarrow takes a
+quote that is not doubled for a letter, and half an emoji in JSON for a broken file. What a data set
+on the Hub consists of, `datasets` says.
 """
 
 import codecs
@@ -19,10 +21,23 @@ from pathlib import Path
 from opt.errors import UserError
 
 WIKITEXT = "wikitext-2-raw"
-_KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
-_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_KINDS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _DELIMITERS = ",\t;|"  # a csv has the first of them with which it has the column
-# A quote that is never closed makes one field of the rest of the file: at this length it is an error and not a text.
+# A quote that is never closed makes one field of the rest of the file: at this length it is an
+# error and not a text.
 csv.field_size_limit(10**8)
 
 
@@ -42,7 +57,15 @@ class _Fault(Exception):
 class Source:
     """Where the texts of a data set are, and how to read them."""
 
-    def __init__(self, asked_for: str, said: str, files: dict[str, list[Path]], column: str, commit: str = "", delimiter: str = ""):
+    def __init__(
+        self,
+        asked_for: str,
+        said: str,
+        files: dict[str, list[Path]],
+        column: str,
+        commit: str = "",
+        delimiter: str = "",
+    ):
         """
         Args:
             asked_for: the value of --dataset.
@@ -56,28 +79,36 @@ class Source:
         self._states = {file: _state(file) for own in files.values() for file in own}
 
     def identity(self) -> list[str]:
-        """What no other texts have: SHA-256 of each file, or a commit of the Hub and the files' names."""
+        """What no other texts have: SHA-256 of each file, or a commit of the Hub and the files'
+        names."""
         if self._commit:
             return [self._commit, *(file.name for file in self._states)]
         return [_sha256(file) for file in self._states]
 
     def texts(self, split: str, notes: Counter) -> Iterator[str | None]:
-        """Every text of a split, None where a row has none; `notes` counts, in words, what was guessed or repaired.
+        """Every text of a split, None where a row has none; `notes` counts, in words, what was
+        guessed or repaired.
 
         Raises UserError, with the file and the line, for what cannot be read as it was meant.
         """
         for file in self.files[split]:
-            name = f"--dataset {self.asked_for}" + (f": {file.name}" if str(file) != self.asked_for else "")
+            name = f"--dataset {self.asked_for}" + (
+                f": {file.name}" if str(file) != self.asked_for else ""
+            )
             try:
                 yield from (text and _repaired(text, notes) for text in self._read(file, notes))
             except _Fault as fault:
                 where = f", line {fault.line}: " if fault.line else " "
                 raise UserError(f"{name}{where}{fault}") from fault
             except UnicodeDecodeError as error:
-                raise UserError(f"{name}, {_undecodable(file, error)}: save it as UTF-8 text") from error
+                raise UserError(
+                    f"{name}, {_undecodable(file, error)}: save it as UTF-8 text"
+                ) from error
             except OSError as error:
                 raise UserError(f"{name} cannot be read ({error.strerror or error})") from error
-            if _state(file) != self._states[file]:  # and what was read may not be what identity() stands for
+            if (
+                _state(file) != self._states[file]
+            ):  # and what was read may not be what identity() stands for
                 raise UserError(f"{name} was changed while it was read: start again")
 
     def _read(self, file: Path, notes: Counter) -> Iterator[str | None]:
@@ -85,14 +116,17 @@ class Source:
             raise _Fault("is an empty file")
         kind = _KINDS[file.suffix.lower()]
         if kind == "csv":
-            return _csv(file, self.column, "\t" if file.suffix.lower() == ".tsv" else self._delimiter, notes)
+            return _csv(
+                file, self.column, "\t" if file.suffix.lower() == ".tsv" else self._delimiter, notes
+            )
         if kind == "json":
             return _json(file, self.column)
         return _parquet(file, self.column) if kind == "parquet" else _lines(file)
 
 
 def find(dataset: str, column: str) -> Source:
-    """The texts that --dataset names: of a local file, or of a data set on the Hub, which is downloaded. Raises UserError."""
+    """The texts that --dataset names: of a local file, or of a data set on the Hub, which is
+    downloaded. Raises UserError."""
     if os.path.isfile(dataset):
         file = Path(dataset)
         if file.suffix.lower() not in _KINDS:
@@ -100,9 +134,16 @@ def find(dataset: str, column: str) -> Source:
         return Source(dataset, f"local file {dataset}", {"train": [file]}, column)
     if dataset == WIKITEXT:
         return _on_the_hub("Salesforce/wikitext", "wikitext-2-raw-v1", "text", asked_for=dataset)
-    looks_local = dataset.startswith((".", "/", "~")) or dataset.lower().endswith(tuple(_KINDS)) or dataset.count("/") != 1
+    looks_local = (
+        dataset.startswith((".", "/", "~"))
+        or dataset.lower().endswith(tuple(_KINDS))
+        or dataset.count("/") != 1
+    )
     if looks_local or os.path.isdir(dataset):
-        raise UserError(f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a Hub id, or {WIKITEXT}")
+        raise UserError(
+            f"--dataset {dataset}: no such file; give a csv, json, jsonl, txt or parquet file, a "
+            f"Hub id, or {WIKITEXT}"
+        )
     return _on_the_hub(dataset, None, column, asked_for=dataset)
 
 
@@ -112,27 +153,39 @@ def _on_the_hub(repository: str, config: str | None, column: str, asked_for: str
     from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, disable_progress_bars
 
     def builder():
-        """What `datasets` makes of the repository's README and the names of its files: configurations, splits, formats."""
+        """What `datasets` makes of the repository's README and the names of its files:
+        configurations, splits, formats."""
         try:
             return datasets.load_dataset_builder(repository, config)
-        except Exception as error:  # of whatever is wrong with a data set, its readers have exceptions of their own
+        # Of whatever is wrong with a data set, its readers have exceptions of their own
+        except Exception as error:
             raise UserError(
-                f"--dataset {asked_for} cannot be read ({type(error).__name__}: {' '.join(str(error).split()):.300})"
+                f"--dataset {asked_for} cannot be read ({type(error).__name__}: "
+                f"{' '.join(str(error).split()):.300})"
             ) from error
 
     disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a fault, it raises too
-    note = cache_folder() / f"hub-{hashlib.sha256(f'{repository}/{config}'.encode()).hexdigest()[:32]}.json"
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # what it logs of a fault, it raises too
+    note = (
+        cache_folder()
+        / f"hub-{hashlib.sha256(f'{repository}/{config}'.encode()).hexdigest()[:32]}.json"
+    )
     origin = "Hub"
     try:
         HfApi().dataset_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except RepositoryNotFoundError as error:
-        raise UserError(f"--dataset {asked_for}: neither a file here nor a data set on the Hub, or a private one") from error
+        raise UserError(
+            f"--dataset {asked_for}: neither a file here nor a data set on the Hub, or a "
+            "private one"
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         if not note.is_file():
             reason = str(error).split("\n")[0]
             raise UserError(
-                f"--dataset {asked_for}: not a file here and not to be had from the Hub ({reason}); give a local file"
+                f"--dataset {asked_for}: not a file here and not to be had from the Hub "
+                f"({reason}); give a local file"
             ) from error
         origin, found = "cached from the Hub, which does not answer", json.loads(note.read_text())
     else:
@@ -140,33 +193,55 @@ def _on_the_hub(repository: str, config: str | None, column: str, asked_for: str
         found = {
             "commit": remote.hash,
             # hf://datasets/OWNER/NAME@COMMIT/PATH
-            "splits": {str(split): ["/".join(url.split("/")[5:]) for url in urls] for split, urls in remote.config.data_files.items()},
+            "splits": {
+                str(split): ["/".join(url.split("/")[5:]) for url in urls]
+                for split, urls in remote.config.data_files.items()
+            },
             "delimiter": getattr(remote.config, "sep", None) or "",
         }
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(found))
     splits = found["splits"]
     train = "train" if "train" in splits else next(iter(splits))
-    wanted = {"train": splits[train]} | ({"held_out": splits["validation"]} if asked_for == WIKITEXT else {})
+    wanted = {"train": splits[train]} | (
+        {"held_out": splits["validation"]} if asked_for == WIKITEXT else {}
+    )
     paths = [path for own in wanted.values() for path in own]
     strange = next((path for path in paths if Path(path).suffix.lower() not in _KINDS), None)
     if strange:
-        raise UserError(f"--dataset {asked_for}: {strange} is of a form that is not read: save its texts as one of {', '.join(_KINDS)}")
+        raise UserError(
+            f"--dataset {asked_for}: {strange} is of a form that is not read: save its texts as "
+            f"one of {', '.join(_KINDS)}"
+        )
     try:
-        how = {"revision": found["commit"], "allow_patterns": paths, "local_files_only": origin != "Hub"}
+        how = {
+            "revision": found["commit"],
+            "allow_patterns": paths,
+            "local_files_only": origin != "Hub",
+        }
         folder = Path(snapshot_download(repository, repo_type="dataset", **how))
         files = {split: [folder / path for path in own] for split, own in wanted.items()}
         if missing := next((path for path in paths if not (folder / path).is_file()), None):
             raise OSError(f"{missing} is missing")
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"--dataset {asked_for}: its download from the Hub broke off ({reason}): start again") from error
+        raise UserError(
+            f"--dataset {asked_for}: its download from the Hub broke off ({reason}): start again"
+        ) from error
     said = f"{repository}, {config}" if config else f"{repository}, split {train}"
-    return Source(asked_for, f"{origin}, {said}", files, column, found["commit"], found["delimiter"].replace(",", ""))
+    return Source(
+        asked_for,
+        f"{origin}, {said}",
+        files,
+        column,
+        found["commit"],
+        found["delimiter"].replace(",", ""),
+    )
 
 
 def _csv(file: Path, column: str, delimiter: str, notes: Counter) -> Iterator[str | None]:
-    """One column of a csv. A row has as many fields as the header; more only if there is nothing in them."""
+    """One column of a csv. A row has as many fields as the header; more only if there is nothing in
+    them."""
     delimiter, has_spaces, header = _header(file, column, delimiter, notes)
     place, width = header.index(column), len(header)
     if header.count(column) > 1:
@@ -179,7 +254,10 @@ def _csv(file: Path, column: str, delimiter: str, notes: Counter) -> Iterator[st
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise _Fault(f"a text in quotes is not closed, or a quote in it is not doubled ({error})", first) from error
+                raise _Fault(
+                    f"a text in quotes is not closed, or a quote in it is not doubled ({error})",
+                    first,
+                ) from error
             if row is None:
                 return
             if not row and width > 1:  # an empty line, and no row
@@ -188,18 +266,32 @@ def _csv(file: Path, column: str, delimiter: str, notes: Counter) -> Iterator[st
                 notes["rows with an empty field too many"] += 1
             elif len(row) != width and row:
                 more = f"a text with {_named(delimiter)} in it needs quotes around it"
-                hint = more if len(row) > width else "one is missing, or a text goes on in the next line without quotes around it"
+                hint = (
+                    more
+                    if len(row) > width
+                    else "one is missing, or a text goes on in the next line without quotes around "
+                    "it"
+                )
                 raise _Fault(f"it has {len(row)} fields, the header {width}: {hint}", first)
             yield row[place] if row else None
 
 
 def _header(file: Path, column: str, delimiter: str, notes: Counter) -> tuple[str, bool, list[str]]:
-    """A csv's delimiter, whether spaces follow it, and its columns, `column` among them. `delimiter`: if it is known, else ""."""
+    """A csv's delimiter, whether spaces follow it, and its columns, `column` among them.
+    `delimiter`: if it is known, else ""."""
     found = []
     for guess, has_spaces in itertools.product(delimiter or _DELIMITERS, (False, True)):
         with _open(file) as lines:
             try:
-                header = next(filter(None, csv.reader(lines, delimiter=guess, skipinitialspace=has_spaces, strict=True)), [])
+                header = next(
+                    filter(
+                        None,
+                        csv.reader(
+                            lines, delimiter=guess, skipinitialspace=has_spaces, strict=True
+                        ),
+                    ),
+                    [],
+                )
             except csv.Error:  # quotes that this delimiter cuts
                 continue
         if column in header:
@@ -224,7 +316,11 @@ def _json(file: Path, column: str) -> Iterator[str | None]:
         if isinstance(text, str) or text is None or text != text:  # NaN stands for nothing as well
             yield text if isinstance(text, str) else None
         else:
-            raise _Fault(f"'{column}' holds {_kind(text)}, such as {text!r:.40}, not text: choose another with --text_column", line)
+            raise _Fault(
+                f"'{column}' holds {_kind(text)}, such as {text!r:.40}, not text: choose another "
+                "with --text_column",
+                line,
+            )
     if names is not None and not has_column:
         raise _no_column(column, list(names))
 
@@ -260,7 +356,11 @@ def _list(file) -> Iterator[tuple[int, object]]:
         nonlocal text, place, line, part
         added = file.read(part)
         line += text.count("\n", 0, place)
-        text, place, part = text[place:] + added, 0, 2 * part  # doubled: an element of many parts is not read anew too often
+        text, place, part = (
+            text[place:] + added,
+            0,
+            2 * part,
+        )  # doubled: an element of many parts is not read anew too often
         return bool(added)
 
     def sign() -> str:
@@ -288,7 +388,9 @@ def _list(file) -> Iterator[tuple[int, object]]:
         if sign() == "]":
             return
         if text[place : place + 1] != ",":
-            raise _Fault("the list is not closed, or a comma is missing", line + text.count("\n", 0, place))
+            raise _Fault(
+                "the list is not closed, or a comma is missing", line + text.count("\n", 0, place)
+            )
         place += 1
 
 
@@ -296,8 +398,14 @@ def _decode(decode, text: str, line: int, *place: int):
     try:
         return decode(text, *place)
     except json.JSONDecodeError as error:
-        raise _Fault(f"no JSON ({error.msg}): the file must hold objects, one a line or in a list", line + error.lineno - 1) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets in one another
+        raise _Fault(
+            f"no JSON ({error.msg}): the file must hold objects, one a line or in a list",
+            line + error.lineno - 1,
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, thousands of brackets in one another
         raise _Fault(f"no JSON that can be read ({error})", line) from error
 
 
@@ -311,12 +419,24 @@ def _parquet(file: Path, column: str) -> Iterator[str | None]:
             raise _no_column(column, table.schema_arrow.names)
         kind = table.schema_arrow.field(column).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        if not any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)):
-            raise _Fault(f"column '{column}' holds {kind}, not text: choose another with --text_column")
+        if not any(
+            is_kind(kind)
+            for is_kind in (
+                types.is_string,
+                types.is_large_string,
+                types.is_string_view,
+                types.is_null,
+            )
+        ):
+            raise _Fault(
+                f"column '{column}' holds {kind}, not text: choose another with --text_column"
+            )
         for batch in table.iter_batches(batch_size=1000, columns=[column]):
             yield from batch.column(0).to_pylist()
     except UnicodeDecodeError as error:  # of bytes that are said to be text
-        raise _Fault(f"column '{column}' is not UTF-8 text ({error.reason}): write it again") from error
+        raise _Fault(
+            f"column '{column}' is not UTF-8 text ({error.reason}): write it again"
+        ) from error
     except (pyarrow.ArrowException, OSError) as error:
         raise _Fault(f"cannot be read ({' '.join(str(error).split()):.200})") from error
 
@@ -338,7 +458,8 @@ def _open(file: Path):
 
 
 def _undecodable(file: Path, error: UnicodeDecodeError) -> str:
-    """Where a file is not in its encoding. The decoder knows the place in the part that it was given alone."""
+    """Where a file is not in its encoding. The decoder knows the place in the part that it was
+    given alone."""
     if error.encoding == "utf-8":
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -355,7 +476,8 @@ def _no_column(column: str, names: list) -> _Fault:
 
 
 def _repaired(text: str, notes: Counter) -> str:
-    """`text` without NUL characters and halves of surrogate pairs (JSON can spell both), which are no text."""
+    """`text` without NUL characters and halves of surrogate pairs (JSON can spell both), which are
+    no text."""
     if "\0" in text:
         text = text.replace("\0", "")
         notes["texts with NUL characters, left out"] += 1
@@ -374,6 +496,7 @@ def _sha256(file: Path) -> str:
 
 
 def _state(file: Path) -> tuple:
-    """What changes with a file; its time alone can be set to what it was (tar, rsync and cp -p do), its change's time cannot."""
+    """What changes with a file; its time alone can be set to what it was (tar, rsync and cp -p do),
+    its change's time cannot."""
     there = file.stat()
     return there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns

@@ -1,13 +1,15 @@
 """Text -> tokens -> batches.
 
-One process a node reads the texts, tokenizes them once and writes two flat arrays into a cache; every process maps those
-into memory. A batch is a set of rows, one after the other, or padded on the right to its own longest row.
+One process a node reads the texts, tokenizes them once and writes two flat arrays into a cache;
+every process maps those into memory. A batch is a set of rows, one after the other, or padded on
+the right to its own longest row.
 """
 
 import hashlib
 import json
 import shutil
 import tempfile
+from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +30,9 @@ class Counts:
     empty: int = 0  # skipped: empty or missing
     truncated: int = 0  # cut at max_length
     tokens: int = 0
-    notes: dict[str, int] = field(default_factory=dict)  # what else was not as it should be, in words, and how often
+    notes: dict[str, int] = field(
+        default_factory=dict
+    )  # what else was not as it should be, in words, and how often
 
 
 class Rows:
@@ -77,30 +81,35 @@ def load_tokenizer(directory: Path):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
-    except Exception as error:  # a missing or broken file surfaces as almost any exception, by tokenizer class
+    except (
+        Exception
+    ) as error:  # a missing or broken file surfaces as almost any exception, by tokenizer class
         raise UserError(
-            f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs tokenizer.json, or vocab.json and merges.txt"
+            f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs "
+            "tokenizer.json, or vocab.json and merges.txt"
         ) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: a fast tokenizer with an end token is needed")
     return tokenizer
 
 
-def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: float, seed: int, tokenizer) -> Path:
-    """Tokenize a data set, or find it tokenized: the directory in the cache that Dataset is read from.
+def tokenize(plan: Namespace, tokenizer) -> Path:
+    """Tokenize what --dataset names, or find it tokenized: the directory in the cache that Dataset
+    is read from.
 
-    To be run by one process a node. A row is BOS, the text, EOS; of wikitext-2-raw, a block of `max_length` tokens of the
-    whole text. Raises UserError.
+    To be run by one process a node. A row is BOS, the text, EOS; of wikitext-2-raw, a block of
+    --max_length tokens of the whole text. Raises UserError.
     """
-    source = texts.find(dataset, text_column)
+    dataset, max_length, eval_fraction = plan.dataset, plan.max_length, plan.eval_fraction
+    source = texts.find(dataset, plan.text_column)
     key = [
         _CACHE_VERSION,
         source.identity(),
         source.said,
-        text_column,
+        plan.text_column,
         max_length,
         eval_fraction,
-        seed,
+        plan.seed,
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
@@ -111,26 +120,34 @@ def tokenize(dataset: str, text_column: str, max_length: int, eval_fraction: flo
 
     counts, notes = Counts(), Counter()
     cut = _blocks if dataset == texts.WIKITEXT else _one_row_a_text
-    rows = {split: cut(list(source.texts(split, notes)), tokenizer, max_length, counts) for split in source.files}
+    rows = {
+        split: cut(list(source.texts(split, notes)), tokenizer, max_length, counts)
+        for split in source.files
+    }
     counts.notes = dict(notes)
     if "held_out" not in rows:
-        rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, seed)
+        rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, plan.seed)
     elif not eval_fraction:
         rows["held_out"] = []
     if not counts.rows:
         if not counts.empty:
             raise UserError(f"--dataset {dataset} has no rows")
-        raise UserError(f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty")
+        raise UserError(
+            f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty"
+        )
     if not rows["train"] or (eval_fraction and not rows["held_out"]):
         raise UserError(
-            f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out {eval_fraction:g} of them: change --eval_fraction, or set it to 0"
+            f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out "
+            f"{eval_fraction:g} of them: change --eval_fraction, or set it to 0"
         )
     counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
 
     try:
         _store(rows, asdict(counts) | {"source": source.said}, directory)
     except OSError as error:
-        raise UserError(f"the tokens cannot be cached ({error}): choose another folder with XDG_CACHE_HOME") from error
+        raise UserError(
+            f"the tokens cannot be cached ({error}): choose another folder with XDG_CACHE_HOME"
+        ) from error
     return directory
 
 
@@ -140,7 +157,12 @@ def _store(rows: dict[str, list], counts: dict, directory: Path) -> None:
     new = Path(tempfile.mkdtemp(dir=directory.parent))
     try:
         for split, split_rows in rows.items():
-            np.save(new / f"{split}.tokens.npy", np.concatenate([np.asarray(r, np.int32) for r in split_rows] or [np.empty(0, np.int32)]))
+            np.save(
+                new / f"{split}.tokens.npy",
+                np.concatenate(
+                    [np.asarray(r, np.int32) for r in split_rows] or [np.empty(0, np.int32)]
+                ),
+            )
             np.save(new / f"{split}.offsets.npy", np.cumsum([0, *map(len, split_rows)]))
         (new / "counts.json").write_text(json.dumps(counts))
         new.rename(directory)
@@ -162,11 +184,17 @@ def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> 
     counts.empty += len(texts) - len(kept)
     counts.rows += len(kept)
     rows = []
-    # What is left of a text of megabytes needs no more than this: no token is longer than the longest.
+    # What is left of a text of megabytes needs no more than this: no token is longer than the
+    # longest.
     enough = max_length * max(map(len, tokenizer.get_vocab()))
     kept = [t[:enough] for t in kept]
-    # Special tokens are added here, once: OPT's tokenizers differ in whether they add a BOS, and none adds an EOS.
-    encoded = tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"] if kept else []
+    # Special tokens are added here, once: OPT's tokenizers differ in whether they add a BOS, and
+    # none adds an EOS.
+    encoded = (
+        tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if kept
+        else []
+    )
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     for ids in encoded:
         row = [*start, *ids, tokenizer.eos_token_id]
@@ -178,7 +206,8 @@ def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> 
 def _blocks(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
     texts = [t or "" for t in texts]
     counts.empty += sum(not t.strip() for t in texts)
-    # Tokenized line by line, batched, as the fast tokenizer runs in parallel; the lines keep their newlines.
+    # Tokenized line by line, batched, as the fast tokenizer runs in parallel; the lines keep their
+    # newlines.
     lines = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     stream = np.concatenate([np.asarray(ids, np.int32) for ids in (start, *lines)])
@@ -189,5 +218,7 @@ def _blocks(texts: list, tokenizer, max_length: int, counts: Counts) -> list[lis
 
 
 def _hold_out(rows: list, fraction: float, seed: int) -> tuple[list, list]:
-    held_out = set(np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * fraction)].tolist())
+    held_out = set(
+        np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * fraction)].tolist()
+    )
     return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

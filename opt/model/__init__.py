@@ -1,1 +1,2 @@
-"""What OPT is: its modules, sizes, kernels and weights. Knows no ColossalAI, and nothing of a run."""
+"""What OPT is: its modules, sizes, kernels and weights. Knows no ColossalAI, and nothing of a
+run."""

@@ -14,31 +14,44 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_config(directory: Path) -> OPTConfig:
-    """The configuration in a model's directory. Raises UserError where there is none, it is not OPT's, or makes no model."""
+    """The configuration in a model's directory. Raises UserError where there is none, it is not
+    OPT's, or makes no model."""
     file = directory / "config.json"
     if not file.is_file():
-        raise UserError(f"{directory} has no config.json: give a model's directory in Hugging Face layout")
+        raise UserError(
+            f"{directory} has no config.json: give a model's directory in Hugging Face layout"
+        )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
         if raw.get("model_type") != "opt":
             raise UserError(
-                f"{file} describes a model of type '{raw.get('model_type')!s:.40}', not OPT: give an OPT model such as facebook/opt-350m"
+                f"{file} describes a model of type '{raw.get('model_type')!s:.40}', not OPT: give "
+                "an OPT model such as facebook/opt-350m"
             )
         config = OPTConfig.from_dict(raw)
     except UserError:
         raise
-    except Exception as error:  # of a value that it does not expect OPTConfig says so by almost any exception
+    except (
+        Exception
+    ) as error:  # of a value that it does not expect OPTConfig says so by almost any exception
         reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read ({type(error).__name__}: {reason:.200}): download or copy it again") from error
+        raise UserError(
+            f"{file} cannot be read ({type(error).__name__}: {reason:.200}): download or copy it "
+            "again"
+        ) from error
     _check_values(config, file)
     config._attn_implementation = "sdpa"
     return config
 
 
-# field of config.json -> its type, the least and the most that it may be. OPT-175b has 96 layers of 12,288.
-_SIZES = dict.fromkeys(("vocab_size", "hidden_size", "ffn_dim", "word_embed_proj_dim", "num_attention_heads"), (int, 1, 2**24))
+# field of config.json -> its type, the least and the most that it may be. OPT-175b has 96 layers of
+# 12,288.
+_SIZES = dict.fromkeys(
+    ("vocab_size", "hidden_size", "ffn_dim", "word_embed_proj_dim", "num_attention_heads"),
+    (int, 1, 2**24),
+)
 
 
 _VALUES = _SIZES | {
@@ -46,38 +59,63 @@ _VALUES = _SIZES | {
     "num_hidden_layers": (int, 1, 4096),
     **dict.fromkeys(("dropout", "attention_dropout"), ((int, float), 0, 1)),
     "init_std": ((int, float), 0, 1000),
-    **dict.fromkeys(("do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine"), (bool, 0, 1)),
+    **dict.fromkeys(
+        (
+            "do_layer_norm_before",
+            "_remove_final_layer_norm",
+            "enable_bias",
+            "layer_norm_elementwise_affine",
+        ),
+        (bool, 0, 1),
+    ),
 }
 
 
 def _check_values(config: OPTConfig, file: Path) -> None:
     for name, (kind, low, high) in _VALUES.items():
         value = getattr(config, name)
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not low <= value <= high:
-            wanted = "true or false" if kind is bool else f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool) != (kind is bool)
+            or not low <= value <= high
+        ):
+            wanted = (
+                "true or false"
+                if kind is bool
+                else f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
+            )
             raise UserError(f"{file}: {name} is {value!r:.60}, and must be {wanted}: correct it")
     pad = config.pad_token_id
     if type(pad) is not int or not 0 <= pad < config.vocab_size:
-        raise UserError(f"{file}: pad_token_id is {pad!r:.60}, and must be a token of the vocabulary's {config.vocab_size}: OPT's is 1")
+        raise UserError(
+            f"{file}: pad_token_id is {pad!r:.60}, and must be a token of the vocabulary's "
+            f"{config.vocab_size}: OPT's is 1"
+        )
     if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
         raise UserError(
-            f"{file}: activation_function is {config.activation_function!r:.60}, which transformers does not have: OPT's is relu"
+            f"{file}: activation_function is {config.activation_function!r:.60}, which "
+            "transformers does not have: OPT's is relu"
         )
     if config.tie_word_embeddings is not True:
         raise UserError(
-            f"{file}: tie_word_embeddings is {config.tie_word_embeddings!r:.60}: an output projection (lm_head) of its own, beside the "
+            f"{file}: tie_word_embeddings is {config.tie_word_embeddings!r:.60}: an output "
+            "projection (lm_head) of its own, beside the "
             "embedding, is not supported"
         )
     if config.layerdrop:
-        raise UserError(f"{file}: layerdrop is {config.layerdrop!r:.60}, and not supported: set it to 0")
+        raise UserError(
+            f"{file}: layerdrop is {config.layerdrop!r:.60}, and not supported: set it to 0"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
-            f"the model's hidden_size {config.hidden_size} is not divisible by its {config.num_attention_heads} attention heads: correct its config.json"
+            f"the model's hidden_size {config.hidden_size} is not divisible by its "
+            f"{config.num_attention_heads} attention heads: correct its config.json"
         )
 
 
 def with_dropout(config: OPTConfig, dropout: float | None) -> OPTConfig:
-    """A copy of `config` with another dropout probability, unless that is None; with 0, attention's dropout is off as well."""
+    """A copy of `config` with another dropout probability, unless that is None; with 0, attention's
+    dropout is off as well."""
     config = copy.deepcopy(config)
     if dropout is not None:
         config.dropout = dropout

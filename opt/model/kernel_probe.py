@@ -1,8 +1,9 @@
-"""Which kernels of opt/kernels.py can be built here. One that cannot falls away alone: PyTorch's own operations do its work, slower, and
-a line says so.
+"""Which kernels of opt/kernels.py can be built here. One that cannot falls away alone: PyTorch's
+own operations do its work, slower, and a line says so.
 
-Triton builds kernels with the host's C compiler and Python's headers, and a kernel may ask for more than an older Triton or a smaller GPU
-has. So each is tried, once a process, as the run needs it: with its dtypes and sizes, on next to no data. What that builds is not built again.
+Triton builds kernels with the host's C compiler and Python's headers, and a kernel may ask for more
+than an older Triton or a smaller GPU has. So each is tried, once a process, as the run needs it:
+with its dtypes and sizes, on next to no data. What that builds is not built again.
 """
 
 import functools
@@ -10,16 +11,25 @@ from collections.abc import Iterable
 
 import torch
 
-WORK = {"update": "the update", "norm": "the gradient's norm", "loss": "the fused loss", "attention": "the attention of short rows"}
-# One H100, torch 2.11, commit 95f466b, with all kernels and with none: 63.6 and 58.6 thousand tokens/s, 184.0 and 157.9, in the demo 89.3
-# and 56.6.
-COST = "8 % (OPT-1.3b) to 14 % (350m) slower with rows of 1,024 tokens, 37 % with short ones (350m; one H100)"
+WORK = {
+    "update": "the update",
+    "norm": "the gradient's norm",
+    "loss": "the fused loss",
+    "attention": "the attention of short rows",
+}
+# One H100, torch 2.11, commit 95f466b, with all kernels and with none: 63.6 and 58.6 thousand
+# tokens/s, 184.0 and 157.9, in the demo 89.3 and 56.6.
+COST = (
+    "8 % (OPT-1.3b) to 14 % (350m) slower with rows of 1,024 tokens, 37 % with short ones "
+    "(350m; one H100)"
+)
 
 _told: set[str] = set()  # kernels of whose absence the plan or an earlier line has told
 
 
 def has_kernel(kernel: str, device: torch.device, *variant) -> bool:
-    """Whether opt/kernels.py does this WORK here. `variant`: what _TRIALS[kernel] takes behind the device."""
+    """Whether opt/kernels.py does this WORK here. `variant`: what _TRIALS[kernel] takes behind the
+    device."""
     if device.type != "cuda":
         return False
     reason = _obstacle(kernel, device, *variant)
@@ -29,23 +39,40 @@ def has_kernel(kernel: str, device: torch.device, *variant) -> bool:
     return reason is None
 
 
-def has_short_attention(device: torch.device, dtype: torch.dtype, head_dim: int, longest: int) -> bool:
+def has_short_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, longest: int
+) -> bool:
     """Whether the kernel for short rows attends here, in rows of at most `longest` tokens."""
-    return takes_short_attention(device, dtype, head_dim, longest) and has_kernel("attention", device, dtype, head_dim, padded(longest))
+    return takes_short_attention(device, dtype, head_dim, longest) and has_kernel(
+        "attention", device, dtype, head_dim, padded(longest)
+    )
 
 
-def takes_short_attention(device: torch.device, dtype: torch.dtype, head_dim: int, longest: int) -> bool:
-    """Whether the kernel for short rows is meant for these, and for this device, if it can be built."""
-    return dtype in (torch.float16, torch.bfloat16) and fits_short_attention(longest, head_dim) and has_bf16(device)
+def takes_short_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, longest: int
+) -> bool:
+    """Whether the kernel for short rows is meant for these, and for this device, if it can be
+    built."""
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and fits_short_attention(longest, head_dim)
+        and has_bf16(device)
+    )
 
 
 def fits_short_attention(longest: int, head_dim: int) -> bool:
-    """Whether a multiprocessor can hold a row and head: 98 KiB of shared memory at most, of 99 (Ada), 163 (A100) or 227 (Hopper)."""
-    return padded(longest) <= 128 and 16 <= head_dim == _power_of_2(head_dim) and padded(longest) * head_dim <= 8192
+    """Whether a multiprocessor can hold a row and head: 98 KiB of shared memory at most, of 99
+    (Ada), 163 (A100) or 227 (Hopper)."""
+    return (
+        padded(longest) <= 128
+        and 16 <= head_dim == _power_of_2(head_dim)
+        and padded(longest) * head_dim <= 8192
+    )
 
 
 def padded(longest: int) -> int:
-    """The tokens that a program of short attention computes: a power of 2, 16 at least, of which Triton can multiply matrices."""
+    """The tokens that a program of short attention computes: a power of 2, 16 at least, of which
+    Triton can multiply matrices."""
     return max(16, _power_of_2(longest))
 
 
@@ -55,17 +82,31 @@ def _power_of_2(number: int) -> int:
 
 
 def missing_kernels(device: torch.device, needed: Iterable[tuple]) -> str | None:
-    """What the plan is to say of those of the `needed`, each (kernel, *variant), that cannot be built; None if all can."""
+    """What the plan is to say of those of the `needed`, each (kernel, *variant), that cannot be
+    built; None if all can."""
     needed = list(needed)
-    missing = {kernel: reason for kernel, *variant in needed if (reason := _obstacle(kernel, device, *variant))}
+    missing = {
+        kernel: reason
+        for kernel, *variant in needed
+        if (reason := _obstacle(kernel, device, *variant))
+    }
     _told.update(missing)
     return _describe(missing, is_all=len(missing) == len(needed)) if missing else None
 
 
 def _describe(missing: dict[str, str], is_all: bool) -> str:
-    what, why = ", ".join(WORK[kernel] for kernel in missing), "; ".join(dict.fromkeys(missing.values()))
-    cost = f"about {COST}" if is_all else f"slower, by how much alone was not measured; without any kernel {COST}"
-    return f"PyTorch's own operations for {what}, where Triton builds no kernel here ({why}): {cost}"
+    what, why = (
+        ", ".join(WORK[kernel] for kernel in missing),
+        "; ".join(dict.fromkeys(missing.values())),
+    )
+    cost = (
+        f"about {COST}"
+        if is_all
+        else f"slower, by how much alone was not measured; without any kernel {COST}"
+    )
+    return (
+        f"PyTorch's own operations for {what}, where Triton builds no kernel here ({why}): {cost}"
+    )
 
 
 @functools.cache
@@ -80,16 +121,29 @@ def _obstacle(kernel: str, device: torch.device, *variant) -> str | None:
     except torch.cuda.OutOfMemoryError:
         raise  # nothing wrong with the kernel
     except Exception as error:  # from a missing package to the C compiler's own
-        # A compilation error begins with the code that it is about; what is wrong with it stands at the end.
+        # A compilation error begins with the code that it is about; what is wrong with it stands at
+        # the end.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[-1]:.200}" if lines else type(error).__name__
 
 
 def _try_update(kernels, device, gradient: torch.dtype, output: torch.dtype | None) -> None:
-    grads, params, exp_avgs, exp_avg_sqs = ([torch.zeros(16, dtype=t, device=device)] for t in (gradient, *[torch.float32] * 3))
+    grads, params, exp_avgs, exp_avg_sqs = (
+        [torch.zeros(16, dtype=t, device=device)] for t in (gradient, *[torch.float32] * 3)
+    )
     outputs = output and [torch.zeros(16, dtype=output, device=device)]
     kernels.adamw(
-        grads, params, exp_avgs, exp_avg_sqs, outputs, torch.ones((), device=device), torch.ones(3, device=device), 0.9, 0.999, 1e-8, 0.0
+        grads,
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        outputs,
+        torch.ones((), device=device),
+        torch.ones(3, device=device),
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
     )
 
 
@@ -98,7 +152,10 @@ def _try_norm(kernels, device, gradient: torch.dtype) -> None:
 
 
 def _try_loss(kernels, device, dtype: torch.dtype, columns: int) -> None:
-    logits, targets = torch.zeros(1, columns, dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    logits, targets = (
+        torch.zeros(1, columns, dtype=dtype, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
     kernels.cross_entropy(logits, targets, torch.zeros(1, device=device), ignore=-100)
 
 

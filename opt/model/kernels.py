@@ -1,9 +1,10 @@
-"""GPU kernels, in Triton: AdamW and the norm over many tensors at once, the cross-entropy with its gradient in the logits' place,
-and the attention of short rows.
+"""GPU kernels, in Triton: AdamW and the norm over many tensors at once, the cross-entropy with its
+gradient in the logits' place, and the attention of short rows.
 
-PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an fp32 copy that means a pass over
-memory to widen the gradients, one to scale them, and one to narrow the weights, beside the update itself. The update is
-bound by memory: here each byte moves once, 28 bytes a parameter.
+PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an fp32
+copy that means a pass over memory to widen the gradients, one to scale them, and one to narrow the
+weights, beside the update itself. The update is bound by memory: here each byte moves once, 28
+bytes a parameter.
 """
 
 import itertools
@@ -13,19 +14,25 @@ import torch
 import triton
 import triton.language as tl
 
-from opt.model.kernel_probe import padded
+# From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs
+# there are. 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer makes no
+# faster code it is not specialized: one kernel less to build.
 
-# From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs there are. 3.1 takes no constexpr in a
-# pointer's type, only its `value`. Where an integer makes no faster code it is not specialized: one kernel less to build.
-
-BLOCK = 2048  # elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
+BLOCK = (
+    2048  # elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
+)
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
 def _adamw(
-    pointers,  # int64 (5, tensors): addresses of gradients, weights, first and second moments, 16-bit weights (or 0)
-    blocks,  # int32 (3, programs): each program's tensor, its number among the tensor's blocks, the tensor's elements
-    divisor,  # fp32 scalar that the gradients are divided by; nothing is updated where it is not finite
+    # Int64 (5, tensors): addresses of gradients, weights, first and second moments, 16-bit weights
+    # (or 0)
+    pointers,
+    # Int32 (3, programs): each program's tensor, its number among the tensor's blocks, the tensor's
+    # elements
+    blocks,
+    # Fp32 scalar that the gradients are divided by; nothing is updated where it is not finite
+    divisor,
     rates,  # fp32 (3,): see adamw()
     beta1,
     beta2,
@@ -78,18 +85,24 @@ def _adamw(
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, rates, beta1, beta2, eps, weight_decay) -> None:
+def adamw(
+    grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, rates, beta1, beta2, eps, weight_decay
+) -> None:
     """Update in place on the GPU.
 
     Args:
         grads: tensors of one dtype, fp32 or 16 bits.
         params, exp_avgs, exp_avg_sqs: fp32 tensors, as many elements each as the gradients.
         outputs: 16-bit tensors that the updated `params` are also written to, or None.
-        divisor: fp32 scalar tensor on the same device: gradients are divided by it. If it is not finite, nothing changes.
-        rates: fp32 (3,) on the same device: learning rate, 1 - beta1**t, sqrt(1 - beta2**t), t being the number of this update. What
-            changes from update to update is read there, so that a recorded one can be replayed.
+        divisor: fp32 scalar tensor on the same device: gradients are divided by it. If it is not
+            finite, nothing changes.
+        rates: fp32 (3,) on the same device: learning rate, 1 - beta1**t, sqrt(1 - beta2**t), t
+            being the number of this update. What changes from update to update is read there, so
+            that a recorded one can be replayed.
     """
-    pointers, blocks, aligned = _tables([grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])])
+    pointers, blocks, aligned = _tables(
+        [grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])]
+    )
     _adamw[(blocks.shape[1],)](
         pointers,
         blocks,
@@ -110,7 +123,15 @@ def adamw(grads, params, exp_avgs, exp_avg_sqs, outputs, divisor, rates, beta1, 
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _sums_of_squares(pointers, blocks, sums, programs, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _sums_of_squares(
+    pointers,
+    blocks,
+    sums,
+    programs,
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     gradients = tl.load(pointers + tl.load(blocks + program)).to(tl.pointer_type(GRADIENT.value))
     offsets = tl.load(blocks + programs + program).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -123,8 +144,8 @@ def _sums_of_squares(pointers, blocks, sums, programs, GRADIENT: tl.constexpr, A
 
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Of all elements of contiguous tensors of one dtype on a GPU, an fp32 scalar: one kernel for what is 2 ms of the host's time
-    for OPT-350m's tensors with torch._foreach_norm."""
+    """Of all elements of contiguous tensors of one dtype on a GPU, an fp32 scalar: one kernel for
+    what is 2 ms of the host's time for OPT-350m's tensors with torch._foreach_norm."""
     pointers, blocks, aligned = _tables([grads])
     sums = torch.empty(blocks.shape[1], device=blocks.device)
     _sums_of_squares[(len(sums),)](
@@ -141,17 +162,22 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _tables(lists: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """What a kernel over many tensors reads on the device: their addresses, list after list, and what each program works on; and
-    whether all addresses and sizes are multiples of 16. The lists are equally long, of tensors with as many elements each."""
+    """What a kernel over many tensors reads on the device: their addresses, list after list, and
+    what each program works on; and whether all addresses and sizes are multiples of 16. The lists
+    are equally long, of tensors with as many elements each."""
     device, sizes = lists[0][0].device, tuple(tensor.numel() for tensor in lists[0])
     addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
-    return _pointers(addresses, device), _blocks(sizes, device), all(number % 16 == 0 for number in itertools.chain(addresses, sizes))
+    return (
+        _pointers(addresses, device),
+        _blocks(sizes, device),
+        all(number % 16 == 0 for number in itertools.chain(addresses, sizes)),
+    )
 
 
 @lru_cache(maxsize=32)
 def _pointers(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Addresses on the device. The same in every step where gradients stay in their place, as they do where steps are recorded: while a
-    graph is recorded nothing can come from the host."""
+    """Addresses on the device. The same in every step where gradients stay in their place, as they
+    do where steps are recorded: while a graph is recorded nothing can come from the host."""
     # Not pinned, but small: CUDA takes it over at once, and the host does not wait for the device.
     return torch.tensor(addresses).to(device, non_blocking=True)
 
@@ -168,7 +194,15 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["targets"])
-def _cross_entropy(logits, targets, losses, stride, COLUMNS: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(
+    logits,
+    targets,
+    losses,
+    stride,
+    COLUMNS: tl.constexpr,
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)
@@ -176,14 +210,20 @@ def _cross_entropy(logits, targets, losses, stride, COLUMNS: tl.constexpr, IGNOR
         tl.store(losses + row, 0.0)
         for start in range(0, COLUMNS, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
-            tl.store(logits + offsets, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=offsets < COLUMNS)
+            tl.store(
+                logits + offsets,
+                tl.zeros((BLOCK,), logits.dtype.element_ty),
+                mask=offsets < COLUMNS,
+            )
         return
     target_logit = tl.load(logits + target).to(tl.float32)  # before any thread writes there
     highest = float("-inf")
     total = 0.0
     for start in range(0, COLUMNS, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        block = tl.load(logits + offsets, mask=offsets < COLUMNS, other=float("-inf")).to(tl.float32)
+        block = tl.load(logits + offsets, mask=offsets < COLUMNS, other=float("-inf")).to(
+            tl.float32
+        )
         before = highest
         highest = tl.maximum(highest, tl.max(block))
         total = total * tl.exp(before - highest) + tl.sum(tl.exp(block - highest))
@@ -198,18 +238,28 @@ def _cross_entropy(logits, targets, losses, stride, COLUMNS: tl.constexpr, IGNOR
 
 
 def cross_entropy(logits, targets, losses, ignore: int) -> None:
-    """Each row's cross-entropy into `losses` (rows,), fp32, 0 where the target is `ignore`; its gradient over the logits.
+    """Each row's cross-entropy into `losses` (rows,), fp32, 0 where the target is `ignore`; its
+    gradient over the logits.
 
-    `logits`: (rows, columns), any floating-point dtype, read from memory twice and written once; `targets`: (rows,), int64.
+    `logits`: (rows, columns), any floating-point dtype, read from memory twice and written once;
+    `targets`: (rows,), int64.
     """
     _cross_entropy[(logits.shape[0],)](
-        logits, targets, losses, logits.stride(0), COLUMNS=logits.shape[1], IGNORE=ignore, BLOCK=4096, num_warps=8
+        logits,
+        targets,
+        losses,
+        logits.stride(0),
+        COLUMNS=logits.shape[1],
+        IGNORE=ignore,
+        BLOCK=4096,
+        num_warps=8,
     )
 
 
 @triton.jit
 def _places(cu_seqlens, heads, DIM: tl.constexpr, LENGTH: tl.constexpr):
-    """This program's row and head: where its queries lie and its results, which of them exist, and which keys a query sees."""
+    """This program's row and head: where its queries lie and its results, which of them exist, and
+    which keys a query sees."""
     row, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_seqlens + row)
     token = tl.arange(0, LENGTH)
@@ -238,7 +288,9 @@ def _short_attention(qkv, out, cu_seqlens, heads, scale, DIM: tl.constexpr, LENG
 
 
 @triton.jit(do_not_specialize=["heads"])
-def _short_attention_backward(qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr):
+def _short_attention_backward(
+    qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM: tl.constexpr, LENGTH: tl.constexpr
+):
     places, out_places, exists, sees = _places(cu_seqlens, heads, DIM, LENGTH)
     q = tl.load(qkv + places, mask=exists, other=0.0)
     k = tl.load(qkv + heads * DIM + places, mask=exists, other=0.0)
@@ -246,45 +298,61 @@ def _short_attention_backward(qkv, qkv_grad, grad, cu_seqlens, heads, scale, DIM
     v = tl.load(qkv + 2 * heads * DIM + places, mask=exists, other=0.0)
     grad = tl.load(grad + out_places, mask=exists, other=0.0)
     if LENGTH > 64:
-        # Before and not after what follows: more registers are in use, but v is out of the way when the weights come to shared memory.
-        # In Triton 3.1 that takes 84 KiB and not 100, one more than sm_86 and sm_89 have.
+        # Before and not after what follows: more registers are in use, but v is out of the way when
+        # the weights come to shared memory. In Triton 3.1 that takes 84 KiB and not 100, one more
+        # than sm_86 and sm_89 have.
         weights_grad = tl.dot(grad, tl.trans(v))
-    tl.store(qkv_grad + 2 * heads * DIM + places, tl.dot(tl.trans(weights.to(v.dtype)), grad).to(v.dtype), mask=exists)
+    tl.store(
+        qkv_grad + 2 * heads * DIM + places,
+        tl.dot(tl.trans(weights.to(v.dtype)), grad).to(v.dtype),
+        mask=exists,
+    )
     if LENGTH <= 64:
         weights_grad = tl.dot(grad, tl.trans(v))
     scores_grad = weights * (weights_grad - tl.sum(weights * weights_grad, 1)[:, None]) * scale
     scores_grad = scores_grad.to(v.dtype)
     tl.store(qkv_grad + places, tl.dot(scores_grad, k).to(v.dtype), mask=exists)
-    tl.store(qkv_grad + heads * DIM + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists)
+    tl.store(
+        qkv_grad + heads * DIM + places, tl.dot(tl.trans(scores_grad), q).to(v.dtype), mask=exists
+    )
 
 
 class ShortAttention(torch.autograd.Function):
     """Causal attention within short rows, each row and head one program, forward and backward.
 
-    (qkv, cu_seqlens, longest) -> (tokens, heads, head_dim): qkv (tokens, 3, heads, head_dim) in 16 bits; row i is the tokens
-    [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `longest`, for which fits_short_attention()
-    (opt/kernel_probe.py).
+    (qkv, cu_seqlens, length) -> (tokens, heads, head_dim): qkv (tokens, 3, heads, head_dim) in 16
+    bits; row i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `length`, which is
+    padded() of a longest row for which fits_short_attention() (opt/kernel_probe.py).
     """
 
     @staticmethod
-    def forward(ctx, qkv, cu_seqlens, longest):
+    def forward(ctx, qkv, cu_seqlens, length):
         qkv = qkv.contiguous()
         out = torch.empty_like(qkv[:, 0])
         ctx.save_for_backward(qkv, cu_seqlens)
-        ctx.longest = longest
-        _launch(_short_attention, (qkv, out), cu_seqlens, longest)
+        ctx.length = length
+        _launch(_short_attention, (qkv, out), cu_seqlens, length)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         qkv, cu_seqlens = ctx.saved_tensors
         qkv_grad = torch.empty_like(qkv)
-        _launch(_short_attention_backward, (qkv, qkv_grad, grad.contiguous()), cu_seqlens, ctx.longest)
+        _launch(
+            _short_attention_backward, (qkv, qkv_grad, grad.contiguous()), cu_seqlens, ctx.length
+        )
         return qkv_grad, None, None
 
 
-def _launch(kernel, tensors, cu_seqlens, longest):
+def _launch(kernel, tensors, cu_seqlens, length):
     heads, dim = tensors[0].shape[2:]
-    length = padded(longest)
     grid = (len(cu_seqlens) - 1, heads)
-    kernel[grid](*tensors, cu_seqlens, heads, dim**-0.5, DIM=dim, LENGTH=length, num_warps=4 if length <= 64 else 8)
+    kernel[grid](
+        *tensors,
+        cu_seqlens,
+        heads,
+        dim**-0.5,
+        DIM=dim,
+        LENGTH=length,
+        num_warps=4 if length <= 64 else 8,
+    )

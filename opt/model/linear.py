@@ -1,8 +1,9 @@
-"""The one linear map of the decoder layers, put together of parts: how matrices are multiplied, and what goes over a tensor-parallel
-group before and after. An adapter (LoRA) would be a third part, weights in 4 bits another product.
+"""The one linear map of the decoder layers, put together of parts: how matrices are multiplied, and
+what goes over a tensor-parallel group before and after. An adapter (LoRA) would be a third part,
+weights in 4 bits another product.
 
-`attach` puts it in the place of PyTorch's, and of what a plugin has cut, around the same parameters: after the plugin, and before the
-layers are compiled.
+`attach` puts it in the place of PyTorch's, and of what a plugin has cut, around the same
+parameters: after the plugin, and before the layers are compiled.
 """
 
 from collections.abc import Callable
@@ -20,17 +21,32 @@ class Linear(nn.Module):
     """x (..., in) -> (..., out), x @ weight.T + bias, in autocast's dtype or else x's.
 
     Args:
-        weight, bias: parameters to take over, (out, in) and (out,) or None; parts of them where a plugin has cut them.
+        weight, bias: parameters to take over, (out, in) and (out,) or None; parts of them where a
+            plugin has cut them.
         product: how they are multiplied.
         enter: of x, before the product; tensor parallelism by columns adds up x's gradient there.
-        leave: of the product, before the bias; tensor parallelism by rows adds up the processes' parts there.
+        leave: of the product, before the bias; tensor parallelism by rows adds up the processes'
+            parts there.
     """
 
     is_cut = False  # whether it is a part of a map that a plugin has cut
 
-    def __init__(self, weight, bias, product: Product, enter: Callable | None = None, leave: Callable | None = None):
+    def __init__(
+        self,
+        weight,
+        bias,
+        product: Product,
+        enter: Callable | None = None,
+        leave: Callable | None = None,
+    ):
         super().__init__()
-        self.weight, self.bias, self.product, self.enter, self.leave = weight, bias, product, enter, leave
+        self.weight, self.bias, self.product, self.enter, self.leave = (
+            weight,
+            bias,
+            product,
+            enter,
+            leave,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
@@ -42,10 +58,15 @@ class Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def attach(layers: nn.ModuleList, product: Product, cut: Callable[[nn.Module], dict | None] = lambda module: None) -> None:
+def attach(
+    layers: nn.ModuleList,
+    product: Product,
+    cut: Callable[[nn.Module], dict | None] = lambda module: None,
+) -> None:
     """Make every linear map in `layers` a Linear with `product`.
 
-    `cut`: of a module, the Linear's arguments that replace `product` or come to it, if it is a linear map that a plugin has cut.
+    `cut`: of a module, the Linear's arguments that replace `product` or come to it, if it is a
+    linear map that a plugin has cut.
     """
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
@@ -57,18 +78,23 @@ def attach(layers: nn.ModuleList, product: Product, cut: Callable[[nn.Module], d
 
 
 def side_by_side(maps: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    """What `maps` make of x (tokens, in), next to one another: (tokens, all their out). By one product, unless a part of them, or what they
-    multiply by, does not allow it."""
+    """What `maps` make of x (tokens, in), next to one another: (tokens, all their out). By one
+    product, unless a part of them, or what they multiply by, does not allow it."""
     product = getattr(maps[0], "product", plain)
-    if product not in (plain, few_tokens) or any(m.bias is None or getattr(m, "is_cut", False) for m in maps):
+    if product not in (plain, few_tokens) or any(
+        m.bias is None or getattr(m, "is_cut", False) for m in maps
+    ):
         return torch.cat([m(x) for m in maps], dim=-1)
     dtype = product_dtype(x)
-    weight, bias = (torch.cat([getattr(m, name).to(dtype) for m in maps]) for name in ("weight", "bias"))
+    weight, bias = (
+        torch.cat([getattr(m, name).to(dtype) for m in maps]) for name in ("weight", "bias")
+    )
     return product(x.to(dtype), weight, bias)
 
 
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What matrix products of `tensor` are computed in: autocast's dtype where it is on, else its own."""
+    """What matrix products of `tensor` are computed in: autocast's dtype where it is on, else its
+    own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -79,15 +105,19 @@ plain: Product = F.linear
 
 
 def few_tokens(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """For few tokens, as a fine-tune on short rows has: there each of a layer's small kernels counts.
+    """For few tokens, as a fine-tune on short rows has: there each of a layer's small kernels
+    counts.
 
-    A bias's gradient is a matrix product, which a GPU does in half the time of PyTorch's sum over tokens: OPT-350m's 145 sums take 8 us
-    each for 1,024 tokens, as products 4 (H100, bf16). Compiled layers do not need that: there the sums are part of other kernels.
+    A bias's gradient is a matrix product, which a GPU does in half the time of PyTorch's sum over
+    tokens: OPT-350m's 145 sums take 8 us each for 1,024 tokens, as products 4 (H100, bf16).
+    Compiled layers do not need that: there the sums are part of other kernels.
     """
     if bias is None:
         return plain(x, weight, None)
     dtype = product_dtype(x)
-    return _FewTokens.apply(x.flatten(0, -2).to(dtype), weight.to(dtype), bias.to(dtype)).view(*x.shape[:-1], -1)
+    return _FewTokens.apply(x.flatten(0, -2).to(dtype), weight.to(dtype), bias.to(dtype)).view(
+        *x.shape[:-1], -1
+    )
 
 
 class _FewTokens(torch.autograd.Function):
@@ -114,11 +144,13 @@ UNIT = 16  # the fp8 kernel takes matrices whose sizes are multiples of this
 
 
 def fp8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The three products, the output's, the input's and the weight's gradient, in 8-bit floats, which GPUs from Ada on multiply twice as
-    fast as bf16; weights, gradients and everything between stay what they are. In x's dtype where a size is no multiple of 16.
+    """The three products, the output's, the input's and the weight's gradient, in 8-bit floats,
+    which GPUs from Ada on multiply twice as fast as bf16; weights, gradients and everything between
+    stay what they are. In x's dtype where a size is no multiple of 16.
 
-    Each factor is scaled so that its largest element is the largest number of its format: e4m3 forward, e5m2, with more range and less
-    precision, for the output's gradient (Micikevicius et al., arXiv:2209.05433).
+    Each factor is scaled so that its largest element is the largest number of its format: e4m3
+    forward, e5m2, with more range and less precision, for the output's gradient (Micikevicius et
+    al., arXiv:2209.05433).
     """
     # An epoch's last batch may be smaller: the weight's gradient is a sum over tokens.
     if x.shape[:-1].numel() % UNIT or weight.shape[0] % UNIT or weight.shape[1] % UNIT:
@@ -146,17 +178,24 @@ class _Float8Product(torch.autograd.Function):
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
         grad8, grad_scale = _quantize(grad, torch.float8_e5m2)
         # The kernel wants the left factor by rows and the right one by columns.
-        x_grad = _multiply(grad8, grad_scale, weight8.t().contiguous().t(), weight_scale, grad.dtype)
-        weight_grad = _multiply(grad8.t().contiguous(), grad_scale, x8.t().contiguous().t(), x_scale, grad.dtype)
+        x_grad = _multiply(
+            grad8, grad_scale, weight8.t().contiguous().t(), weight_scale, grad.dtype
+        )
+        weight_grad = _multiply(
+            grad8.t().contiguous(), grad_scale, x8.t().contiguous().t(), x_scale, grad.dtype
+        )
         return x_grad, weight_grad.to(ctx.weight_dtype)
 
 
 def _quantize(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` in fp8 and the fp32 scalar that it is to be multiplied by. An infinity in it becomes nan."""
+    """`tensor` in fp8 and the fp32 scalar that it is to be multiplied by. An infinity in it becomes
+    nan."""
     largest = torch.finfo(dtype).max
     scale = tensor.abs().amax().float().clamp(min=1e-12) / largest
     return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
 def _multiply(a, a_scale, b, b_scale, dtype):
-    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(
+        a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=True
+    )

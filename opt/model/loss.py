@@ -1,4 +1,5 @@
-"""The next-token cross-entropy where the logits are not one tensor: in chunks of tokens, or with the vocabulary over processes."""
+"""The next-token cross-entropy where the logits are not one tensor: in chunks of tokens, or with
+the vocabulary over processes."""
 
 import torch
 import torch.distributed as dist
@@ -11,21 +12,27 @@ IGNORE = -100  # the label of a position that has no loss, as in PyTorch and tra
 CHUNK = 1024  # tokens whose logits exist at a time: 0.1 GB in bf16
 
 
-def fused_linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def fused_linear_cross_entropy(
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """Summed cross-entropy of `hidden_states @ weight.T`, without the logits as a whole.
 
     hidden_states: (tokens, width); weight: (vocabulary, width); targets: (tokens,), -100 for none.
     """
     if torch.overrides.has_torch_function_unary(weight):
-        # Gemini's parameters have their values only inside a torch function, which announces them; an autograd function is none.
-        return torch.overrides.handle_torch_function(fused_linear_cross_entropy, (weight,), hidden_states, weight, targets)
+        # Gemini's parameters have their values only inside a torch function, which announces them;
+        # an autograd function is none.
+        return torch.overrides.handle_torch_function(
+            fused_linear_cross_entropy, (weight,), hidden_states, weight, targets
+        )
     dtype = product_dtype(hidden_states)
     return _LinearCrossEntropy.apply(hidden_states.to(dtype), weight.to(dtype), targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the loss, chunk by chunk, where the logits are: as in Liger (arXiv:2410.10989), which takes
-    so many smaller chunks that the GPU waits for the host (OPT-125m), and asks the device for the number of targets."""
+    """The gradients are computed with the loss, chunk by chunk, where the logits are: as in Liger
+    (arXiv:2410.10989), which takes so many smaller chunks that the GPU waits for the host
+    (OPT-125m), and asks the device for the number of targets."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, targets):
@@ -49,7 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
-    """Put each row's cross-entropy into `losses`, and its gradient over `logits`: (tokens, vocabulary)."""
+    """Put each row's cross-entropy into `losses`, and its gradient over `logits`: (tokens,
+    vocabulary)."""
     if has_kernel("loss", logits.device, logits.dtype, logits.shape[1]):
         from opt.model.kernels import cross_entropy
 
@@ -58,19 +66,25 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Te
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     losses.copy_(F.nll_loss(log_probabilities, targets, ignore_index=IGNORE, reduction="none"))
     gradient = log_probabilities.exp_()
-    gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), gradient.new_full((len(targets), 1), -1.0))
+    gradient.scatter_add_(
+        1, targets.clamp(min=0).unsqueeze(1), gradient.new_full((len(targets), 1), -1.0)
+    )
     logits.copy_(gradient.masked_fill_((targets == IGNORE).unsqueeze(1), 0.0))
 
 
-def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Summed cross-entropy of logits whose vocabulary is split over `group`, in fp32, the same on all its processes.
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Summed cross-entropy of logits whose vocabulary is split over `group`, in fp32, the same on
+    all its processes.
 
     Args:
-        logits: (tokens, columns), this process's columns, `first` the first of them in the whole vocabulary.
+        logits: (tokens, columns), this process's columns, `first` the first of them in the whole
+            vocabulary.
         targets: (tokens,), ids in the whole vocabulary or -100.
 
-    As in Megatron-LM (arXiv:1909.08053, section 3): a maximum, a sum of exponentials and the target's logit cross the
-    processes, never the logits.
+    As in Megatron-LM (arXiv:1909.08053, section 3): a maximum, a sum of exponentials and the
+    target's logit cross the processes, never the logits.
     """
     logits = logits.float()
     highest = logits.detach().max(dim=1).values

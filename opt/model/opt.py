@@ -1,8 +1,10 @@
-"""The OPT model: transformers' modules and names, with a forward that every plugin and pipeline stage shares.
+"""The OPT model: transformers' modules and names, with a forward that every plugin and pipeline
+stage shares.
 
-The forward takes no attention mask. Where rows are padded, it is on the right, and attention is causal, so no real token ever sees
-a pad; what the pads compute is kept out of the loss by labels of -100. So every plugin runs the causal attention kernel. Rows that
-follow one another without pads have attention and positions of their own (opt/attention.py).
+The forward takes no attention mask. Where rows are padded, it is on the right, and attention is
+causal, so no real token ever sees a pad; what the pads compute is kept out of the loss by labels of
+-100. So every plugin runs the causal attention kernel. Rows that follow one another without pads
+have attention and positions of their own (opt/attention.py).
 """
 
 from dataclasses import dataclass
@@ -42,10 +44,13 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_activations = False
         self.fused_loss = False
-        # Called before, between and behind the decoder layers with (the one that has just run or None, the one that runs next or None,
-        # the hidden states between them). Backward comes by again, see Tensor.register_hook: behind the one, ahead of the other.
+        # Called before, between and behind the decoder layers with (the one that has just run or
+        # None, the one that runs next or None, the hidden states between them). Backward comes by
+        # again, see Tensor.register_hook: behind the one, ahead of the other.
         self.between_layers = None
-        self.longest_row = config.max_position_embeddings  # of packed rows, see forward; less makes attention faster
+        self.longest_row = (
+            config.max_position_embeddings
+        )  # of packed rows, see forward; less makes attention faster
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention
 
@@ -54,39 +59,56 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         """The decoder layers of this process's pipeline stage."""
         return self.model.decoder.layers[self.stage.start : self.stage.end]
 
-    def forward(self, input_ids=None, labels=None, hidden_states=None, cu_seqlens=None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids=None, labels=None, hidden_states=None, cu_seqlens=None
+    ) -> dict[str, torch.Tensor]:
         """One pass over rows padded on the right, or over rows that follow one another.
 
         Args:
             input_ids: (batch, length), read by the first pipeline stage.
-            labels: (batch, length), the same tokens, -100 where there is no loss; shifted here; read by the last stage.
+            labels: (batch, length), the same tokens, -100 where there is no loss; shifted here;
+                read by the last stage.
             hidden_states: (batch, length, hidden), from the stage before.
-            cu_seqlens: (rows + 1,) int32, if batch is 1 and holds packed rows: where each begins, and the length. None of them has
-                more than `longest_row` tokens. Not with pipeline stages.
+            cu_seqlens: (rows + 1,) int32, if batch is 1 and holds packed rows: where each begins,
+                and the length. None of them has more than `longest_row` tokens. Not with pipeline
+                stages.
 
-        Returns:
-            {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last stage;
-            {"hidden_states": ...} on the others. A sum, so that ranks and micro-batches with unequal numbers of tokens
-            can be averaged without bias.
+        Returns: {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last
+            stage; {"hidden_states": ...} on the others. A sum, so that ranks and micro-batches with
+            unequal numbers of tokens can be averaged without bias.
         """
         decoder = self.model.decoder
         rows = None
         if cu_seqlens is not None:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
-            rows = locate(cu_seqlens, input_ids.shape[1], self.longest_row, head_dim, product_dtype(decoder.embed_tokens.weight))
+            rows = locate(
+                cu_seqlens,
+                input_ids.shape[1],
+                self.longest_row,
+                head_dim,
+                product_dtype(decoder.embed_tokens.weight),
+            )
         if self.stage.is_first:
             hidden_states = decoder.embed_tokens(input_ids)
             if decoder.project_in is not None:
                 hidden_states = decoder.project_in(hidden_states)
-            positions = rows.position if rows else torch.arange(input_ids.shape[1], device=input_ids.device)
-            hidden_states = hidden_states + decoder.embed_positions(None, position_ids=positions.unsqueeze(0))
+            positions = (
+                rows.position if rows else torch.arange(input_ids.shape[1], device=input_ids.device)
+            )
+            hidden_states = hidden_states + decoder.embed_positions(
+                None, position_ids=positions.unsqueeze(0)
+            )
 
-        hidden_states = hidden_states.as_subclass(torch.Tensor)  # Gemini's embedding gives a ColoTensor, which no kernel takes for one
+        hidden_states = hidden_states.as_subclass(
+            torch.Tensor
+        )  # Gemini's embedding gives a ColoTensor, which no kernel takes for one
         before = None
         for layer in self.own_layers:
             if self.between_layers:
                 self.between_layers(before, layer, hidden_states)
-            hidden_states = run_layer(layer, self.recompute_activations and self.training, hidden_states, rows)
+            hidden_states = run_layer(
+                layer, self.recompute_activations and self.training, hidden_states, rows
+            )
             before = layer
         if self.between_layers:
             self.between_layers(before, None, hidden_states)
@@ -107,14 +129,23 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             return fused_linear_cross_entropy(hidden_states, self.lm_head.weight, targets)
         logits = self.lm_head(hidden_states)
         if self.tp_group is None:
-            return F.cross_entropy(logits.float()[:, : self.config.vocab_size], targets, ignore_index=IGNORE, reduction="sum")
-        # Each rank has as many rows of the head; the last one's logits come without the columns of padding.
+            return F.cross_entropy(
+                logits.float()[:, : self.config.vocab_size],
+                targets,
+                ignore_index=IGNORE,
+                reduction="sum",
+            )
+        # Each rank has as many rows of the head; the last one's logits come without the columns of
+        # padding.
         first = dist.get_rank(self.tp_group) * self.lm_head.weight.shape[0]
         return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
 
 
-def run_layer(layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, rows: PackedRows | None) -> torch.Tensor:
-    """A decoder layer's output; with `recompute` its activations are computed a second time in backward."""
+def run_layer(
+    layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, rows: PackedRows | None
+) -> torch.Tensor:
+    """A decoder layer's output; with `recompute` its activations are computed a second time in
+    backward."""
 
     def run(hidden_states):
         return layer(hidden_states, attention_mask=rows)[0]
@@ -125,8 +156,8 @@ def run_layer(layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, ro
 def expect_varying_lengths() -> None:
     """Keep cuDNN out of attention, for batches whose length changes from step to step.
 
-    PyTorch prefers cuDNN's kernels on Hopper (seen in 2.11), which plan anew for every shape: with short rows on an H100, 3 ms
-    a layer of the host's time, where the GPU computes for 0.05 ms.
+    PyTorch prefers cuDNN's kernels on Hopper (seen in 2.11), which plan anew for every shape: with
+    short rows on an H100, 3 ms a layer of the host's time, where the GPU computes for 0.05 ms.
     """
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -141,9 +172,10 @@ def meta_model(config: OPTConfig) -> OPTForCausalLM:
 def compile_layers(model: OPTForCausalLM, saves_memory: bool) -> None:
     """Compile the decoder layers of this process, in place; they share one compilation.
 
-    With `saves_memory` backward recomputes some of what is cheap to recompute instead of keeping it. At 0.9 of the memory that
-    would be kept otherwise, OPT-1.3b needs 3 GiB less at 16 x 1024 tokens and takes as long (H100, bf16 weights); at 0.8 it needs
-    6 GiB less and takes 3 % longer. Under autocast, with fp32 weights, 0.9 is 8 GiB less and 5 % longer, 0.98 3 GiB less and 2 %
+    With `saves_memory` backward recomputes some of what is cheap to recompute instead of keeping
+    it. At 0.9 of the memory that would be kept otherwise, OPT-1.3b needs 3 GiB less at 16 x 1024
+    tokens and takes as long (H100, bf16 weights); at 0.8 it needs 6 GiB less and takes 3 % longer.
+    Under autocast, with fp32 weights, 0.9 is 8 GiB less and 5 % longer, 0.98 3 GiB less and 2 %
     longer.
     """
     is_autocast = next(model.parameters()).dtype == torch.float32

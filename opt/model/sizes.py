@@ -1,6 +1,7 @@
 """The published OPT models by size: architecture constants, so that the benchmark needs no network.
 
-Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv:2205.01068), table 1, and the models' config.json.
+Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv:2205.01068), table 1, and
+the models' config.json.
 """
 
 from transformers import OPTConfig

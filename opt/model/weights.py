@@ -1,9 +1,11 @@
-"""Weights, in the layout that each plugin takes: found, read lazily, placed, and proven to be all there.
+"""Weights, in the layout that each plugin takes: found, read lazily, placed, and proven to be all
+there.
 
-facebook/opt-* on the Hub ship fp16 .bin files with the base model's names (`decoder.…`) and without the tied
-`lm_head.weight`; save_pretrained writes `model.decoder.…`, others the whole state dict; any of them in one file or in
-shards. ColossalAI 0.5.0's own loading takes some of these under some plugins, and trains on garbage under others without
-a word. Here all of them become one mapping, name -> tensor, that reads a tensor from disk when it is asked for.
+facebook/opt-* on the Hub ship fp16 .bin files with the base model's names (`decoder.…`) and without
+the tied `lm_head.weight`; save_pretrained writes `model.decoder.…`, others the whole state dict;
+any of them in one file or in shards. ColossalAI 0.5.0's own loading takes some of these under some
+plugins, and trains on garbage under others without a word. Here all of them become one mapping,
+name -> tensor, that reads a tensor from disk when it is asked for.
 """
 
 import gc
@@ -26,39 +28,91 @@ from opt.errors import UserError
 EMBEDDING = "model.decoder.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
 # In the order of preference of transformers' from_pretrained.
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
-_READ = {_FILES[:2]: "model*.safetensors", _FILES[2:]: "pytorch_model*.bin"}  # what says that there are weights -> all their files
+_READ = {
+    _FILES[:2]: "model*.safetensors",
+    _FILES[2:]: "pytorch_model*.bin",
+}  # what says that there are weights -> all their files
 _DEPTH = 2  # folders in folders that are looked into for weights in another form
-# Files that hold weights in a form that is not read -> what to do. By the first pattern that fits a name, or a path with folders.
-_SAFE = "convert it to model.safetensors (from_pretrained and save_pretrained of transformers do it)"
+# Files that hold weights in a form that is not read -> what to do. By the first pattern that fits a
+# name, or a path with folders.
+_SAFE = (
+    "convert it to model.safetensors (from_pretrained and save_pretrained of transformers do it)"
+)
 _NOT_READ = {
-    "adapter_model.*": "it is an adapter alone: merge it into its model (PEFT's merge_and_unload), and give that",
+    "adapter_model.*": "it is an adapter alone: merge it into its model (PEFT's merge_and_unload), "
+    "and give that",
     "*gptq*": "quantized weights cannot be trained: give the original model",
     "*awq*": "quantized weights cannot be trained: give the original model",
     "*.gguf": "quantized weights cannot be trained: give the original model",
     "*.ggml": "quantized weights cannot be trained: give the original model",
     "*.msgpack": f"{_SAFE}, with from_flax=True",
     "*.h5": f"{_SAFE}, with from_tf=True",
-    "*_model_states.pt": "it is DeepSpeed's checkpoint: join it with its zero_to_fp32.py into pytorch_model.bin",
-    "*_optim_states.pt": "it is DeepSpeed's checkpoint: join it with its zero_to_fp32.py into pytorch_model.bin",
-    "*.distcp": "it is a distributed checkpoint: join it (torch.distributed.checkpoint.format_utils.dcp_to_torch_save) and convert it",
-    "restored.pt": "it is metaseq's: convert it with transformers' convert_opt_original_pytorch_checkpoint_to_pytorch.py",
-    "reshard-*.pt": "it is metaseq's: convert it with transformers' convert_opt_original_pytorch_checkpoint_to_pytorch.py",
-    "model*.safetensors": "model.safetensors.index.json lacks beside it: download or copy that, or rename it if it is the whole model",
-    "pytorch_model*.bin": "pytorch_model.bin.index.json lacks beside it: download or copy that, or rename it if it is the whole model",
+    "*_model_states.pt": "it is DeepSpeed's checkpoint: join it with its zero_to_fp32.py into "
+    "pytorch_model.bin",
+    "*_optim_states.pt": "it is DeepSpeed's checkpoint: join it with its zero_to_fp32.py into "
+    "pytorch_model.bin",
+    "*.distcp": "it is a distributed checkpoint: join it "
+    "(torch.distributed.checkpoint.format_utils.dcp_to_torch_save) and convert it",
+    "restored.pt": "it is metaseq's: convert it with transformers' "
+    "convert_opt_original_pytorch_checkpoint_to_pytorch.py",
+    "reshard-*.pt": "it is metaseq's: convert it with transformers' "
+    "convert_opt_original_pytorch_checkpoint_to_pytorch.py",
+    "model*.safetensors": "model.safetensors.index.json lacks beside it: download or copy that, or "
+    "rename it if it is the whole model",
+    "pytorch_model*.bin": "pytorch_model.bin.index.json lacks beside it: download or copy that, or "
+    "rename it if it is the whole model",
     "*.safetensors": "if it is the whole model, rename it to model.safetensors",
     "*.bin": "if it is the whole model, rename it to pytorch_model.bin",
-    **dict.fromkeys(("*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy", "*.onnx", "*.ot", "*.pkl", "*.pdparams", "*.mlmodel"), _SAFE),
+    **dict.fromkeys(
+        (
+            "*.pt",
+            "*.pth",
+            "*.ckpt",
+            "*.npz",
+            "*.npy",
+            "*.onnx",
+            "*.ot",
+            "*.pkl",
+            "*.pdparams",
+            "*.mlmodel",
+        ),
+        _SAFE,
+    ),
 }
 # Names that end like these and hold no weights of a model.
-_OF_QUANTIZED = (".qweight", ".qzeros", ".scales", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale")
-_NO_WEIGHTS = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "trainer_state*", "tokenizer*")
+_OF_QUANTIZED = (
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+    ".weight_packed",
+    ".weight_scale",
+)
+_NO_WEIGHTS = (
+    "training_args.*",
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "random_states*",
+    "trainer_state*",
+    "tokenizer*",
+)
 
 
 class Weights(Mapping):
-    """Names and tensors of an OPTForCausalLM. Iteration leaves out the tied head, which is there all the same."""
+    """Names and tensors of an OPTForCausalLM. Iteration leaves out the tied head, which is there
+    all the same."""
 
     def __init__(self, names: dict):
         self._names = names  # name -> where _read finds it
@@ -88,12 +142,14 @@ class Weights(Mapping):
         return len(self._names)
 
     def copy(self):
-        """What GeminiDDP.load_state_dict calls before it reads; there is nothing here that it could change."""
+        """What GeminiDDP.load_state_dict calls before it reads; there is nothing here that it could
+        change."""
         return self
 
 
 class CheckpointWeights(Weights):
-    """The weights in a local directory, whatever their file format and layout. Reads with mmap, one tensor at a time."""
+    """The weights in a local directory, whatever their file format and layout. Reads with mmap, one
+    tensor at a time."""
 
     def __init__(self, directory: Path):
         self._open: dict[Path, object] = {}
@@ -111,15 +167,20 @@ class CheckpointWeights(Weights):
                     self._open[file] = safe_open(file, framework="pt")
                 else:
                     # Files of torch before 1.6 are no zip archives, and are read whole.
-                    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                    tensors = torch.load(
+                        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+                    )
                     if not isinstance(tensors, dict) or not all(
-                        isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()
+                        isinstance(k, str) and isinstance(t, torch.Tensor)
+                        for k, t in tensors.items()
                     ):
                         raise ValueError("it holds something else than tensors by name")
                     self._open[file] = tensors
             except Exception as error:  # every reader has exceptions of its own for a broken file
                 reason = str(error).split("\n")[0]
-                raise UserError(f"{file} cannot be read as weights ({reason:.200}): download or copy it again") from error
+                raise UserError(
+                    f"{file} cannot be read as weights ({reason:.200}): download or copy it again"
+                ) from error
         return self._open[file]
 
     def _read(self, where):
@@ -127,36 +188,57 @@ class CheckpointWeights(Weights):
         file = self._file(path)
         tensor = file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
         if tensor.dtype not in _DTYPES:
-            raise UserError(f"{path}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be trained; use the original")
-        # By the extremes, which a nan or an infinity is always among: 17 GB/s, where isfinite() manages 0.3.
+            raise UserError(
+                f"{path}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be "
+                "trained; use the original"
+            )
+        # By the extremes, which a nan or an infinity is always among: 17 GB/s, where isfinite()
+        # manages 0.3.
         if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
-            raise UserError(f"{path}: {key} holds nan or infinity: the file is damaged, or its training had failed; use another")
+            raise UserError(
+                f"{path}: {key} holds nan or infinity: the file is damaged, or its training had "
+                "failed; use another"
+            )
         return tensor
 
     def check(self) -> None:
-        """Raise UserError for what would be read wrongly: quantized weights, a head that is not the embedding."""
+        """Raise UserError for what would be read wrongly: quantized weights, a head that is not the
+        embedding."""
         quantized = next((name for name in self if name.endswith(_OF_QUANTIZED)), None)
         if quantized:
             path, key = self._names[quantized]
-            raise UserError(f"{path} has {key}, of quantized weights, which cannot be trained: give the original model")
-        if self._head and EMBEDDING in self._names and not torch.equal(self._read(self._head), self[EMBEDDING]):
+            raise UserError(
+                f"{path} has {key}, of quantized weights, which cannot be trained: give the "
+                "original model"
+            )
+        if (
+            self._head
+            and EMBEDDING in self._names
+            and not torch.equal(self._read(self._head), self[EMBEDDING])
+        ):
             path, key = self._head
             raise UserError(
-                f"{path}: {key} is not the embedding, which config.json ties it to (tie_word_embeddings), and would be lost: an output "
-                "projection of its own is not supported; if it is of no use, remove it from the file"
+                f"{path}: {key} is not the embedding, which config.json ties it to "
+                "(tie_word_embeddings), and would be lost: an output "
+                "projection of its own is not supported; if it is of no use, remove it from the "
+                "file"
             )
 
     def shape(self, name):
         path, key = self._names[name]
         file = self._file(path)
-        return tuple(file.get_slice(key).get_shape() if path.suffix == ".safetensors" else file[key].shape)
+        return tuple(
+            file.get_slice(key).get_shape() if path.suffix == ".safetensors" else file[key].shape
+        )
 
 
 class InitialWeights(Weights):
-    """Untrained weights as transformers' OPT initialises them: matrices normal(0, init_std), biases 0, norms 1.
+    """Untrained weights as transformers' OPT initialises them: matrices normal(0, init_std), biases
+    0, norms 1.
 
-    Each tensor has a generator of its own, seeded by `seed` and its name, so that every plugin and every parallel size
-    starts from the same model, and no process needs more than the tensor at hand. Made on `device`: a GPU is fast at it.
+    Each tensor has a generator of its own, seeded by `seed` and its name, so that every plugin and
+    every parallel size starts from the same model, and no process needs more than the tensor at
+    hand. Made on `device`: a GPU is fast at it.
     """
 
     def __init__(self, model: nn.Module, seed: int, device: torch.device | str = "cpu"):
@@ -169,10 +251,16 @@ class InitialWeights(Weights):
     def _read(self, name):
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, device=self._device)
+            return torch.full(
+                shape, 1.0 if name.endswith("norm.weight") else 0.0, device=self._device
+            )
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        weight = torch.empty(shape, device=self._device).normal_(0.0, self._std, generator=generator)
+        generator = torch.Generator(self._device).manual_seed(
+            int.from_bytes(digest[:8], "little") >> 1
+        )
+        weight = torch.empty(shape, device=self._device).normal_(
+            0.0, self._std, generator=generator
+        )
         if name == EMBEDDING and self._pad is not None:
             weight[self._pad] = 0.0
         return weight
@@ -182,12 +270,14 @@ class InitialWeights(Weights):
 
 
 def _full_name(key: str) -> str:
-    """The name in OPTForCausalLM of a checkpoint's key: base-model keys lack the `model.` in front."""
+    """The name in OPTForCausalLM of a checkpoint's key: base-model keys lack the `model.` in
+    front."""
     return f"model.{key}" if key.startswith("decoder.") else key
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the directory's weights; empty where there are none. Raises UserError for a missing shard."""
+    """The files that hold the directory's weights; empty where there are none. Raises UserError for
+    a missing shard."""
     for name in _FILES:
         file = directory / name
         if not file.is_file():
@@ -195,16 +285,22 @@ def weight_files(directory: Path) -> list[Path]:
         if file.suffix != ".json":
             return [file]
         try:
-            shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(
+                set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+            )
             if not shards:  # not a reason to train from scratch
                 raise ValueError("it names no file")
             if strange := next((s for s in shards if not _SHARD.fullmatch(s)), None):
                 raise ValueError(f"{strange:.60} is no name of a file beside it")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{file} is not an index of weight files ({error!r}): download or copy it again") from error
+            raise UserError(
+                f"{file} is not an index of weight files ({error!r}): download or copy it again"
+            ) from error
         missing = [s for s in shards if not (directory / s).is_file()]
         if missing:
-            raise UserError(f"{file} names {missing[0]}, which is not there: download or copy it again")
+            raise UserError(
+                f"{file} names {missing[0]}, which is not there: download or copy it again"
+            )
         return [directory / s for s in shards]
     names = (
         str(Path(folder, name).relative_to(directory))
@@ -217,40 +313,68 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _refuse_unread(files: Iterable[str], place: str) -> None:
-    """Raise UserError if any of `files`, paths in `place`, holds weights: there is none that is read, but that is no reason to train
-    from scratch."""
+    """Raise UserError if any of `files`, paths in `place`, holds weights: there is none that is
+    read, but that is no reason to train from scratch."""
     for file in sorted(files, key=lambda file: (file.count("/"), file)):
         name = file.rsplit("/", 1)[-1]
-        advice = next((advice for pattern, advice in _NOT_READ.items() if fnmatch(name.lower(), pattern)), None)
+        advice = next(
+            (advice for pattern, advice in _NOT_READ.items() if fnmatch(name.lower(), pattern)),
+            None,
+        )
         if advice and not any(fnmatch(name.lower(), pattern) for pattern in _NO_WEIGHTS):
             if name in _FILES:
-                advice = f"give {file.removesuffix(name)} itself, with config.json and the tokenizer in it, or move its files up"
-            raise UserError(f"{place} has no {' or '.join(_FILES[::2])}, but {file}, which is not read: {advice}")
+                advice = (
+                    f"give {file.removesuffix(name)} itself, with config.json and the "
+                    "tokenizer in it, or move its files up"
+                )
+            raise UserError(
+                f"{place} has no {' or '.join(_FILES[::2])}, but {file}, which is not read: "
+                f"{advice}"
+            )
 
 
 def locate(model_name_or_path: str) -> Path:
-    """The local directory of a model: itself, or the Hub's snapshot of it, downloaded once a node (by a file lock).
+    """The local directory of a model: itself, or the Hub's snapshot of it, downloaded once a node
+    (by a file lock).
 
     Raises UserError.
     """
     if os.path.isdir(model_name_or_path):
         return Path(model_name_or_path)
-    looks_local = model_name_or_path.startswith((".", "/", "~")) or model_name_or_path.count("/") != 1
+    looks_local = (
+        model_name_or_path.startswith((".", "/", "~")) or model_name_or_path.count("/") != 1
+    )
     if looks_local or os.path.exists(model_name_or_path):
-        raise UserError(f"--model_name_or_path {model_name_or_path}: no such directory; give one, or a Hub id such as facebook/opt-350m")
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: no such directory; give one, or a Hub id "
+            "such as facebook/opt-350m"
+        )
 
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        # With a time limit: without one, as in snapshot_download, a Hub that takes the connection and is silent is waited for.
-        listing = HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
+        # With a time limit: without one, as in snapshot_download, a Hub that takes the connection
+        # and is silent is waited for.
+        listing = (
+            HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
+        )
         files = [file.rfilename for file in listing]
-        beside = [file for file in files if "/" not in file]  # config.json; what lies in folders is of other models
-        weights = next((pattern for names, pattern in _READ.items() if set(names) & set(beside)), None)
+        beside = [
+            file for file in files if "/" not in file
+        ]  # config.json; what lies in folders is of other models
+        weights = next(
+            (pattern for names, pattern in _READ.items() if set(names) & set(beside)), None
+        )
         if not weights:
             _refuse_unread(files, f"--model_name_or_path {model_name_or_path}")
-        wanted = [file for file in beside if fnmatch(file, "*.json") or fnmatch(file, "*.txt") or (weights and fnmatch(file, weights))]
+        wanted = [
+            file
+            for file in beside
+            if fnmatch(file, "*.json")
+            or fnmatch(file, "*.txt")
+            or (weights and fnmatch(file, weights))
+        ]
         directory = Path(snapshot_download(model_name_or_path, allow_patterns=wanted))
         if not weights or weight_files(directory):
             return directory
@@ -263,14 +387,22 @@ def locate(model_name_or_path: str) -> Path:
             return directory
     except (HfHubHTTPError, OSError, ValueError):
         pass
-    reason = "no such model, or a private one" if isinstance(first_try, RepositoryNotFoundError) else str(first_try).split("\n")[0]
+    reason = (
+        "no such model, or a private one"
+        if isinstance(first_try, RepositoryNotFoundError)
+        else str(first_try).split("\n")[0]
+    )
     raise UserError(
-        f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from the Hub ({reason}); give a local directory"
+        f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from "
+        f"the Hub ({reason}); give a local directory"
     ) from first_try
 
 
-def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.device | str = "cpu") -> Weights:
-    """The checkpoint in `directory`, checked against `model`'s names and shapes; initial weights where there is none.
+def open_weights(
+    directory: Path, model: nn.Module, seed: int, device: torch.device | str = "cpu"
+) -> Weights:
+    """The checkpoint in `directory`, checked against `model`'s names and shapes; initial weights
+    where there is none.
 
     `model` may be on the meta device. Raises UserError.
     """
@@ -282,24 +414,31 @@ def open_weights(directory: Path, model: nn.Module, seed: int, device: torch.dev
     missing = sorted(expected.keys() - weights.keys())
     if missing:
         raise UserError(
-            f"the weights in {directory} lack {len(missing)} of the model's tensors, {missing[0]} the first: they do not belong to its config.json"
+            f"the weights in {directory} lack {len(missing)} of the model's tensors, {missing[0]} "
+            "the first: they do not belong to its config.json"
         )
     extra = sorted(weights.keys() - expected.keys())
     if extra:
         raise UserError(
-            f"the weights in {directory} have {len(extra)} tensors that the model lacks, {extra[0]} the first: they do not belong to its config.json"
+            f"the weights in {directory} have {len(extra)} tensors that the model lacks, "
+            f"{extra[0]} the first: they do not belong to its config.json"
         )
     for name, shape in expected.items():
         if weights.shape(name) != shape:
-            raise UserError(f"the weights in {directory}: {name} is {weights.shape(name)}, its config.json says {shape}")
+            raise UserError(
+                f"the weights in {directory}: {name} is {weights.shape(name)}, its config.json "
+                f"says {shape}"
+            )
     return weights
 
 
 def place(model: nn.Module, weights: Weights) -> None:
-    """Fill the boosted `model` from `weights`, a tensor at a time; fp32 copies of 16-bit weights are state.fill_copies' work.
+    """Fill the boosted `model` from `weights`, a tensor at a time; fp32 copies of 16-bit weights
+    are state.fill_copies' work.
 
-    ColossalAI's parallel layers and GeminiDDP know how to take their part of a whole tensor in `_load_from_state_dict`.
-    Raises RuntimeError if any parameter of this process was left without its weights.
+    ColossalAI's parallel layers and GeminiDDP know how to take their part of a whole tensor in
+    `_load_from_state_dict`. Raises RuntimeError if any parameter of this process was left without
+    its weights.
     """
     from colossalai.zero import GeminiDDP
 
@@ -315,11 +454,13 @@ def place(model: nn.Module, weights: Weights) -> None:
 
 
 def _fill(module: nn.Module, weights: Weights, prefix: str, missing: list, errors: list) -> None:
-    # As nn.Module.load_state_dict does it, which however first copies the whole mapping into memory.
+    # As nn.Module.load_state_dict does it, which however first copies the whole mapping into
+    # memory.
     if module._parameters or module._buffers:
         module._load_from_state_dict(weights, prefix, {}, True, missing, [], errors)
-        # ColossalAI 0.5.0's shard of a tensor refers to itself (_hijack_detach_and_clone): it, and at times the whole tensor
-        # that it was cut from, would stay in memory until Python looks for such cycles.
+        # ColossalAI 0.5.0's shard of a tensor refers to itself (_hijack_detach_and_clone): it, and
+        # at times the whole tensor that it was cut from, would stay in memory until Python looks
+        # for such cycles.
         gc.collect(1)
     for name, child in module._modules.items():
         if child is not None:

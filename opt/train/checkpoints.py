@@ -2,14 +2,17 @@
 
 A checkpoint is a folder <output_path>/checkpoints/step-00000123:
 
-    rank-00000.safetensors ...   a file a process: its share of the model and of Adam's moments, as whole fp32 tensors by name
-                                 (weights/..., exp_avg/..., exp_avg_sq/...), and its random-number state (rng/...)
-    state.json                   position in the data, Adam's count of updates, loss scale, arguments, checksum of the data
+    rank-00000.safetensors ...   a file a process: its share of the model and of Adam's moments, as
+                                 whole fp32 tensors by name (weights/..., exp_avg/...,
+                                 exp_avg_sq/...), and its random-number state (rng/...)
+    state.json                   position in the data, Adam's count of updates, loss scale,
+        arguments, checksum of the data
     metrics.jsonl                the run's up to here
     manifest.json                bytes and SHA-256 of each of these
 
-Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and `latest` names it last. Tensors
-are copied to host memory while training waits (12 bytes a parameter over all processes); a thread writes them while it goes on.
+Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and
+`latest` names it last. Tensors are copied to host memory while training waits (12 bytes a parameter
+over all processes); a thread writes them while it goes on.
 """
 
 import errno
@@ -31,14 +34,12 @@ from safetensors import safe_open
 
 from opt.colossal.adam import MOMENTS
 from opt.colossal.pieces import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
-from opt.colossal.plugin import Plugin
 from opt.colossal.processes import Place
 from opt.data.batches import Position
 from opt.data.tokens import Rows
 from opt.errors import Diverged, UserError
 from opt.model import weights
-from opt.train.export import flush_to_disk, output_directory
-from opt.train.recorder import Recorder
+from opt.train.export import flush_to_disk
 from opt.train.schedule import set_step
 from opt.train.signals import Control
 
@@ -47,27 +48,36 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 class Saver:
-    """Writes checkpoints, one at a time, and says when a run is to stop. Made and used by all processes together."""
+    """Writes checkpoints, one at a time, and says when a run is to stop. Made and used by all
+    processes together."""
 
-    def __init__(
-        self, plan: Namespace, here: Place, control: Control, plugin: Plugin, optimizer, lr_schedule, rows: Rows, model: weights.Weights
-    ):
-        """`rows`: to train on; `model`: its weights, of which the shapes are asked."""
-        self._directory, self._plan, self._here, self._control = folder(output_directory(plan.output_path)), plan, here, control
-        self._optimizer, self._lr_schedule, self._rows, self._checksum = optimizer, lr_schedule, rows, None
-        self._state = TrainingState(plugin.form, plugin.spread, {name: torch.Size(model.shape(name)) for name in model})
+    def __init__(self, run, control: Control, boosted, model: weights.Weights):
+        """`run`: a plan.Run; `boosted`: what is trained, see opt_train_demo.py; `model`: its
+        weights, of which the shapes are asked."""
+        self._directory, self._plan = folder(run.output), run.plan
+        self._here, self._control, self._rows = run.here, control, run.dataset.train
+        self._optimizer, self._lr_schedule = boosted.optimizer, boosted.lr_schedule
+        self._checksum: str | None = None  # of the rows
+        shapes = {name: torch.Size(model.shape(name)) for name in model}
+        self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
         self._thread: threading.Thread | None = None
         self.saved: Path | None = None  # the newest that is complete
-        if here.is_main:
-            for left_over in (*self._directory.glob(f"{_WRITING}*"), *self._directory.glob(f"{_REMOVING}*")):
+        if self._here.is_main:
+            for left_over in (
+                *self._directory.glob(f"{_WRITING}*"),
+                *self._directory.glob(f"{_REMOVING}*"),
+            ):
                 shutil.rmtree(left_over)
 
-    def after(self, position: Position, recorder: Recorder, is_last: bool) -> str | None:
-        """To be called after each step: saves where that is due, or where a signal asks the run to stop, which it returns the name of.
+    def after(self, position: Position, recorder, is_last: bool) -> str | None:
+        """To be called after each step: saves where that is due, or where a signal asks the run to
+        stop, which it returns the name of.
 
         Raises Diverged on all processes after --max_bad_steps steps in a row that changed nothing.
         """
-        is_due = bool(self._plan.save_steps) and (position.step % self._plan.save_steps == 0 or position.rows == 0 or is_last)
+        is_due = bool(self._plan.save_steps) and (
+            position.step % self._plan.save_steps == 0 or position.rows == 0 or is_last
+        )
         if is_due or is_last:
             recorder.flush()
         skipped, signal_ = recorder.skipped_in_a_row, self._control.signal or 0
@@ -81,7 +91,10 @@ class Saver:
                 if self.saved
                 else "there is no checkpoint: start anew"
             )
-            raise Diverged(f"{skipped} steps in a row had a loss or a gradient that is not finite; {way}, and with a lower --learning_rate")
+            raise Diverged(
+                f"{skipped} steps in a row had a loss or a gradient that is not finite; {way}, and "
+                "with a lower --learning_rate"
+            )
         if stopped_by or (is_due and not skipped):
             recorder.flush()
             self.begin(position, recorder.path)
@@ -95,9 +108,11 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def restore(self, checkpoint: "Checkpoint") -> None:
-        """Put a checkpoint's state into a run that was built with its weights, in fp32 where Adam updates them.
+        """Put a checkpoint's state into a run that was built with its weights, in fp32 where Adam
+        updates them.
 
-        The random-number state is taken up where the number of processes is the same; otherwise dropout starts from the seed.
+        The random-number state is taken up where the number of processes is the same; otherwise
+        dropout starts from the seed.
         """
         for kind in MOMENTS:
             self._state.load(kind, checkpoint.tensors(kind))
@@ -109,10 +124,18 @@ class Saver:
         self.saved = checkpoint.path
 
     def begin(self, position: Position, metrics: Path) -> None:
-        """Copy the state; its writing goes on in the background. `metrics` is the main process's metrics.jsonl."""
+        """Copy the state; its writing goes on in the background. `metrics` is the main process's
+        metrics.jsonl."""
         self.finish()
-        tensors = {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in self._state.own_share(kind)}
-        tensors |= {f"rng/{self._here.rank}/{name}": tensor for name, tensor in _rng_state(self._here).items()}
+        tensors = {
+            f"{kind}/{name}": tensor
+            for kind in KINDS
+            for name, tensor in self._state.own_share(kind)
+        }
+        tensors |= {
+            f"rng/{self._here.rank}/{name}": tensor
+            for name, tensor in _rng_state(self._here).items()
+        }
         texts = {}
         if self._here.is_main:
             state = {
@@ -123,13 +146,18 @@ class Saver:
                 "arguments": vars(self._plan),
             }
             texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}
-        self._final, self._written, self._error = self._directory / f"step-{position.step:08d}", {}, "its writer did not come to an end"
+        self._final, self._written, self._error = (
+            self._directory / f"step-{position.step:08d}",
+            {},
+            "its writer did not come to an end",
+        )
         self._thread = threading.Thread(target=self._write, args=(tensors, texts))
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one, and make it one. Raises UserError on all processes
-        if any of them could not write its part; the checkpoints from before are untouched then."""
+        """Wait for the checkpoint that is being written, if there is one, and make it one. Raises
+        UserError on all processes if any of them could not write its part; the checkpoints from
+        before are untouched then."""
         if self._thread is None:
             return
         self._thread.join()
@@ -138,11 +166,22 @@ class Saver:
         error = next((error for _, error in results if error), None)
         if error is None:
             if self._here.is_main:
-                error = self._try(lambda: self._publish({name: entry for written, _ in results for name, entry in written.items()}))
+                error = self._try(
+                    lambda: self._publish(
+                        {name: entry for written, _ in results for name, entry in written.items()}
+                    )
+                )
             error = self._control.gather(error)[0]
         if error:
-            before = f"the newest complete one is {self.saved}" if self.saved else "there is none before it"
-            raise UserError(f"checkpoint {self._final} could not be written ({error}): {before}; make room, then go on with --resume auto")
+            before = (
+                f"the newest complete one is {self.saved}"
+                if self.saved
+                else "there is none before it"
+            )
+            raise UserError(
+                f"checkpoint {self._final} could not be written ({error}): {before}; make room, "
+                "then go on with --resume auto"
+            )
         self.saved = self._final
 
     def _write(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
@@ -166,7 +205,9 @@ class Saver:
         self._written[name] = _write(self._aside / name, safetensors_parts(tensors))
         if texts:
             self._checksum = self._checksum or self._rows.checksum()
-            texts["state.json"] = json.dumps(texts["state.json"] | {"data": self._checksum}, indent=1).encode()
+            texts["state.json"] = json.dumps(
+                texts["state.json"] | {"data": self._checksum}, indent=1
+            ).encode()
         for name, text in texts.items():
             self._written[name] = _write(self._aside / name, [text])
 
@@ -174,7 +215,11 @@ class Saver:
         """Rename the folder, then move the pointer, then remove what is now too old."""
         for name in manifest:
             if not (self._aside / name).is_file():
-                raise OSError(errno.ENOENT, "a process wrote elsewhere, the nodes must share --output_path", name)
+                raise OSError(
+                    errno.ENOENT,
+                    "a process wrote elsewhere, the nodes must share --output_path",
+                    name,
+                )
         _write(self._aside / _MANIFEST, [json.dumps(manifest, indent=1).encode()])
         flush_to_disk(self._aside)
         if self._final.exists():  # of an earlier try, from which this run has gone back
@@ -186,7 +231,9 @@ class Saver:
         flush_to_disk(self._directory)
         there = complete(self._directory)
         abandoned = [c for c in there if c.name > self._final.name]  # the run went back behind them
-        for old in abandoned + [c for c in there if c not in abandoned][: -self._plan.save_total_limit]:
+        for old in (
+            abandoned + [c for c in there if c not in abandoned][: -self._plan.save_total_limit]
+        ):
             self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
@@ -221,7 +268,14 @@ class Checkpoint:
 class _Tensors(weights.Weights):
     def __init__(self, files: list[Path], prefix: str):
         opened = [safe_open(file, framework="pt") for file in files]
-        super().__init__({key.removeprefix(prefix): (file, key) for file in opened for key in file.keys() if key.startswith(prefix)})
+        super().__init__(
+            {
+                key.removeprefix(prefix): (file, key)
+                for file in opened
+                for key in file.keys()
+                if key.startswith(prefix)
+            }
+        )
 
     def _read(self, where):
         file, key = where
@@ -238,17 +292,25 @@ def folder(output_directory: Path) -> Path:
 
 
 def complete(directory: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first. One of such a name is complete: it got it by being renamed."""
-    return sorted(p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / _MANIFEST).is_file())
+    """The checkpoints in a folder, oldest first. One of such a name is complete: it got it by being
+    renamed."""
+    return sorted(
+        p
+        for p in directory.glob("step-*")
+        if re.fullmatch(r"step-\d{8,}", p.name) and (p / _MANIFEST).is_file()
+    )
 
 
 def find(resume: str | None, output_directory: Path) -> Checkpoint | None:
-    """The checkpoint that --resume asks for, all of its files checked; None to start anew. Raises UserError."""
+    """The checkpoint that --resume asks for, all of its files checked; None to start anew. Raises
+    UserError."""
     there = complete(folder(output_directory))
     if resume is None:
         if there:
             raise UserError(
-                f"{folder(output_directory)} has checkpoints, {there[-1].name} the newest: go on from it with --resume auto; to start anew, move them away or choose another --output_path"
+                f"{folder(output_directory)} has checkpoints, {there[-1].name} the newest: go on "
+                "from it with --resume auto; to start anew, move them away or choose another "
+                "--output_path"
             )
         return None
     if resume == "auto":
@@ -258,38 +320,63 @@ def find(resume: str | None, output_directory: Path) -> Checkpoint | None:
     else:
         path = Path(resume)
         if not (path / _MANIFEST).is_file():
-            raise UserError(f"--resume {resume} is not a complete checkpoint, a folder with {_MANIFEST}: give one, or auto for the newest")
+            raise UserError(
+                f"--resume {resume} is not a complete checkpoint, a folder with {_MANIFEST}: give "
+                "one, or auto for the newest"
+            )
     damage = _damage(path)
     if damage:
         before = [c for c in complete(path.parent) if c.name < path.name]
-        offer = f"go on from the one before it, --resume {before[-1]}" if before else "there is none before it: start anew"
+        offer = (
+            f"go on from the one before it, --resume {before[-1]}"
+            if before
+            else "there is none before it: start anew"
+        )
         raise UserError(f"checkpoint {path} is damaged, {damage}; {offer}")
     return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
-def check_same_run(checkpoint: Checkpoint, plan: Namespace, model: weights.Weights, rows: Rows) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, plan: Namespace, model: weights.Weights, rows: Rows
+) -> None:
     """Raise UserError if a checkpoint is of other data, another order of them, or another model."""
     before, now = checkpoint.state["arguments"], vars(plan)
     if before["seed"] != plan.seed:
-        raise UserError(f"checkpoint {checkpoint.path} was made with --seed {before['seed']}, not {plan.seed}: give the same")
+        raise UserError(
+            f"checkpoint {checkpoint.path} was made with --seed {before['seed']}, not {plan.seed}: "
+            "give the same"
+        )
     if checkpoint.state["data"] != rows.checksum():
         flags = ("dataset", "text_column", "max_length", "eval_fraction")
-        changed = ", ".join(f"--{flag} was {before[flag]}, not {now[flag]}" for flag in flags if before[flag] != now[flag])
+        changed = ", ".join(
+            f"--{flag} was {before[flag]}, not {now[flag]}"
+            for flag in flags
+            if before[flag] != now[flag]
+        )
         raise UserError(
-            f"checkpoint {checkpoint.path} was made with other training data ({changed or 'same flags, other texts or tokenizer'}): give the same"
+            f"checkpoint {checkpoint.path} was made with other training data "
+            f"({changed or 'same flags, other texts or tokenizer'}): give the same"
         )
     saved = checkpoint.tensors(WEIGHTS)
     for name in sorted({*saved, *model}):
         if name not in saved or name not in model or saved.shape(name) != model.shape(name):
-            raise UserError(f"checkpoint {checkpoint.path} is of another model than {plan.model_name_or_path}: they differ in {name}")
+            raise UserError(
+                f"checkpoint {checkpoint.path} is of another model than {plan.model_name_or_path}: "
+                f"they differ in {name}"
+            )
 
 
 def safetensors_parts(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file. That package's own writer first copies each tensor, and has errors of the disk in words only."""
+    """The bytes of a safetensors file. That package's own writer first copies each tensor, and has
+    errors of the disk in words only."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -323,7 +410,9 @@ def _damage(checkpoint: Path) -> str | None:
         if file.stat().st_size != expected:
             return f"{name} has {file.stat().st_size} bytes, not {expected}"
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(sizes, pool.map(_sha256, (checkpoint / name for name in sizes)), strict=True):
+        for name, digest in zip(
+            sizes, pool.map(_sha256, (checkpoint / name for name in sizes)), strict=True
+        ):
             if digest != sizes[name][1]:
                 return f"{name} is not what was written (SHA-256)"
     return None

@@ -1,7 +1,7 @@
 """Everything that can go wrong before training, checked.
 
-check() runs on every process before any of them waits for another: it reaches the same verdict everywhere, so a mistake
-ends all processes at once.
+check() runs on every process before any of them waits for another: it reaches the same verdict
+everywhere, so a mistake ends all processes at once.
 """
 
 import fcntl
@@ -48,7 +48,8 @@ def check(flags: Namespace, here: Place) -> Setup:
     plan = _check_processes(flags, here)
     if plan.report_to != "none" and importlib.util.find_spec(plan.report_to) is None:
         raise UserError(
-            f"--report_to {plan.report_to} needs a package that is not installed: pip install {plan.report_to}, or leave it out"
+            f"--report_to {plan.report_to} needs a package that is not installed: pip install "
+            f"{plan.report_to}, or leave it out"
         )
     _check_writable(plan.output_path)
 
@@ -56,7 +57,9 @@ def check(flags: Namespace, here: Place) -> Setup:
     source = load_config(directory)
     config = with_dropout(source, plan.dropout)
     _check_shape(config, plan)
-    plan = plan.but(max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings))
+    plan = plan.but(
+        max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
+    )
     _check_length("--max_length", plan.max_length, config)
     tokenizer = tokens.load_tokenizer(directory)
     _check_tokenizer(tokenizer, config, directory)
@@ -65,7 +68,8 @@ def check(flags: Namespace, here: Place) -> Setup:
 
 
 def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig, weights.Weights]:
-    """The same for the benchmark, which needs no data and no trained weights: its plan, and the model. Raises UserError."""
+    """The same for the benchmark, which needs no data and no trained weights: its plan, and the
+    model. Raises UserError."""
     plan = _check_processes(flags, here)
     size = plan.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
     if size in PRESETS:
@@ -73,59 +77,88 @@ def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig
     elif Path(plan.model_name_or_path).is_dir():
         config = with_dropout(load_config(Path(plan.model_name_or_path)), plan.dropout)
     else:
-        raise UserError(f"--model_name_or_path {plan.model_name_or_path}: neither a directory nor one of {', '.join(PRESETS)}")
+        raise UserError(
+            f"--model_name_or_path {plan.model_name_or_path}: neither a directory nor one of "
+            f"{', '.join(PRESETS)}"
+        )
     _check_shape(config, plan)
     _check_length("--seq_length", plan.seq_length, config)
     return plan, config, weights.InitialWeights(meta_model(config), plan.seed, here.device)
 
 
 def check_first_loss(loss: float, setup: Setup) -> None:
-    """Refuse to train a model whose first loss no model has whose weights are in place. Raises UserError.
+    """Refuse to train a model whose first loss no model has whose weights are in place. Raises
+    UserError.
 
-    Without any knowledge of the text the loss is ln(vocabulary); half as much again takes wrong weights.
+    Without any knowledge of the text the loss is ln(vocabulary); half as much again takes wrong
+    weights.
     """
     bound = 1.5 * math.log(setup.config.vocab_size)
     if not loss <= bound:  # nan too
         raise UserError(
-            f"the first loss is {loss:.3f}, over {bound:.3f} (1.5 x ln {setup.config.vocab_size}): the weights in {setup.directory} "
-            "did not load, are damaged, or belong to another model or tokenizer; download or copy it again"
+            f"the first loss is {loss:.3f}, over {bound:.3f} (1.5 x ln {setup.config.vocab_size}): "
+            f"the weights in {setup.directory} "
+            "did not load, are damaged, or belong to another model or tokenizer; download or copy "
+            "it again"
         )
 
 
 def _check_processes(flags: Namespace, here: Place) -> Namespace:
     """The plan, as far as processes and devices make it."""
     if flags.fp8 and not has_fp8(here.device):
-        raise UserError("--fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later: leave it out")
+        raise UserError(
+            "--fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later: leave it out"
+        )
     plan = resolve(flags, here.device.type, has_bf16(here.device))
     if here.device.type == "cuda" and here.local_rank >= torch.cuda.device_count():
-        raise UserError(f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower --nproc_per_node")
+        raise UserError(
+            f"this node has {torch.cuda.device_count()} GPUs, fewer than its processes: lower "
+            "--nproc_per_node"
+        )
     model_ranks = plan.tp_size * plan.pp_size
     if plan.cuda_graph and here.world_size > 1 and (plan.zero_stage == 0 or model_ranks > 1):
-        raise UserError(f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero: choose that, or leave it out")
+        raise UserError(
+            f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero: choose "
+            "that, or leave it out"
+        )
     if here.world_size % model_ranks:
         raise UserError(
-            f"{here.world_size} processes are not divisible by tp_size {plan.tp_size} x pp_size {plan.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the sizes"
+            f"{here.world_size} processes are not divisible by tp_size {plan.tp_size} x pp_size "
+            f"{plan.pp_size}: start a multiple of {model_ranks} (--nproc_per_node), or change the "
+            "sizes"
         )
     return plan.but(dp_size=here.world_size // model_ranks)
 
 
 def _check_shape(config: OPTConfig, plan: Namespace) -> None:
-    for what, number in (("attention heads", config.num_attention_heads), ("ffn_dim", config.ffn_dim)):
+    for what, number in (
+        ("attention heads", config.num_attention_heads),
+        ("ffn_dim", config.ffn_dim),
+    ):
         if number % plan.tp_size:
-            raise UserError(f"the model's {number} {what} are not divisible by --tp_size {plan.tp_size}: choose another")
+            raise UserError(
+                f"the model's {number} {what} are not divisible by --tp_size {plan.tp_size}: "
+                "choose another"
+            )
     if config.num_hidden_layers < plan.pp_size:
-        raise UserError(f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {plan.pp_size}")
+        raise UserError(
+            f"the model's {config.num_hidden_layers} layers are fewer than --pp_size {plan.pp_size}"
+        )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: OPTConfig, directory: Path) -> None:
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, config: OPTConfig, directory: Path
+) -> None:
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
     if tokens > config.vocab_size:
         raise UserError(
-            f"the tokenizer in {directory} has {tokens} tokens, its config.json's vocabulary {config.vocab_size}: they do not belong together"
+            f"the tokenizer in {directory} has {tokens} tokens, its config.json's vocabulary "
+            f"{config.vocab_size}: they do not belong together"
         )
     if tokenizer.eos_token_id != config.eos_token_id:
         raise UserError(
-            f"the tokenizer in {directory} ends a text with token {tokenizer.eos_token_id}, its config.json's eos_token_id is "
+            f"the tokenizer in {directory} ends a text with token {tokenizer.eos_token_id}, its "
+            "config.json's eos_token_id is "
             f"{config.eos_token_id!r:.60}: they do not belong together"
         )
 
@@ -133,46 +166,64 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: OPTConfig, dire
 def _check_length(flag: str, length: int, config: OPTConfig) -> None:
     if length > config.max_position_embeddings:
         raise UserError(
-            f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use {config.max_position_embeddings} or less"
+            f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use "
+            f"{config.max_position_embeddings} or less"
         )
 
 
 def _check_writable(output_path: str) -> None:
-    """Write and remove a file where the results will go, or in the nearest folder above that exists."""
+    """Write and remove a file where the results will go, or in the nearest folder above that
+    exists."""
     if not output_path:
         raise UserError("--output_path is empty: name a directory")
     target = output_directory(output_path)
     if is_one_file(output_path) and os.path.isdir(output_path):
-        raise UserError(f"--output_path {output_path} is a directory, its name one file's: choose another name")
+        raise UserError(
+            f"--output_path {output_path} is a directory, its name one file's: choose another name"
+        )
     nearest = target
     try:
         nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass
-    except OSError as error:  # of exists() too: a name too long, a folder that this user may not look into
-        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose another place") from error
+    except (
+        OSError
+    ) as error:  # of exists() too: a name too long, a folder that this user may not look into
+        raise UserError(
+            f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose "
+            "another place"
+        ) from error
 
 
 def lock_output(output_path: str) -> None:
-    """Keep other runs out of the output directory until this process ends. To be called by one process of a run.
+    """Keep other runs out of the output directory until this process ends. To be called by one
+    process of a run.
 
-    Raises UserError if another run is there. The kernel releases the lock with the process, however that ends; the file stays.
+    Raises UserError if another run is there. The kernel releases the lock with the process, however
+    that ends; the file stays.
     """
     file = output_directory(output_path) / ".opt_train.lock"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = open(file, "a+")
     except OSError as error:
-        raise UserError(f"--output_path {output_path} cannot be written ({error.strerror}: {file}): choose another place") from error
+        raise UserError(
+            f"--output_path {output_path} cannot be written ({error.strerror}: {file}): choose "
+            "another place"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         raise UserError(
-            f"--output_path {output_path} is in use by another run ({lock.read().strip()}): choose another, or end that run"
+            f"--output_path {output_path} is in use by another run ({lock.read().strip()}): choose "
+            "another, or end that run"
         ) from None
     except OSError as error:  # a network file system without locks
-        print(f"{file} cannot be locked ({error.strerror}): take care that no other run writes there", flush=True)
+        print(
+            f"{file} cannot be locked ({error.strerror}): take care that no other run writes there",
+            flush=True,
+        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()

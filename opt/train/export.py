@@ -1,4 +1,5 @@
-"""The trained model, out of any plugin and any parallel sizes, into a directory that transformers loads."""
+"""The trained model, out of any plugin and any parallel sizes, into a directory that transformers
+loads."""
 
 import json
 import os
@@ -21,20 +22,28 @@ def is_one_file(output_path: str) -> bool:
 
 
 def output_directory(output_path: str) -> Path:
-    """Where metrics.jsonl and loss.png go: --output_path, or the folder of the file that it names."""
+    """Where metrics.jsonl and loss.png go: --output_path, or the folder of the file that it
+    names."""
     return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
 
 
 GENERATION = "generation_config.json"
 
 
-def export_model(plugin: Plugin, source: Path, config: OPTConfig, tokenizer, output_path: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a boosted model in Hugging Face layout; to be called by all processes. `source`: the directory that it came from, `config` what its
-    config.json says.
+def export_model(
+    plugin: Plugin,
+    source: Path,
+    config: OPTConfig,
+    tokenizer,
+    output_path: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a boosted model in Hugging Face layout; to be called by all processes. `source`: the
+    directory that it came from, `config` what its config.json says.
 
-    With pipeline stages each stage writes its own shards, so on several nodes output_path must be a folder that they share.
-    Everything is written aside and moved into place at the end, the file that makes it loadable last: a reader finds the
-    whole model or none.
+    With pipeline stages each stage writes its own shards, so on several nodes output_path must be a
+    folder that they share. Everything is written aside and moved into place at the end, the file
+    that makes it loadable last: a reader finds the whole model or none.
     """
     one_file = is_one_file(output_path)
     target = output_directory(output_path)
@@ -65,11 +74,19 @@ def export_model(plugin: Plugin, source: Path, config: OPTConfig, tokenizer, out
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, shards)
     if is_main:
-        _assemble([shard for own in everyones for shard in own], aside, one_file, Path(output_path).suffix)
-        fields = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch."), "architectures": ["OPTForCausalLM"]}
-        # transformers 4.51 writes down that an attention was chosen, but not which: who loads that gets the slow eager one.
+        _assemble(
+            [shard for own in everyones for shard in own], aside, one_file, Path(output_path).suffix
+        )
+        fields = config.to_dict() | {
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "architectures": ["OPTForCausalLM"],
+        }
+        # transformers 4.51 writes down that an attention was chosen, but not which: who loads that
+        # gets the slow eager one.
         fields.pop("_attn_implementation_autoset", None)
-        fields.pop("quantization_config", None)  # of weights that are not quantized: who loads them would take them for such
+        fields.pop(
+            "quantization_config", None
+        )  # of weights that are not quantized: who loads them would take them for such
         config = OPTConfig.from_dict(fields)
         if one_file:
             os.replace(next(aside.glob("one_file*")), output_path)
@@ -83,7 +100,9 @@ def export_model(plugin: Plugin, source: Path, config: OPTConfig, tokenizer, out
     dist.barrier()
 
 
-def _write_shard(directory: Path, stage: int, number: int, tensors: dict) -> tuple[str, dict[str, int]]:
+def _write_shard(
+    directory: Path, stage: int, number: int, tensors: dict
+) -> tuple[str, dict[str, int]]:
     file = f"stage{stage:03d}-{number:05d}.safetensors"
     _save(tensors, directory / file)
     return file, {name: t.numel() * t.element_size() for name, t in tensors.items()}
@@ -125,7 +144,8 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
 
 
 def _publish(aside: Path, target: Path) -> None:
-    """Move the files into place; the one that a loader starts from leaves first and arrives last."""
+    """Move the files into place; the one that a loader starts from leaves first and arrives
+    last."""
     heads = ("model.safetensors", "model.safetensors.index.json")
     for old in (*heads, "pytorch_model.bin", "pytorch_model.bin.index.json", GENERATION):
         (target / old).unlink(missing_ok=True)

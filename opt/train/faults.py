@@ -1,4 +1,5 @@
-"""What goes wrong while it runs, told in a line: out of memory, a process that is lost or silent, a bug on one of many ranks."""
+"""What goes wrong while it runs, told in a line: out of memory, a process that is lost or silent, a
+bug on one of many ranks."""
 
 import os
 import sys
@@ -19,9 +20,11 @@ OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 
 @contextmanager
 def reported(flags: Namespace) -> Iterator[None]:
-    """End the process, and by that the run, if the body raises: exit code 2 for a UserError, 3 for memory, 1 for the rest.
+    """End the process, and by that the run, if the body raises: exit code 2 for a UserError, 3 for
+    memory, 1 for the rest.
 
-    The others learn of it by their connections to this process, which close: they end with a line that says so.
+    The others learn of it by their connections to this process, which close: they end with a line
+    that says so.
     """
     try:
         yield
@@ -30,8 +33,14 @@ def reported(flags: Namespace) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)
-        if "No space left on device" in str(error):  # safetensors has an exception of its own for it
-            _end(f"error: the disk is full ({_first_line(error)}): make room, or choose another place; what is complete there stays so", 1)
+        if "No space left on device" in str(
+            error
+        ):  # safetensors has an exception of its own for it
+            _end(
+                f"error: the disk is full ({_first_line(error)}): make room, or choose another "
+                "place; what is complete there stays so",
+                1,
+            )
         if lost := lost_process(error, flags.timeout_minutes):
             _end(f"error: {lost}", 1)
         traceback.print_exc()
@@ -46,7 +55,8 @@ def _end(line: str, code: int) -> None:
     if not _several():
         raise SystemExit(code)
     processes.leave_word()
-    # At once: the interpreter's own end waits for the process group's threads, which wait for processes that may be gone.
+    # At once: the interpreter's own end waits for the process group's threads, which wait for
+    # processes that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -63,39 +73,58 @@ def _first_line(error: Exception) -> str:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that the device or the host has no memory left."""
     # PyTorch's allocator for host memory raises a bare RuntimeError.
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(
+        error, (torch.cuda.OutOfMemoryError, MemoryError)
+    ) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def memory_advice(flags: Namespace) -> str:
-    """Which flags would lower the memory that a run takes, of those that it does not have already."""
+    """Which flags would lower the memory that a run takes, of those that it does not have
+    already."""
     advice = []
     if not flags.grad_checkpoint:
         advice.append("--grad_checkpoint")
     if flags.batch_size > 1:
-        advice.append(f"--batch_size under {flags.batch_size} with more --gradient_accumulation_steps")
+        advice.append(
+            f"--batch_size under {flags.batch_size} with more --gradient_accumulation_steps"
+        )
     if not flags.fused_loss and (flags.tp_size or 1) == 1:
         advice.append("--fused_loss")
     if torch.cuda.is_available() and flags.offload_optim_frac != 1:
         advice.append("--plugin gemini --offload_optim_frac 1")
-    return f"try {', or '.join(advice)}" if advice else "use more processes, shorter rows or a smaller model"
+    return (
+        f"try {', or '.join(advice)}"
+        if advice
+        else "use more processes, shorter rows or a smaller model"
+    )
 
 
 def lost_process(error: Exception, timeout_minutes: float) -> str | None:
-    """What a failed collective says about the other processes, in words; None if the error is another one.
+    """What a failed collective says about the other processes, in words; None if the error is
+    another one.
 
     gloo, and the store at times, raise bare RuntimeErrors, NCCL subclasses of dist.DistError.
     """
     text = str(error)
     marks = ("gloo", "Connection closed by peer", "EADDRINUSE")
-    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and any(mark in text for mark in marks)):
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and any(mark in text for mark in marks)
+    ):
         return None
     if "EADDRINUSE" in text:
-        return f"the port {os.environ['MASTER_PORT']} is in use: another run has it; choose another (--master_port)"
+        return (
+            f"the port {os.environ['MASTER_PORT']} is in use: another run has it; choose "
+            "another (--master_port)"
+        )
     if "imed out" in text or "timeout" in text.lower():
         return (
-            f"another process did not answer for {timeout_minutes:g} minutes (--timeout_minutes): it hangs, or was not started, or is "
+            f"another process did not answer for {timeout_minutes:g} minutes (--timeout_minutes): "
+            "it hangs, or was not started, or is "
             "busy with work that takes longer (then raise --timeout_minutes)"
         )
     if killed := processes.killed_processes():
         return f"another process was lost: {killed}"
-    return f"another process was lost ({_first_line(error)[-80:]}): the reason stands above, or on its node"
+    return (
+        f"another process was lost ({_first_line(error)[-80:]}): the reason stands above, or on "
+        "its node"
+    )

@@ -1,9 +1,11 @@
 """Steps as CUDA graphs: the GPU runs what was recorded without waiting for the host.
 
-A step of OPT-350m launches thousands of kernels. With short rows the GPU is through with each before Python has launched the next one;
-replayed from a graph they follow one another at once (one H100, 32 descriptions a step, low_level_zero: 59 ms, and 12 ms replayed). Forward
-and backward are a graph for each shape of batch; the update, which has no shape, is another. Collectives are parts of both: on two GPUs
-the host would need 10 ms a step for them and the update, as long as the rest of the step takes.
+A step of OPT-350m launches thousands of kernels. With short rows the GPU is through with each
+before Python has launched the next one; replayed from a graph they follow one another at once (one
+H100, 32 descriptions a step, low_level_zero: 59 ms, and 12 ms replayed). Forward and backward are a
+graph for each shape of batch; the update, which has no shape, is another. Collectives are parts of
+both: on two GPUs the host would need 10 ms a step for them and the update, as long as the rest of
+the step takes.
 """
 
 from collections.abc import Callable
@@ -14,14 +16,20 @@ from opt.colossal import processes
 from opt.colossal.plugin import Plugin
 from opt.model.kernel_probe import has_kernel
 
-# NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the recording.
+# NCCL's watchdog asks about its events from a thread of its own meanwhile, which must not end the
+# recording.
 _MODE = "thread_local"
 
 
 def record(run: Callable, plugin: Plugin, model) -> "GraphedBackward":
-    """A step of a boosted model, recorded: `run(inputs, weight)` of forward and backward, and the plugin's update if it can be."""
-    graphed = GraphedBackward(run, list(model.parameters()), getattr(plugin.form, "reduction", None))
-    if hasattr(plugin.form, "run") and all(has_kernel(name, plugin.device, *kind) for name, *kind in plugin.update_kernels(plugin.plan)):
+    """A step of a boosted model, recorded: `run(inputs, weight)` of forward and backward, and the
+    plugin's update if it can be."""
+    graphed = GraphedBackward(
+        run, list(model.parameters()), getattr(plugin.form, "reduction", None)
+    )
+    if hasattr(plugin.form, "run") and all(
+        has_kernel(name, plugin.device, *kind) for name, *kind in plugin.update_kernels(plugin.plan)
+    ):
         plugin.form.replay = GraphedUpdate(plugin.form.run, graphed.pool, graphed.stream)
     return graphed
 
@@ -29,27 +37,40 @@ def record(run: Callable, plugin: Plugin, model) -> "GraphedBackward":
 class GraphedBackward:
     """Replays `run(inputs, weight)`, which leaves gradients in `parameters` and returns the loss.
 
-    A shape of batch that comes for the first time is run as it is, which prepares libraries, compiled layers and connections for it, and
-    recorded when it comes again. For parameters that are plain tensors: nothing else may happen in backward than arithmetic, and what
-    `reduction` does (a reduction.LayerwiseZero), which then has the gradients.
+    A shape of batch that comes for the first time is run as it is, which prepares libraries,
+    compiled layers and connections for it, and recorded when it comes again. For parameters that
+    are plain tensors: nothing else may happen in backward than arithmetic, and what `reduction`
+    does (a reduction.LayerwiseZero), which then has the gradients.
     """
 
-    def __init__(self, run: Callable[[dict, torch.Tensor], torch.Tensor], parameters: list[torch.Tensor], reduction=None):
+    def __init__(
+        self,
+        run: Callable[[dict, torch.Tensor], torch.Tensor],
+        parameters: list[torch.Tensor],
+        reduction=None,
+    ):
         self._run, self._parameters, self._reduction = run, parameters, reduction
         self._recorded, self._seen = {}, set()
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        # The optimizer finds gradients by their address, whichever graph has computed them: they stay where they are.
+        # The optimizer finds gradients by their address, whichever graph has computed them: they
+        # stay where they are.
         self._gradients: list[torch.Tensor] = []
         self._nothing = [None] * len(parameters)
         processes.before_stop.append(self._recorded.clear)
         self._is_first = True  # of a step's batches, but for such as have been reduced
 
     def __call__(self, inputs: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
-        """Add the gradients of `weight` times the summed loss of `inputs` (host tensors); returns that loss."""
+        """Add the gradients of `weight` times the summed loss of `inputs` (host tensors); returns
+        that loss."""
         reduces = self._reduction is not None and self._reduction.is_on
         if not reduces and not self._gradients:
             self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        key = tuple(next(iter(inputs.values())).shape), self._is_first, reduces, reduces and bool(self._reduction.grads)
+        key = (
+            tuple(next(iter(inputs.values())).shape),
+            self._is_first,
+            reduces,
+            reduces and bool(self._reduction.grads),
+        )
         if key in self._seen and key not in self._recorded:
             self._recorded[key] = self._record(inputs, reduces)
         self._seen.add(key)
@@ -68,13 +89,16 @@ class GraphedBackward:
             torch.cuda.current_stream().wait_stream(self.stream)
         if reduces:
             self._reduction.take_places()
-        for parameter, gradient in zip(self._parameters, self._nothing if reduces else self._gradients, strict=True):
+        for parameter, gradient in zip(
+            self._parameters, self._nothing if reduces else self._gradients, strict=True
+        ):
             parameter.grad = gradient
         self._is_first = reduces and self._is_first
         return loss
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the step before: the next ones take their place, with no zeros in between."""
+        """Forget the gradients of the step before: the next ones take their place, with no zeros in
+        between."""
         self._is_first = True
 
     def _record(self, inputs, reduces: bool):
@@ -87,7 +111,8 @@ class GraphedBackward:
 
     def _backward(self, inputs, weight, reduces: bool) -> torch.Tensor:
         """The loss; its gradients go to where the optimizer finds them."""
-        # To be reduced with those of the batches before, which are added to; otherwise they are added together below.
+        # To be reduced with those of the batches before, which are added to; otherwise they are
+        # added together below.
         start = self._gradients if reduces and not self._is_first else self._nothing
         for parameter, gradient in zip(self._parameters, start, strict=True):
             parameter.grad = gradient
@@ -102,7 +127,8 @@ class GraphedBackward:
 
 
 class GraphedUpdate:
-    """Replays `update()`, which returns the gradient's norm or None: run as it is at first, then recorded."""
+    """Replays `update()`, which returns the gradient's norm or None: run as it is at first, then
+    recorded."""
 
     def __init__(self, update: Callable[[], torch.Tensor | None], pool, stream: torch.cuda.Stream):
         self._update, self._pool, self._stream = update, pool, stream
@@ -120,7 +146,9 @@ class GraphedUpdate:
             return self._update()
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=_MODE):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode=_MODE
+            ):
                 self._norm = self._update()
             self._graph = graph
             processes.before_stop.append(graph.reset)

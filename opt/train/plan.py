@@ -3,42 +3,94 @@
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import OPTConfig
 
-from opt.colossal.processes import Place
+from opt.colossal.processes import Place, node_first
 from opt.colossal.registry import plugin_class
+from opt.data.batches import Position
 from opt.data.tokens import Dataset
 from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
-from opt.train.checks import Setup
-from opt.train.schedule import Steps
+from opt.train import checkpoints
+from opt.train.checkpoints import Checkpoint
+from opt.train.checks import Setup, lock_output
+from opt.train.export import output_directory
+from opt.train.schedule import Steps, count_steps
 
 
-def with_data(plan: Namespace, here: Place, dataset: Dataset) -> Namespace:
-    """The plan with what depends on the rows: whether they are packed, if --padding_free does not say it, which pays where a tenth or
-    more would be pads.
+@dataclass(frozen=True)
+class Run:
+    """One training, settled: nothing writes to it."""
 
-    On a CPU attention needs a rectangle as long as the longest row of all (see attention.attend); padded batches are as long as
-    their own, which is better where few rows are much longer than the rest.
+    plan: Namespace  # the flags, with what they left open
+    here: Place
+    setup: Setup
+    dataset: Dataset
+    before: Checkpoint | None  # which the run goes on from
+    steps: Steps
+
+    @property
+    def start(self) -> Position:
+        """How far it had come when it starts."""
+        return self.before.position if self.before else Position()
+
+    @property
+    def output(self) -> Path:
+        """The folder of its results."""
+        return output_directory(self.plan.output_path)
+
+
+def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
+    """Settle the rest: what depends on the rows, and on a checkpoint that --resume asks for. From
+    here on the output folder is this run's. Raises UserError."""
+    plan = setup.plan.but(padding_free=is_padding_free(setup.plan, here, dataset))
+    if not plan.dry_run:
+        node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
+    folder = output_directory(plan.output_path)
+    before = node_first(here, lambda: checkpoints.find(plan.resume, folder))
+    if before:
+        checkpoints.check_same_run(before, plan, setup.weights, dataset.train)
+    start = before.position if before else Position()
+    return Run(plan, here, setup, dataset, before, count_steps(plan, len(dataset.train), start))
+
+
+def is_padding_free(plan: Namespace, here: Place, dataset: Dataset) -> bool:
+    """What --padding_free says, or else whether it pays: where a tenth or more would be pads.
+
+    On a CPU attention needs a rectangle as long as the longest row of all (see attention.attend);
+    padded batches are as long as their own, which is better where few rows are much longer than the
+    rest.
     """
     if plan.padding_free is not None:
-        return plan
+        return plan.padding_free
     fill = float(dataset.train.lengths.mean()) / dataset.longest
-    return plan.but(padding_free=plan.pp_size == 1 and fill < 0.9 and (fill > 0.4 or here.device.type == "cuda"))
+    return plan.pp_size == 1 and fill < 0.9 and (fill > 0.4 or here.device.type == "cuda")
 
 
-def missing_kernels(plan: Namespace, here: Place, config: OPTConfig, longest: int | None) -> str | None:
-    """What is to be said of our own GPU kernels that this run would use and that cannot be built here; None if nothing is missing.
+def missing_kernels(
+    plan: Namespace, here: Place, config: OPTConfig, longest: int | None
+) -> str | None:
+    """What is to be said of our own GPU kernels that this run would use and that cannot be built
+    here; None if nothing is missing.
 
     `longest`: tokens of the longest row where batches are packed, else None.
     """
-    return kernel_probe.missing_kernels(here.device, _kernels(plan, here, config, longest)) if here.device.type == "cuda" else None
+    return (
+        kernel_probe.missing_kernels(here.device, _kernels(plan, here, config, longest))
+        if here.device.type == "cuda"
+        else None
+    )
 
 
-def _kernels(plan: Namespace, here: Place, config: OPTConfig, longest: int | None) -> Iterator[tuple]:
-    """The kernels of opt/model/kernels.py that training comes to. What is left out here is tried when it is needed."""
+def _kernels(
+    plan: Namespace, here: Place, config: OPTConfig, longest: int | None
+) -> Iterator[tuple]:
+    """The kernels of opt/model/kernels.py that training comes to. What is left out here is tried
+    when it is needed."""
     dtype = DTYPES[plan.precision]
     yield from plugin_class(plan.plugin).update_kernels(plan)
     if plan.fused_loss:
@@ -48,14 +100,22 @@ def _kernels(plan: Namespace, here: Place, config: OPTConfig, longest: int | Non
         yield "attention", dtype, head_dim, kernel_probe.padded(longest)
 
 
-def describe(plan: Namespace, here: Place, setup: Setup, dataset: Dataset, steps: Steps, before, kernels: str | None) -> str:
-    """The plan in words. `before`: the checkpoint that the run goes on from, or None. `kernels`: see missing_kernels."""
+def describe(run: Run) -> str:
+    """The plan in words."""
+    plan, here, setup, dataset, steps = run.plan, run.here, run.setup, run.dataset, run.steps
+    longest = dataset.longest if plan.padding_free else None
+    kernels = missing_kernels(plan, here, setup.config, longest)
     if here.device.type == "cuda":
         device = f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
     else:
-        device = f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on {len(os.sched_getaffinity(0))} cores"
+        device = (
+            f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on "
+            f"{len(os.sched_getaffinity(0))} cores"
+        )
     about = plugin_class(plan.plugin).describe(plan, plan.dp_size)
-    microbatches = f", each cut into {plan.num_microbatches} micro-batches" if plan.pp_size > 1 else ""
+    microbatches = (
+        f", each cut into {plan.num_microbatches} micro-batches" if plan.pp_size > 1 else ""
+    )
     rows = plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size
     counts = dataset.counts
     files = weights.weight_files(setup.directory)
@@ -71,34 +131,48 @@ def describe(plan: Namespace, here: Place, setup: Setup, dataset: Dataset, steps
         "device": device,
         "plugin": plan.plugin + f" ({about})" * bool(about),
         "precision": plan.precision + ", the layers' matrix products in fp8" * plan.fp8,
-        "model": f"{plan.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M parameters",
+        "model": f"{plan.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M "
+        "parameters",
         "weights": origin,
-        "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; {counts.empty:,} empty texts skipped, "
-        f"{counts.truncated:,} cut at {plan.max_length} tokens" + "".join(f"; {number:,} {what}" for what, number in counts.notes.items()),
+        "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; "
+        f"{counts.empty:,} empty texts skipped, "
+        f"{counts.truncated:,} cut at {plan.max_length} tokens"
+        + "".join(f"; {number:,} {what}" for what, number in counts.notes.items()),
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
-        "batch": f"{plan.batch_size} rows x {plan.gradient_accumulation_steps} accumulated x {plan.dp_size} data-parallel = "
+        "batch": f"{plan.batch_size} rows x {plan.gradient_accumulation_steps} accumulated x "
+        f"{plan.dp_size} data-parallel = "
         f"{rows} rows a step{microbatches}{', without pads' * plan.padding_free}",
-        "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch), {steps.warmup_steps:,} of warm-up, "
+        "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch), "
+        f"{steps.warmup_steps:,} of warm-up, "
         f"learning rate {steps.learning_rate:g}; evaluation every {steps.eval_steps:,}",
-        "saved": f"every {plan.save_steps:,} steps and after each epoch" if plan.save_steps else "when a signal stops the run",
+        "saved": f"every {plan.save_steps:,} steps and after each epoch"
+        if plan.save_steps
+        else "when a signal stops the run",
         "memory": f"about {memory / 2**30:.1f} GiB a process (an estimate)",
         "output": plan.output_path + (" (model not saved)" if plan.no_save else ""),
     }
     if kernels:
         lines["kernels"] = kernels
-    if before:
-        lines["resumed"] = f"{before.path}, {before.position.step:,} steps done"
-        changes = [name for name in ("plugin", "precision", "tp_size", "pp_size") if before.state["arguments"][name] != getattr(plan, name)]
+    if run.before:
+        lines["resumed"] = f"{run.before.path}, {run.start.step:,} steps done"
+        changes = [
+            name
+            for name in ("plugin", "precision", "tp_size", "pp_size")
+            if run.before.state["arguments"][name] != getattr(plan, name)
+        ]
         if changes:
-            lines["resumed"] += f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
+            lines["resumed"] += (
+                f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
+            )
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
 
 
 def memory_bytes(plan: Namespace, config: OPTConfig, parameters: int) -> float:
     """On a process's device: weights, gradients and Adam's state exactly, activations roughly.
 
-    Activations follow Korthikanti et al. (arXiv:2205.05198, table 2) without the term of the attention scores, which the
-    fused attention kernels do not keep; plus the logits in the compute dtype and twice in fp32.
+    Activations follow Korthikanti et al. (arXiv:2205.05198, table 2) without the term of the
+    attention scores, which the fused attention kernels do not keep; plus the logits in the compute
+    dtype and twice in fp32.
     """
     width = 4 if plan.precision == "fp32" else 2
     tokens = plan.batch_size / (plan.num_microbatches or 1) * plan.max_length

@@ -1,58 +1,73 @@
-"""What is measured and recorded: metrics.jsonl, the progress bar, TensorBoard or wandb, loss.png; step times, FLOPs, memory."""
+"""What is measured and recorded: metrics.jsonl, the progress bar, TensorBoard or wandb, loss.png;
+step times, FLOPs, memory."""
 
 import json
 import math
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from opt.measure import _mark, _seconds, seconds_since_launch
+from opt.data.batches import Batch, Position
+from opt.measure import mark, seconds_between, seconds_since_launch
+from opt.train.checks import check_first_loss
+from opt.train.plan import Run
 
 
 class Recorder:
     """Writes one JSON line a step. Created on every process; the main one writes.
 
-    Losses stay on the device until they are shown, about once a second: reading one makes the host wait for the GPU. A step lasts
-    from the end of the one before to its own end, on the device.
+    Losses stay on the device until they are shown, about once a second: reading one makes the host
+    wait for the GPU. A step lasts from the end of the one before to its own end, on the device.
     """
 
-    def __init__(self, plan: Namespace, directory: Path, is_main: bool, total_steps: int, start_step: int = 0, before: bytes = b""):
-        """`before`: the metrics.jsonl of a run that is taken up again after `start_step`."""
-        self.is_main, self._pending, self._shown = is_main, [], time.perf_counter()
-        self._scales_loss, self._start_step = plan.precision == "fp16", start_step
-        self.skipped_in_a_row = 0  # steps without an update, up to the last that was written; known to the main process
-        self._last = _mark()
-        self.path = directory / "metrics.jsonl"
-        if not is_main:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".writing")
-        fresh.write_bytes(before)
-        fresh.replace(self.path)
-        self._file = open(self.path, "a", buffering=1)
-        # In a log file, where each refresh is a line of its own, a line now and then is enough.
-        often = 0.1 if sys.stderr.isatty() else 10
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=often)
-        self._tracker = _tracker(plan.report_to, directory, vars(plan), start_step)
-
-    def step(self, step: int, epoch: float, share: torch.Tensor, lr: float, grad_norm, tokens: int) -> None:
-        """Record an optimizer step. `share`: see step.train_step; `tokens`: real tokens of all ranks. All processes call it."""
-        dist.all_reduce(share)
+    def __init__(self, run: Run):
+        plan, self._run = run.plan, run
+        self.is_main, self._pending, self._shown = run.here.is_main, [], time.perf_counter()
+        # Steps without an update, up to the last that was written; known to the main process.
+        self.skipped_in_a_row = 0
+        self._last = mark()
+        self.path = run.output / "metrics.jsonl"
         if not self.is_main:
             return
-        now, mark = time.perf_counter(), _mark()
-        line = {"step": step, "epoch": round(epoch, 4), "loss": share, "lr": lr}
+        run.output.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".writing")
+        fresh.write_bytes(run.before.metrics if run.before else b"")
+        fresh.replace(self.path)
+        self._file = open(self.path, "a", buffering=1)
+        self._bar = tqdm(
+            total=run.steps.total_steps,
+            initial=run.start.step,
+            unit="step",
+            dynamic_ncols=True,
+            # In a log file, where each refresh is a line of its own, one now and then is enough.
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )
+        self._tracker = _tracker(plan.report_to, run.output, vars(plan), run.start.step)
+
+    def step(
+        self, position: Position, batches: list[Batch], share: torch.Tensor, lr: float, grad_norm
+    ) -> None:
+        """Record an optimizer step, which has come to `position`. `share`, `grad_norm`: what
+        train_step gives. All processes call it."""
+        dist.all_reduce(share)
+        if position.step == 1 and not len(self._run.dataset.held_out):
+            check_first_loss(share.item(), self._run.setup)
+        if not self.is_main:
+            return
+        now, ended = time.perf_counter(), mark()
+        epoch = round(position.epoch + position.rows / len(self._run.dataset.train), 4)
+        line = {"step": position.step, "epoch": epoch, "loss": share, "lr": lr}
         if grad_norm is not None:
             line["grad_norm"] = grad_norm
-        line |= {"tokens": tokens, "tokens_per_second": None, "seconds": (self._last, mark)}
-        self._last = mark
+        tokens = sum(batch.tokens for batch in batches)
+        line |= {"tokens": tokens, "tokens_per_second": None, "seconds": (self._last, ended)}
+        self._last = ended
         self._pending.append(line)
-        if now - self._shown > 1 or step == self._start_step + 1:
+        if now - self._shown > 1 or position.step == self._run.start.step + 1:
             self.flush()
 
     def flush(self) -> None:
@@ -60,42 +75,53 @@ class Recorder:
         if not self.is_main or not self._pending:
             return
         for line in self._pending:
-            line["seconds"] = _seconds(*line["seconds"])
+            line["seconds"] = seconds_between(*line["seconds"])
             line["tokens_per_second"] = line["tokens"] / line["seconds"]
             line = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in line.items()}
             self._note_skip(line)
             self._write(line)
-        if self._bar.n == self._start_step:
+        if self._bar.n == self._run.start.step:
             tqdm.write(f"first step done {seconds_since_launch():.1f} s after launch")
         rate = sum(p["tokens"] for p in self._pending) / sum(p["seconds"] for p in self._pending)
-        postfix = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.2e}", "tokens/s": f"{rate:,.0f}"}
+        postfix = {
+            "loss": f"{line['loss']:.3f}",
+            "lr": f"{line['lr']:.2e}",
+            "tokens/s": f"{rate:,.0f}",
+        }
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(len(self._pending))
         self._pending, self._shown = [], time.perf_counter()
 
     def _note_skip(self, line: dict) -> None:
-        """Mark a step that was not taken, see optimizer.HybridAdam.step. With a loss scale, gradients overflow now and then by design."""
-        norm = 0.0 if self._scales_loss else line.get("grad_norm", 0.0)
+        """Mark a step that was not taken, see adam.HybridAdam.step. With a loss scale, gradients
+        overflow now and then by design."""
+        norm = 0.0 if self._run.plan.precision == "fp16" else line.get("grad_norm", 0.0)
         if math.isfinite(line["loss"]) and math.isfinite(norm):
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
         line["skipped"] = True
-        tqdm.write(f"step {line['step']} is skipped: loss {line['loss']}, gradient norm {norm}; {self.skipped_in_a_row} in a row")
+        tqdm.write(
+            f"step {line['step']} is skipped: loss {line['loss']}, gradient norm {norm}; "
+            f"{self.skipped_in_a_row} in a row"
+        )
 
     def evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss after `step` optimizer steps."""
+        if step == 0:
+            check_first_loss(loss, self._run.setup)
         self.flush()
         if self.is_main:
             self._write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        self._last = _mark()  # the evaluation's time is not the next step's
+        self._last = mark()  # the evaluation's time is not the next step's
 
     def __enter__(self):
         return self
 
     def __exit__(self, error, *_):
-        """Write the rest and draw loss.png; after an error, only leave the terminal to its message."""
+        """Write the rest and draw loss.png; after an error, only leave the terminal to its
+        message."""
         if not self.is_main:
             return
         if error is None:
@@ -105,14 +131,22 @@ class Recorder:
         for work in (self._tracker.close, *([self._draw] if error is None else [])):
             try:
                 work()
-            except Exception as fault:  # a tracker's network, a font: the model is trained, and still to be saved
-                print(f"{type(fault).__name__} after the last step: {' '.join(str(fault).split()):.300}", file=sys.stderr)
+            except (
+                Exception
+            ) as fault:  # a tracker's network, a font: the model is trained, and still to be saved
+                print(
+                    f"{type(fault).__name__} after the last step: "
+                    f"{' '.join(str(fault).split()):.300}",
+                    file=sys.stderr,
+                )
 
     def _draw(self) -> None:
         draw_losses(self.path, self.path.with_name("loss.png"))
 
     def _write(self, line: dict) -> None:
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no nan
+        line = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }  # JSON has no nan
         self._file.write(json.dumps(line) + "\n")
         self._tracker.add({k: v for k, v in line.items() if v is not None})
 
@@ -135,7 +169,9 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an earlier run wrote after the checkpoint that this one goes on from is not shown.
-        self._writer = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(
+            directory / "tensorboard", purge_step=start_step + 1 if start_step else None
+        )
 
     def add(self, line: dict) -> None:
         for name, value in line.items():
@@ -174,7 +210,9 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    held_out = [
+        (line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None
+    ]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     if train:
         axes.plot(*zip(*train, strict=True), linewidth=0.8, alpha=0.7, label="training")

@@ -11,14 +11,19 @@ import torch.distributed as dist
 
 from opt.colossal.processes import Place
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM can send some time before it ends a job
-# torchrun hands a signal on to processes that Ctrl-C, or a scheduler, has sent it to as well: within this time it is the same.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+)  # USR1: what SLURM can send some time before it ends a job
+# torchrun hands a signal on to processes that Ctrl-C, or a scheduler, has sent it to as well:
+# within this time it is the same.
 _SAME_SIGNAL_SECONDS = 2.0
 
 
 class Control:
-    """Made by all processes together. From then on the first signal is a wish, which agree() passes on; a second one
-    stops the process at once, also in the middle of a collective that hangs."""
+    """Made by all processes together. From then on the first signal is a wish, which agree() passes
+    on; a second one stops the process at once, also in the middle of a collective that hangs."""
 
     def __init__(self, here: Place):
         # On the host and apart from the training's own: nothing here waits for a GPU.
@@ -29,7 +34,9 @@ class Control:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)  # the pipe has it; without a handler of Python's it would not
+            signal.signal(
+                number, lambda *_: None
+            )  # the pipe has it; without a handler of Python's it would not
         threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
     def agree(self, **values: int) -> dict[str, int]:
@@ -49,7 +56,8 @@ class Control:
         return values
 
     def _watch(self, pipe: int) -> None:
-        """Runs in a thread of its own, since Python calls handlers only when the main thread comes back from C."""
+        """Runs in a thread of its own, since Python calls handlers only when the main thread comes
+        back from C."""
         while True:
             number = signal.Signals(os.read(pipe, 1)[0])
             now = time.monotonic()
@@ -58,5 +66,9 @@ class Control:
             if self.signal is None:
                 self.signal, self._received_at = number, now
             elif now - self._received_at > _SAME_SIGNAL_SECONDS:
-                print(f"second signal ({number.name}): stopped at once, nothing saved", file=sys.stderr, flush=True)
+                print(
+                    f"second signal ({number.name}): stopped at once, nothing saved",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(128 + number)
