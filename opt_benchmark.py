@@ -1,12 +1,11 @@
-"""Measure throughput and peak memory of training OPT: the training script's setup on synthetic
-tokens.
+"""Measure throughput and peak memory of training OPT: the training script's setup and step.
 
     python opt_benchmark.py --model_name_or_path 125m --plugin low_level_zero --batch_size 32
-    torchrun --nproc_per_node 2 opt_benchmark.py --model_name_or_path 1.3b --plugin gemini --json
-    result.json
+    torchrun --nproc_per_node 2 opt_benchmark.py --model_name_or_path 1.3b --plugin gemini \
+        --json result.json
 
-This is the training loop with everything but the measured step taken out. run_benchmark.sh sweeps
-it.
+This is the training loop on synthetic tokens, with everything but the measured step taken out.
+run_benchmark.sh sweeps it.
 """
 
 import json

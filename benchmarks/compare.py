@@ -1,11 +1,10 @@
-"""Measure plugins and peers side by side, each in a process of its own; write one table and one
-plot.
+"""Measure plugins and peers side by side, a process each; write one table and one plot.
 
-    python benchmarks/compare.py                                             everything: hours on
-    one GPU python benchmarks/compare.py --models 350m --batch_sizes 16 64 --minutes 9 python
-    benchmarks/compare.py --engines "gemini --compile --fused_loss --offload_optim_frac 1"
-    deepspeed_offload --reference deepspeed_offload python benchmarks/compare.py --minutes 0
-    only the table and the plot of what is there
+    python benchmarks/compare.py                    everything: hours on one GPU
+    python benchmarks/compare.py --models 350m --batch_sizes 16 64 --minutes 9
+    python benchmarks/compare.py --reference deepspeed_offload \
+        --engines "gemini --compile --fused_loss --offload_optim_frac 1" deepspeed_offload
+    python benchmarks/compare.py --minutes 0        only the table and the plot of what is there
 
 Arguments that are not its own go to every process: --max_train_steps 10 --warmup_steps 5 --dropout
 0. Killed and started again, it goes on where it stopped. benchmarks/README.md says what the engines
@@ -100,9 +99,8 @@ def main() -> None:
         parser.error(f"--engines {unknown[0]}: not one of {', '.join((*PLUGINS, *ENGINES))}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the process under way ends as well
+    # So that the process under way ends as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     measure_all(args, ["--repeats", str(args.repeats), *flags])
     results = report.load(args.out)
     place = {model: i for i, model in enumerate(args.models)}

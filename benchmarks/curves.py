@@ -1,10 +1,10 @@
-"""Train a hundred steps with each technique that is to make them faster; write the loss curves side
-by side, and the gain.
+"""Train a hundred steps with each technique that is to make them faster; write the loss curves.
 
-    python benchmarks/curves.py --model_name_or_path facebook/opt-350m            every technique,
-    into benchmarks/results/curves/ python benchmarks/curves.py --techniques "--compile
-    --cuda_graph" --model_name_or_path ... python benchmarks/curves.py --techniques
-    only table and plot of what is there
+    python benchmarks/curves.py --model_name_or_path facebook/opt-350m
+        every technique, into benchmarks/results/curves/
+    python benchmarks/curves.py --techniques "--compile --cuda_graph" --model_name_or_path ...
+    python benchmarks/curves.py --techniques
+        only table and plot of what is there
 
 The first technique is what the others are compared with. Arguments that it does not know go to
 opt_train_demo.py. A technique that has its curve is not run again.

@@ -1,8 +1,8 @@
 """Measure what a user would pick instead of ColossalAI, on the work that opt_benchmark.py does.
 
     python benchmarks/peers.py --engine hf_trainer --model_name_or_path 350m --batch_size 16
-    torchrun --nproc_per_node 2 benchmarks/peers.py --engine fsdp2 --model_name_or_path 1.3b
-    --fused_loss --json result.json
+    torchrun --nproc_per_node 2 benchmarks/peers.py --engine fsdp2 --fused_loss \
+        --model_name_or_path 1.3b --json result.json
 
 Plain transformers' OPTForCausalLM, with its own forward and loss, from the same initial weights, on
 the same tokens, with the same AdamW. benchmarks/compare.py runs these beside the plugins.
@@ -279,9 +279,8 @@ def fsdp2(args, here, model):
 def deepspeed_zero(args, here, model):
     """DeepSpeed's ZeRO stage 2 or 3; deepspeed_offload is stage 2 with Adam's state and step in
     host memory."""
-    os.environ.setdefault(
-        "LOCAL_RANK", str(here.local_rank)
-    )  # which DeepSpeed reads, though no launcher has set it
+    # Which DeepSpeed reads, though no launcher has set it
+    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
     import deepspeed
 
     from opt.colossal.adam import decay_groups
@@ -423,9 +422,8 @@ def hf_trainer(args, here, model, batches):
             report_to="none",
             disable_tqdm=True,
         )
-        settings._n_gpu = min(
-            settings.n_gpu, 1
-        )  # a process that finds more GPUs would spread its batch over them
+        # A process that finds more GPUs would spread its batch over them
+        settings._n_gpu = min(settings.n_gpu, 1)
         trainer = BenchmarkTrainer(
             model,
             settings,

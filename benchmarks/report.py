@@ -1,8 +1,9 @@
 """The benchmark's results as a table, results.csv, results.md and two plots.
 
-    python -m benchmarks.report table benchmark_results       (run_benchmark.sh calls it at the end)
-    python -m benchmarks.report failed FILE --log LOG ...     (write the row of a combination that
-    did not run)
+    python -m benchmarks.report table benchmark_results
+        run_benchmark.sh calls it at the end
+    python -m benchmarks.report failed FILE --log LOG ...
+        writes the row of a combination that did not run
 
 benchmarks/compare.py makes its table with the same functions.
 """

@@ -1,5 +1,4 @@
-"""What run_demo.sh trains with where its user has not said it: the fastest plugin of those that the
-model fits under.
+"""What run_demo.sh trains with where its user has not said it: the fastest plugin that fits.
 
     python -m opt.choose MODEL PROCESSES NODES ONLINE
 

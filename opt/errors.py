@@ -32,9 +32,8 @@ def say_once(message: str) -> None:
     nothing tells the processes of a run apart from another run's, and each prints.
     """
     line = f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}"
-    own = os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    )  # .../attempt_0/RANK/error.json, in a directory of this run's own
+    # .../attempt_0/RANK/error.json, in a directory of this run's own
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if own:
         claim = (
             Path(own).parent.parent

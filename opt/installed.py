@@ -1,8 +1,7 @@
-"""Whether the packages that are installed are those of requirements.txt, found out without
-importing one of them.
+"""Whether the installed packages are those of requirements.txt, without importing any of them.
 
-    python -m opt.installed run_demo.sh         (exit code 2 and one line if not, which begins with
-    this name)
+    python -m opt.installed run_demo.sh
+        exit code 2 and one line, which begins with this name, if not
 
 An older torch, say, beside a newer numpy ends in a traceback of its own, wherever it is imported
 first. So this comes before.

@@ -1,5 +1,4 @@
-"""torchrun, which ends as its processes did: with the exit code of the one that failed, and without
-a report under its error line.
+"""torchrun, which ends with the exit code of the process that failed, and without a report.
 
     python -m opt.torchrun --standalone --nproc_per_node 4 opt_train_demo.py ...
 

@@ -1,8 +1,8 @@
-"""Compile every kernel of opt/kernels.py that the code can ask for, to machine code, for GPUs that
-need not be there.
+"""Compile every kernel of opt/model/kernels.py that the code can ask for, to machine code.
 
-    python compile_worker.py 80 86 89 90        (compute capabilities; PYTHONPATH chooses the
-    Triton)
+    python compile_worker.py 80 86 89 90
+
+for GPUs of these compute capabilities, which need not be there; PYTHONPATH chooses the Triton.
 
 Prints a JSON object a line for each kernel compiled: what it was called with, its shared memory in
 bytes, the accesses of 16 bytes in its PTX, and the error if there was one. The kernels are launched
@@ -95,9 +95,10 @@ def call_all(call) -> None:
         for output in (None, *HALVES):
             outputs = output and flat(output, is_aligned)
             call[0] = {"gradient": str(gradient), "output": str(output), "aligned": is_aligned}
+            # Three fp32 in, three out
             call[0]["bytes_an_element"] = (
                 gradient.itemsize + 6 * 4 + (output.itemsize if output else 0)
-            )  # three fp32 in, three out
+            )
             kernels.adamw(
                 grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01
             )
@@ -122,8 +123,7 @@ def call_all(call) -> None:
 
 
 def call_trials(call) -> None:
-    """Try kernels as opt/kernel_probe.py does for a run of OPT-350m in bf16, and call them as that
-    run would."""
+    """Try kernels as kernel_probe.py does for OPT-350m in bf16, and call them as that run would."""
     bf16, device = torch.bfloat16, torch.device("cpu")
     call[0] = "trial"
     for kernel, *variant in (

@@ -1,10 +1,10 @@
-"""What tests/test_parity.py and tests/test_export.py run under torchrun: many small cases in one
-start of the processes.
+"""What tests/test_parity.py and test_export.py run under torchrun: many small cases in one start.
 
     torchrun --nproc_per_node N tests/parity_worker.py CASES.json RESULTS.json
 
 CASES.json: {case: {"wanted": a function below, "flags": [of opt_train_demo.py], and what else the
-function takes}}. RESULTS.json: {case: what the function returns}, written anew after each case.
+function takes}}.
+RESULTS.json: {case: what the function returns}, written anew after each case.
 """
 
 import gc
@@ -77,9 +77,8 @@ def gradients(args, here, rows: str) -> dict[str, float]:
         iter(Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())
     ).inputs
     named = dict(model.unwrap().named_parameters())
-    wanted = torch.autograd.grad(
-        model(**inputs)["loss"], list(named.values())
-    )  # which runs no hook of a parameter
+    # Which runs no hook of a parameter
+    wanted = torch.autograd.grad(model(**inputs)["loss"], list(named.values()))
     for _ in range(2):
         trained.booster.backward(model(**inputs)["loss"], optimizer)
     reduction.finish()

@@ -36,7 +36,7 @@ def assert_refused(done, *says, script="opt_train_demo.py") -> None:
         assert part in lines[0]
 
 
-# ---- arguments that are wrong whatever the model, the data and the device: refused before anything heavy is imported
+# ---- arguments that are wrong whatever the model, data and device: refused before any heavy import
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,8 @@ def test_a_mistyped_argument(flags, says):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert_refused(run(SCRIPT, *flags.split()), *says)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (
-        used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1
-    )  # importing torch alone takes more
+    # Importing torch alone takes more
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 # ---- packages that were not tested with one another: refused before one is imported
@@ -117,9 +116,8 @@ def test_a_torch_that_colossalai_does_not_allow(tmp_path, monkeypatch, version):
 
 
 def test_packages_that_are_missing():
-    done = finish(
-        start(SCRIPT, launcher=[sys.executable, "-S"]), timeout=60
-    )  # without site-packages
+    # Without site-packages
+    done = finish(start(SCRIPT, launcher=[sys.executable, "-S"]), timeout=60)
     assert_refused(done, "not installed: colossalai, torch, transformers", "pip install -r")
 
 
@@ -508,9 +506,8 @@ def test_every_process_ends(broken, tmp_path):
     done = run(SCRIPT, *flags, nproc=2, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=120)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("no text to train on") == 1
-    assert re.search(
-        r"exitcode *: 2 ", done.stderr
-    )  # torchrun's report of the first process to end
+    # Torchrun's report of the first process to end
+    assert re.search(r"exitcode *: 2 ", done.stderr)
     assert not list(tmp_path.iterdir())
 
 

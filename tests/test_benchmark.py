@@ -80,9 +80,8 @@ def test_flops_are_what_pytorch_counts(sizes):
     attention = counts.pop(torch.ops.aten.bmm) * (length + 1) / (2 * length)
 
     ours = flops_per_token(config, length)
-    ours_attention = (
-        flops_per_token(config, 2 * length + 1) - ours
-    )  # the part that grows with length + 1, once more
+    # The part that grows with length + 1, once more
+    ours_attention = flops_per_token(config, 2 * length + 1) - ours
     assert ours_attention > 0.05 * ours  # not lost in the 2 % of the whole
     assert ours_attention == pytest.approx(attention, rel=0.02)
     assert ours - ours_attention == pytest.approx(sum(counts.values()), rel=0.02)

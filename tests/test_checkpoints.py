@@ -116,9 +116,10 @@ def test_resumed_run_is_the_uninterrupted_one(name, model, tmp_path):
     ranks = processes // (sizes.get("--tp_size", 1) * sizes.get("--pp_size", 1))
     rows = ranks * sizes.get("--batch_size", 4) * sizes.get("--gradient_accumulation_steps", 1)
     texts = tmp_path / "texts.txt"
+    # And 2 held out
     texts.write_text(
         "".join(f"{'word ' * (n % 13 + 3)}number {n}\n" for n in range(rows * PER_EPOCH + 2))
-    )  # and 2 held out
+    )
     common = (
         "--model_name_or_path",
         model,
@@ -377,9 +378,8 @@ def test_disk_full_while_saving(tmp_path):
     assert (
         len(errors) == 1 and "No space left on device" in errors[0] and "step-00000006" in errors[0]
     ), done.stderr
-    assert (
-        "code=1" in done.stdout and "opt_train_demo.py FAILED" in done.stderr
-    )  # torchrun's own words for "non-zero"
+    # Torchrun's own words for "non-zero"
+    assert "code=1" in done.stdout and "opt_train_demo.py FAILED" in done.stderr
     assert "Traceback" not in done.stderr.split("opt_train_demo.py: error:")[0]
     present = done.stdout.split("code=1")[1]
     assert "step-00000003\n" in present and "step-00000009\n" not in present.replace(

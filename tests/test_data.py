@@ -211,9 +211,8 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
         ranks = [Batches(rows, batch_size, rank, dp_size, PAD, seed) for rank in range(dp_size)]
-        steps = list(
-            zip(*(rank.epoch(3) for rank in ranks), strict=True)
-        )  # strict: as many on every rank
+        # Strict: as many on every rank
+        steps = list(zip(*(rank.epoch(3) for rank in ranks), strict=True))
         assert {len(rank) for rank in ranks} == {len(steps)}
 
         seen = []
@@ -430,9 +429,8 @@ def test_other_settings_are_other_tokens(plain, cache, tmp_path):
     write(file, TEXTS[1:])  # another content under the same name
     assert len(read(file, plain).train) == len(TEXTS) - 1
     assert len(list(cache.iterdir())) == len(variants) + 1
-    other = file.rename(
-        tmp_path / "other.csv"
-    )  # the same content: its tokens are not said to come from elsewhere
+    # The same content: its tokens are not said to come from elsewhere
+    other = file.rename(tmp_path / "other.csv")
     assert read(other, plain).source == f"local file {other}"
 
 

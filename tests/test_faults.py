@@ -172,9 +172,8 @@ def begin(tmp_path):
 
 def assert_port_is_free(port: int) -> None:
     with socket.socket() as s:
-        s.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # connections of the dead may linger
+        # Connections of the dead may linger
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind(("127.0.0.1", port))
 
 
@@ -429,9 +428,8 @@ def models(tmp_path_factory) -> Path:
         decoder.layers[3].fc2.weight[0, 0] = torch.nan
         save("nan")
         decoder.layers[3].fc2.weight[0, 0] = 0
-        decoder.embed_tokens.weight.mul_(
-            100
-        )  # as of another model: the shapes are right, the logits are not
+        # As of another model: the shapes are right, the logits are not
+        decoder.embed_tokens.weight.mul_(100)
         save("scaled")
     return root
 
@@ -465,9 +463,8 @@ def test_a_model_that_did_not_load_is_not_trained(models, tmp_path, flags, nproc
         said[0],
     )
     if nproc:
-        assert (
-            {"2"} <= set(re.findall(r"exitcode  *: (\S+) \(", done.stderr)) <= {"2", "-15"}
-        )  # torchrun may be quicker with the other
+        # Torchrun may be quicker with the other
+        assert {"2"} <= set(re.findall(r"exitcode  *: (\S+) \(", done.stderr)) <= {"2", "-15"}
     else:
         assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()

@@ -1,5 +1,5 @@
-"""opt/kernels.py on GPUs that are not there: Triton compiles for them on any host. What the kernels
-compute only a GPU can show."""
+"""opt/model/kernels.py on GPUs that are not there: Triton compiles for them on any host. What the
+kernels compute only a GPU can show."""
 
 import json
 import os
@@ -141,9 +141,8 @@ def test_the_update_moves_16_bytes_at_a_time(compiled):
         for kernel in compiled
         if isinstance(kernel["call"], dict) and kernel["call"].get("aligned")
     ]
-    assert len(found) == len(SHARED_MEMORY) * 3 * (
-        1 + 3
-    )  # norm and update of 3 dtypes, the update with 3 kinds of output
+    # Norm and update of 3 dtypes, the update with 3 kinds of output
+    assert len(found) == len(SHARED_MEMORY) * 3 * (1 + 3)
     assert not [
         kernel
         for kernel in found

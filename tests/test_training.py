@@ -16,13 +16,14 @@ from opt.data.batches import Batches
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL, metrics, tokenize, train
 
 TEXTS, EVAL_FRACTION, SEED, MAX_LENGTH = 94, 0.1, 5, 64  # of 94 texts, 9 are held out
+# The last step of an epoch has 5 of its 85 rows
 ROWS, STEPS, STEPS_PER_EPOCH, EVAL_STEPS, WARMUP = (
     16,
     10,
     6,
     4,
     2,
-)  # the last step of an epoch has 5 of its 85 rows
+)
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.1, 0.7
 
 HYBRID = ("--plugin", "hybrid_parallel")

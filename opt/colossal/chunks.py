@@ -16,9 +16,8 @@ class Chunks(Form):
         """What lies in this process's slice of each parameter's chunk; it may be nothing."""
         for number, working in self.optimizer.id_to_real_params.items():
             chunk = self.model.chunk_manager.get_chunk(working)
-            offset, start, size = self.optimizer.get_offsets(
-                number
-            )  # -1 each where nothing of it is here
+            # -1 each where nothing of it is here
+            offset, start, size = self.optimizer.get_offsets(number)
             key = self.optimizer.id_to_fake_params.get(number)
             weights = (
                 chunk.paired_chunk.payload[offset : offset + size] if key is not None else None

@@ -143,9 +143,8 @@ class Copies(Form):
         return self._size("tp_pg") * self._size("pp_pg") > 1
 
     def _size(self, group: str) -> int:
-        group = getattr(
-            self.optimizer, group, None
-        )  # LowLevelZeroOptimizer has none, hybrid_parallel's optimizers may
+        # LowLevelZeroOptimizer has none, hybrid_parallel's optimizers may
+        group = getattr(self.optimizer, group, None)
         return 1 if group is None else dist.get_world_size(group)
 
     def _holders(self, parameter: torch.Tensor) -> int:

@@ -60,9 +60,8 @@ class CpuDevice(CpuAccelerator):
     manual_seed_all = manual_seed
 
     def get_rng_state(self, device=None):
-        return (
-            torch.get_rng_state()
-        )  # CpuAccelerator passes the device on, which torch.get_rng_state does not take
+        # CpuAccelerator passes the device on, which torch.get_rng_state does not take
+        return torch.get_rng_state()
 
     def device_count(self):
         return 1  # more than none: the loss scaler of fp16 asks

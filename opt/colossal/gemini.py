@@ -105,9 +105,8 @@ def _mend(model: GeminiDDP) -> None:
     _prefetch_in_training(model)
     _wait_on_device(model)
     _forget_gradients_once(model)
-    model._logger = logging.getLogger(
-        __name__
-    )  # ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
+    # ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
+    model._logger = logging.getLogger(__name__)
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
     if model.chunk_manager.reuse_fp16_chunk and all(
         chunk.keep_gathered and chunk.pg_size == 1 for chunk in chunks
@@ -119,9 +118,8 @@ def _mend(model: GeminiDDP) -> None:
 
 def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
     for chunk in chunks:
-        model.chunk_manager.access_chunk(
-            chunk
-        )  # parameters are now views of their chunks, and stay so
+        # Parameters are now views of their chunks, and stay so
+        model.chunk_manager.access_chunk(chunk)
         model.chunk_manager.fake_release_chunk(chunk)
     model.remove_hooks()
     model.remove_hooks = lambda: None  # it would be called again at the end

@@ -36,9 +36,8 @@ class Piece:
     size: int  # elements of the piece; 0 where this process holds none
     key: torch.Tensor | None  # what Adam's state is found by
     weights: torch.Tensor | None  # the flat fp32 weights, `size` elements, a view
-    group: (
-        dist.ProcessGroup | None
-    )  # the processes whose pieces make up the parameter; None: this one holds it all
+    # The processes whose pieces make up the parameter; None: this one holds it all
+    group: dist.ProcessGroup | None
 
 
 class Form:
@@ -94,9 +93,8 @@ class TrainingState:
         dealt out by size.
         """
         spread = self._spread
-        dealt = [0] * (
-            spread.dp_size * spread.tp_size
-        )  # elements so far, by process of this pipeline stage
+        # Elements so far, by process of this pipeline stage
+        dealt = [0] * (spread.dp_size * spread.tp_size)
         for piece in self._pieces:
             if piece.name == TIED_HEAD:  # the embedding itself, on a last stage its twin
                 continue

@@ -35,9 +35,8 @@ class Plugin:
     # Whether parameters get memory only when the plugin has cut them to this process's share
     is_lazy = False
     mixed_precision = None  # for Booster, where the plugin leaves precision to it
-    can_defer_sync = (
-        False  # whether gradients of several batches may be reduced once, with the last
-    )
+    # Whether gradients of several batches may be reduced once, with the last
+    can_defer_sync = False
     form: Form  # of the optimizer's state; set by configure
 
     plan: Namespace
@@ -110,9 +109,8 @@ class Plugin:
             cut,
         )
         if self.plan.compile:
-            compile_layers(
-                model, saves_memory=not self.plan.cuda_graph
-            )  # recorded steps are short ones
+            # Recorded steps are short ones
+            compile_layers(model, saves_memory=not self.plan.cuda_graph)
 
     def accumulate(self, model, optimizer, is_last_batch: bool):
         """The context for the backward of one of several batches of a step."""

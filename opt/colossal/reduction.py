@@ -86,9 +86,9 @@ class LayerwiseZero:
     beside the backward of the layer before; and gathers the updated weights, beside the rest of the
     update and the next forward.
 
-    With `recorded` what it does is part of CUDA graphs (opt/graphs.py), of which one ends with
-    backward and another with the update: the gradients are always in the same place, and weights
-    are all there when the update ends.
+    With `recorded` what it does is part of CUDA graphs (opt/train/graphs.py), of which one ends
+    with backward and another with the update: the gradients are always in the same place, and
+    weights are all there when the update ends.
 
     `grads`: parameter -> this process's part of its gradient, flat and padded as ColossalAI cuts
     it; complete after finish(), on the stream that it was called in. Of several backwards without

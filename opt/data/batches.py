@@ -143,9 +143,8 @@ def pack(
     multiple of up to an eighth of them.
     """
     tokens = sum(map(len, rows))
-    unit = min(
-        1 << int(np.log2(max(tokens // 8, 1))), longest // 16 * 16 or longest
-    )  # 16: what the products in fp8 take
+    # 16: what the products in fp8 take
+    unit = min(1 << int(np.log2(max(tokens // 8, 1))), longest // 16 * 16 or longest)
     input_ids = np.full((1, -(-max(tokens, 1) // unit) * unit), pad_id)
     cu_seqlens = np.full(batch_size + 2, tokens, np.int32)
     cu_seqlens[-1] = input_ids.shape[1]

@@ -165,9 +165,8 @@ def _on_the_hub(repository: str, config: str | None, column: str, asked_for: str
             ) from error
 
     disable_progress_bars()
-    datasets.logging.set_verbosity(
-        datasets.logging.CRITICAL
-    )  # what it logs of a fault, it raises too
+    # What it logs of a fault, it raises too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     note = (
         cache_folder()
         / f"hub-{hashlib.sha256(f'{repository}/{config}'.encode()).hexdigest()[:32]}.json"
@@ -356,11 +355,8 @@ def _list(file) -> Iterator[tuple[int, object]]:
         nonlocal text, place, line, part
         added = file.read(part)
         line += text.count("\n", 0, place)
-        text, place, part = (
-            text[place:] + added,
-            0,
-            2 * part,
-        )  # doubled: an element of many parts is not read anew too often
+        # Doubled: an element of many parts is not read anew too often
+        text, place, part = text[place:] + added, 0, 2 * part
         return bool(added)
 
     def sign() -> str:

@@ -30,9 +30,8 @@ class Counts:
     empty: int = 0  # skipped: empty or missing
     truncated: int = 0  # cut at max_length
     tokens: int = 0
-    notes: dict[str, int] = field(
-        default_factory=dict
-    )  # what else was not as it should be, in words, and how often
+    # What else was not as it should be, in words, and how often
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 class Rows:

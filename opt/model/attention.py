@@ -15,18 +15,16 @@ from opt.model.kernel_probe import has_bf16, has_short_attention, padded
 class PackedRows(NamedTuple):
     """Where rows lie that follow one another."""
 
-    cu_seqlens: (
-        torch.Tensor
-    )  # (rows + 1,) int32: where each row begins, and the number of tokens of all
+    # (rows + 1,) int32: where each row begins, and the number of tokens of all
+    cu_seqlens: torch.Tensor
     longest: int  # no row has more tokens than this
     position: torch.Tensor  # (tokens,) a token's place in its row
     cell: torch.Tensor  # (tokens,) its place among the cells of a rectangle, rows x longest
     # (rows x longest,) the token in each cell of that rectangle, or the number of tokens for none
     token: torch.Tensor
     has_flash: bool  # whether the GPU is one that FlashAttention runs on
-    has_kernel: (
-        bool  # whether opt/kernels.py has one there for rows of this length and heads of this width
-    )
+    # Whether kernels.py has one there for rows of this length and heads of this width
+    has_kernel: bool
 
 
 def locate(

@@ -1,5 +1,5 @@
-"""Which kernels of opt/kernels.py can be built here. One that cannot falls away alone: PyTorch's
-own operations do its work, slower, and a line says so.
+"""Which kernels of kernels.py can be built here. One that cannot falls away alone: PyTorch's own
+operations do its work, slower, and a line says so.
 
 Triton builds kernels with the host's C compiler and Python's headers, and a kernel may ask for more
 than an older Triton or a smaller GPU has. So each is tried, once a process, as the run needs it:
@@ -28,7 +28,7 @@ _told: set[str] = set()  # kernels of whose absence the plan or an earlier line 
 
 
 def has_kernel(kernel: str, device: torch.device, *variant) -> bool:
-    """Whether opt/kernels.py does this WORK here. `variant`: what _TRIALS[kernel] takes behind the
+    """Whether kernels.py has `kernel` here. `variant`: what _TRIALS[kernel] takes behind the
     device."""
     if device.type != "cuda":
         return False

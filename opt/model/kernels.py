@@ -18,9 +18,8 @@ import triton.language as tl
 # there are. 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer makes no
 # faster code it is not specialized: one kernel less to build.
 
-BLOCK = (
-    2048  # elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
-)
+# Elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
+BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
@@ -322,7 +321,7 @@ class ShortAttention(torch.autograd.Function):
 
     (qkv, cu_seqlens, length) -> (tokens, heads, head_dim): qkv (tokens, 3, heads, head_dim) in 16
     bits; row i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), int32, at most `length`, which is
-    padded() of a longest row for which fits_short_attention() (opt/kernel_probe.py).
+    padded() of a longest row for which fits_short_attention() (opt/model/kernel_probe.py).
     """
 
     @staticmethod

@@ -4,7 +4,7 @@ stage shares.
 The forward takes no attention mask. Where rows are padded, it is on the right, and attention is
 causal, so no real token ever sees a pad; what the pads compute is kept out of the loss by labels of
 -100. So every plugin runs the causal attention kernel. Rows that follow one another without pads
-have attention and positions of their own (opt/attention.py).
+have attention and positions of their own (opt/model/attention.py).
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # None, the one that runs next or None, the hidden states between them). Backward comes by
         # again, see Tensor.register_hook: behind the one, ahead of the other.
         self.between_layers = None
-        self.longest_row = (
-            config.max_position_embeddings
-        )  # of packed rows, see forward; less makes attention faster
+        # Of packed rows, see forward; less makes attention faster
+        self.longest_row = config.max_position_embeddings
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention
 
@@ -73,7 +72,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
                 and the length. None of them has more than `longest_row` tokens. Not with pipeline
                 stages.
 
-        Returns: {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last
+        Returns:
+            {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last
             stage; {"hidden_states": ...} on the others. A sum, so that ranks and micro-batches with
             unequal numbers of tokens can be averaged without bias.
         """
@@ -99,9 +99,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
                 None, position_ids=positions.unsqueeze(0)
             )
 
-        hidden_states = hidden_states.as_subclass(
-            torch.Tensor
-        )  # Gemini's embedding gives a ColoTensor, which no kernel takes for one
+        # Gemini's embedding gives a ColoTensor, which no kernel takes for one
+        hidden_states = hidden_states.as_subclass(torch.Tensor)
         before = None
         for layer in self.own_layers:
             if self.between_layers:

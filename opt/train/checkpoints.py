@@ -5,8 +5,8 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
     rank-00000.safetensors ...   a file a process: its share of the model and of Adam's moments, as
                                  whole fp32 tensors by name (weights/..., exp_avg/...,
                                  exp_avg_sq/...), and its random-number state (rng/...)
-    state.json                   position in the data, Adam's count of updates, loss scale,
-        arguments, checksum of the data
+    state.json                   position in the data, Adam's count of updates, loss scale, plan,
+                                 checksum of the data
     metrics.jsonl                the run's up to here
     manifest.json                bytes and SHA-256 of each of these
 

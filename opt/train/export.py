@@ -84,9 +84,8 @@ def export_model(
         # transformers 4.51 writes down that an attention was chosen, but not which: who loads that
         # gets the slow eager one.
         fields.pop("_attn_implementation_autoset", None)
-        fields.pop(
-            "quantization_config", None
-        )  # of weights that are not quantized: who loads them would take them for such
+        # Of weights that are not quantized: who loads them would take them for such
+        fields.pop("quantization_config", None)
         config = OPTConfig.from_dict(fields)
         if one_file:
             os.replace(next(aside.glob("one_file*")), output_path)

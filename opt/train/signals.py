@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from opt.colossal.processes import Place
 
+# USR1: what SLURM can send some time before it ends a job
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGUSR1,
-)  # USR1: what SLURM can send some time before it ends a job
+)
 # torchrun hands a signal on to processes that Ctrl-C, or a scheduler, has sent it to as well:
 # within this time it is the same.
 _SAME_SIGNAL_SECONDS = 2.0
@@ -34,9 +35,8 @@ class Control:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         for number in STOP_SIGNALS:
-            signal.signal(
-                number, lambda *_: None
-            )  # the pipe has it; without a handler of Python's it would not
+            # The pipe has it; without a handler of Python's it would not
+            signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
     def agree(self, **values: int) -> dict[str, int]:
