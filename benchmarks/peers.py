@@ -335,9 +335,8 @@ def deepspeed_adam(groups, learning_rate: float, offload: bool):
 
         try:
             return DeepSpeedCPUAdam(groups, lr=learning_rate)
-        except (
-            Exception
-        ) as error:  # a compiler, the CUDA toolkit or its version may be what is missing
+        except Exception as error:
+            # A compiler, the CUDA toolkit or its version may be what is missing
             reason = str(error.__cause__ or error).splitlines()[0]
             print(
                 f"  DeepSpeedCPUAdam cannot be compiled ({reason}): PyTorch's AdamW instead",

@@ -381,11 +381,12 @@ def test_comparison_from_recorded_results(recorded):
     with open(recorded / "comparison.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 14
+    # The fastest first
     assert [row["engine"] for row in rows[:3]] == [
         "fsdp2 --fused_loss",
         "torch_ddp",
         "deepspeed_zero2",
-    ]  # the fastest first
+    ]
     assert [row["x deepspeed_zero2"] for row in rows[:3]] == ["4.00", "2.00", "1.00"]
     assert {row["spread"] for row in rows} == {"2.0%", ""}
     assert_picture(recorded / "comparison.png")

@@ -148,9 +148,8 @@ def test_the_defaults(hub, home, root, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"Hub, {NETFLIX}, split train: 420 rows" in done.stdout
     assert "pytorch_model.bin" in done.stdout
-    assert not [
-        r for r in hub.requests if r.endswith((".msgpack", ".h5"))
-    ]  # gigabytes that nobody reads
+    # Gigabytes that nobody reads
+    assert not [r for r in hub.requests if r.endswith((".msgpack", ".h5"))]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = root / "models" / MODEL

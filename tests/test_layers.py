@@ -43,9 +43,8 @@ def gpu(*parameters):
         gpu("cuda", torch.float16, 64, 128, 1e-3),
         gpu("cuda", torch.float16, 16, 63, 1e-3),
         gpu("cuda", torch.bfloat16, 128, 64, 8e-3),
-        gpu(
-            "cuda", torch.bfloat16, 64, 300, 8e-3
-        ),  # FlashAttention: longer rows, or heads of another width
+        # FlashAttention: longer rows, or heads of another width
+        gpu("cuda", torch.bfloat16, 64, 300, 8e-3),
         gpu("cuda", torch.float16, 80, 64, 1e-3),
         gpu("cuda", torch.float16, 20, 64, 1e-3),  # neither
     ],

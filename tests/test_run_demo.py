@@ -97,12 +97,13 @@ GIB = 2**30
         (331e6, Machine(1, 80 * GIB, True), 1, ("low_level_zero", "")),
         (331e6, Machine(4, 80 * GIB, True), 4, ("low_level_zero", "")),
         (331e6, Machine(1, 16 * GIB, False), 1, ("torch_ddp", "")),
+        # fp16: 16 bytes a parameter, or 10, are too many
         (
             1.3e9,
             Machine(2, 16 * GIB, False),
             2,
             ("gemini", ""),
-        ),  # fp16: 16 bytes a parameter, or 10, are too many
+        ),
         (331e6, Machine(1, 8 * GIB, True), 1, ("low_level_zero", "")),
         (1.3e9, Machine(1, 16 * GIB, True), 1, ("gemini", "--offload_optim_frac 1")),
         (6.7e9, Machine(4, 80 * GIB, True), 4, ("low_level_zero", "")),
@@ -146,9 +147,8 @@ esac
         INSTALL="1", PYTHON=str(stub), **pretend(tmp_path / "packages", f"torch {torch_version}")
     )
     assert ("asked pip: -m pip install" in done.stdout) == asks_pip
-    assert (
-        "torch 2.2.2" in done.stderr
-    ) == asks_pip  # a pip that could not help is not the end of it
+    # A pip that could not help is not the end of it
+    assert ("torch 2.2.2" in done.stderr) == asks_pip
 
 
 GRAPH = "--fused_loss --cuda_graph"

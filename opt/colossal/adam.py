@@ -151,9 +151,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._rates: dict[
-            tuple[int, torch.device], torch.Tensor
-        ] = {}  # by parameter group and device
+        # By parameter group and device
+        self._rates: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of all gradients of this process, a scalar on the device."""
@@ -171,9 +170,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         `grad_norm` to `max_norm`; none if `grad_norm`, or what find_norm gives, is not finite."""
         norm = self.find_norm() if self.find_norm else grad_norm
         divisor = div_scale if div_scale > 0 else 1.0
-        if (
-            isinstance(norm, torch.Tensor) and norm.is_cuda
-        ):  # update() decides: the host does not wait for the norm
+        if isinstance(norm, torch.Tensor) and norm.is_cuda:
+            # update() decides: the host does not wait for the norm
             divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0) * divisor
         elif norm is not None:
             if not math.isfinite(norm):
@@ -239,13 +237,11 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         ]
 
 
-gemini_optimizer._AVAIL_OPTIM_LIST |= {
-    HybridAdam
-}  # Gemini asks for one of these very classes, not for a subclass
+# Gemini asks for one of these very classes, not for a subclass
+gemini_optimizer._AVAIL_OPTIM_LIST |= {HybridAdam}
 for _loader in (FusedOptimizerLoader, CPUAdamLoader):
-    _loader.REGISTRY = [
-        _NoKernel
-    ]  # alone: beside ColossalAI's own it warns about every choice that it has to make
+    # Alone: beside ColossalAI's own it warns about every choice that it has to make
+    _loader.REGISTRY = [_NoKernel]
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -40,9 +40,8 @@ class Copies(Form):
 
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
-        self._collected: list[
-            list[Batch]
-        ] = []  # parts that are updated one after the other, by parameter group
+        # Parts that are updated one after the other, by parameter group
+        self._collected: list[list[Batch]] = []
         if self.is_bf16:
             optimizer.step = self.step
 
@@ -151,9 +150,8 @@ class Copies(Form):
         """How many processes of the tensor- and pipeline-parallel groups hold this very
         gradient."""
         holders = 1 if is_distributed_tensor(parameter) else self._size("tp_pg")
-        for (
-            shared
-        ) in self.optimizer.shared_params:  # the tied embedding, on the first stage and the last
+        for shared in self.optimizer.shared_params:
+            # The tied embedding, on the first stage and the last
             if shared.get(self.optimizer.stage_manager.stage) is parameter:
                 holders *= len(shared)
         return holders

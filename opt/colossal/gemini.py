@@ -129,9 +129,8 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
 
     def backward(self, loss):
         loss.backward()
-        with (
-            torch.no_grad()
-        ):  # gradients take the weights' place in the chunks, where the optimizer looks for them
+        with torch.no_grad():
+            # Gradients take the weights' place in the chunks, where the optimizer looks for them
             torch._foreach_copy_(
                 [p.data for p in self.fp16_params], [p.grad for p in self.fp16_params]
             )
@@ -233,9 +232,8 @@ class _Layer:
         grads = [p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        if (
-            not self._manager.reuse_fp16_chunk
-        ):  # gradients that accumulate have chunks of their own, and one more state to go through
+        if not self._manager.reuse_fp16_chunk:
+            # Gradients that accumulate have chunks of their own, and one more state to go through
             for handle, grad in zip(self._grad_handles, grads, strict=True):
                 handle(grad)
             return

@@ -1,13 +1,17 @@
 """What this project asks of a ColossalAI plugin, one question after the other. The answers are in
 ddp, zero, gemini and hybrid.
 
-before there are processes   describe, state_bytes, update_kernels hold      new_model          each
-parameter: its form, and whether it is made before or after the plugin cuts the model plugin
-__init__, configure   ColossalAI's plugin, precision; what has to be mended is mended in
-configure(), which Booster.boost calls travel    configure          when gradients and weights go
-from process to process place     place              how weights come to this process's share of the
-model form      configure          in which of four forms the optimizer's state lies: plain, copies,
-sharded, chunks
+| when          | where                          | what                                            |
+|---------------|--------------------------------|-------------------------------------------------|
+| no processes  | describe, state_bytes,         | what a run will be like, from the plan alone    |
+| yet           | update_kernels                 |                                                 |
+| plugin        | __init__                       | ColossalAI's plugin and precision               |
+| hold          | new_model                      | each parameter: lazy, or in memory at once      |
+| plugin, form, | configure, which Booster.boost | what has to be mended; in which of four forms   |
+| travel        | calls                          | the optimizer's state lies (plain, copies,      |
+|               |                                | sharded, chunks); when gradients and weights go |
+|               |                                | from process to process                         |
+| place         | place                          | how weights come to this process's share        |
 """
 
 from argparse import Namespace

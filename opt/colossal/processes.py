@@ -239,9 +239,8 @@ def node_first(here: Place, work):
     if here.local_rank == 0 or not dist.is_initialized():
         try:
             outcome = (work(), None)
-        except (
-            Exception
-        ) as error:  # handed to the node's other processes, which would wait for ever otherwise
+        except Exception as error:
+            # Handed to the node's other processes, which would wait for ever otherwise
             outcome = (None, error)
     if dist.is_initialized():  # a dry run is one process, whatever the number that it plans for
         outcomes = [None] * here.world_size

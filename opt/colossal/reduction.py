@@ -106,9 +106,8 @@ class LayerwiseZero:
             get_accelerator().Stream(),
             recorded,
         )
-        self._places: dict[
-            tuple, torch.Tensor
-        ] = {}  # where gradients that are reduced together always come to
+        # Where gradients that are reduced together always come to
+        self._places: dict[tuple, torch.Tensor] = {}
         self._in_use: list[torch.Tensor] = []  # what the stream reads, until finish()
         parts, self._part_of_layer = _parts(model)
         groups = [

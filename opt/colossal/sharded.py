@@ -26,9 +26,8 @@ class Sharded(Copies):
         self.reduction = None
         if not self.is_bf16 or self.is_model_parallel:
             _bucket_a_group(optimizer)
-        elif (
-            dp_size == 1
-        ):  # gradients stay where backward puts them: there is no other process to reduce them with
+        elif dp_size == 1:
+            # Gradients stay where backward puts them: there is no other process to reduce them with
             _stop_hooks(optimizer)
             optimizer._partition_grads = False
         else:

@@ -106,9 +106,8 @@ class Source:
                 ) from error
             except OSError as error:
                 raise UserError(f"{name} cannot be read ({error.strerror or error})") from error
-            if (
-                _state(file) != self._states[file]
-            ):  # and what was read may not be what identity() stands for
+            if _state(file) != self._states[file]:
+                # What was read may not be what identity() stands for
                 raise UserError(f"{name} was changed while it was read: start again")
 
     def _read(self, file: Path, notes: Counter) -> Iterator[str | None]:
@@ -401,7 +400,8 @@ def _decode(decode, text: str, line: int, *place: int):
     except (
         ValueError,
         RecursionError,
-    ) as error:  # a number of thousands of digits, thousands of brackets in one another
+    ) as error:
+        # A number of thousands of digits, thousands of brackets in one another
         raise _Fault(f"no JSON that can be read ({error})", line) from error
 
 

@@ -80,9 +80,8 @@ def load_tokenizer(directory: Path):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
-    except (
-        Exception
-    ) as error:  # a missing or broken file surfaces as almost any exception, by tokenizer class
+    except Exception as error:
+        # A missing or broken file surfaces as almost any exception, by tokenizer class
         raise UserError(
             f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs "
             "tokenizer.json, or vocab.json and merges.txt"

@@ -33,9 +33,8 @@ def load_config(directory: Path) -> OPTConfig:
         config = OPTConfig.from_dict(raw)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # of a value that it does not expect OPTConfig says so by almost any exception
+    except Exception as error:
+        # Of a value that it does not expect OPTConfig says so by almost any exception
         reason = " ".join(str(error).split())
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {reason:.200}): download or copy it "

@@ -48,7 +48,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # None, the one that runs next or None, the hidden states between them). Backward comes by
         # again, see Tensor.register_hook: behind the one, ahead of the other.
         self.between_layers = None
-        # Of packed rows, see forward; less makes attention faster
+        # Tokens of the longest packed row, see forward; less makes attention faster
         self.longest_row = config.max_position_embeddings
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention

@@ -36,10 +36,11 @@ _FILES = (
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
+# What says that there are weights -> all their files
 _READ = {
     _FILES[:2]: "model*.safetensors",
     _FILES[2:]: "pytorch_model*.bin",
-}  # what says that there are weights -> all their files
+}
 _DEPTH = 2  # folders in folders that are looked into for weights in another form
 # Files that hold weights in a form that is not read -> what to do. By the first pattern that fits a
 # name, or a path with folders.
@@ -360,9 +361,8 @@ def locate(model_name_or_path: str) -> Path:
             HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
         )
         files = [file.rfilename for file in listing]
-        beside = [
-            file for file in files if "/" not in file
-        ]  # config.json; what lies in folders is of other models
+        # Beside config.json: what lies in folders is of other models
+        beside = [file for file in files if "/" not in file]
         weights = next(
             (pattern for names, pattern in _READ.items() if set(names) & set(beside)), None
         )

@@ -186,9 +186,8 @@ def _check_writable(output_path: str) -> None:
         nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass
-    except (
-        OSError
-    ) as error:  # of exists() too: a name too long, a folder that this user may not look into
+    except OSError as error:
+        # Of exists() too: a name too long, a folder that this user may not look into
         raise UserError(
             f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose "
             "another place"

@@ -33,9 +33,8 @@ def reported(flags: Namespace) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)
-        if "No space left on device" in str(
-            error
-        ):  # safetensors has an exception of its own for it
+        if "No space left on device" in str(error):
+            # Safetensors has an exception of its own for it
             _end(
                 f"error: the disk is full ({_first_line(error)}): make room, or choose another "
                 "place; what is complete there stays so",

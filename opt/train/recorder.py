@@ -131,9 +131,8 @@ class Recorder:
         for work in (self._tracker.close, *([self._draw] if error is None else [])):
             try:
                 work()
-            except (
-                Exception
-            ) as fault:  # a tracker's network, a font: the model is trained, and still to be saved
+            except Exception as fault:
+                # A tracker's network, a font: the model is trained, and still to be saved
                 print(
                     f"{type(fault).__name__} after the last step: "
                     f"{' '.join(str(fault).split()):.300}",
@@ -144,9 +143,10 @@ class Recorder:
         draw_losses(self.path, self.path.with_name("loss.png"))
 
     def _write(self, line: dict) -> None:
+        # JSON has no nan
         line = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
-        }  # JSON has no nan
+        }
         self._file.write(json.dumps(line) + "\n")
         self._tracker.add({k: v for k, v in line.items() if v is not None})
 
