@@ -7,8 +7,8 @@ configuration, the data or the device is checked in opt/train/checks.py.
 import argparse
 
 from opt.errors import UserError, report_user_error
+from opt.registry import PLUGINS
 
-PLUGINS = ("torch_ddp", "torch_ddp_fp16", "low_level_zero", "gemini", "hybrid_parallel")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 

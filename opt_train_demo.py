@@ -14,7 +14,7 @@ HybridAdam, boost, weights; the loop; the step; the evaluation.
 from dataclasses import dataclass
 
 from args import train_parser
-from opt import installed
+from opt import installed, registry
 
 if __name__ == "__main__":  # ahead of the imports below, which take seconds
     installed.check()
@@ -23,7 +23,7 @@ if __name__ == "__main__":  # ahead of the imports below, which take seconds
 import torch
 import torch.distributed as dist
 
-from opt.colossal import processes, registry
+from opt.colossal import processes
 from opt.colossal.adam import HybridAdam, decay_groups
 from opt.data import tokens
 from opt.data.batches import Batch, Batches

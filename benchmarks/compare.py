@@ -27,9 +27,9 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from args import PLUGINS  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.peers import ENGINES  # noqa: E402
+from opt.registry import PLUGINS  # noqa: E402
 
 # Each in its best form on a GPU.
 DEFAULT_ENGINES = [

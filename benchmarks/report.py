@@ -4,6 +4,8 @@
         run_benchmark.sh calls it at the end
     python -m benchmarks.report failed FILE --log LOG ...
         writes the row of a combination that did not run
+    python -m benchmarks.report picture benchmarks/results/comparison.csv 1.3b 16 docs/speed.png
+        the README's picture: a comparison's rows of one model and batch size
 
 benchmarks/compare.py makes its table with the same functions.
 """
@@ -14,6 +16,8 @@ import json
 import math
 import re
 from pathlib import Path
+
+from opt.registry import PLUGINS
 
 GIB = 2**30
 # heading, how to read it off a result
@@ -189,6 +193,37 @@ def draw(results: list[dict], directory: Path) -> None:
         pyplot.close(figure)
 
 
+def draw_rows(comparison: Path, model: str, batch_size: int, picture: Path) -> None:
+    """A bar for each row of a comparison.csv of one model, batch size and GPU: tokens/s, with the
+    peak memory beside it."""
+    from matplotlib import pyplot
+
+    with open(comparison, newline="") as file:
+        rows = [
+            r
+            for r in csv.DictReader(file)
+            if (r["model"], r["batch"], r["gpus"], r["status"])
+            == (model, str(batch_size), "1", "ok")
+            and "offload" not in r["engine"]
+        ]
+    rows.sort(key=lambda r: int(r["tokens/s"]))
+    ours = [r["engine"].split()[0] in PLUGINS for r in rows]
+    figure, panel = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1))
+    bars = panel.barh(
+        [" ".join(re.sub("--(compile|fused_loss)?", "", r["engine"]).split()) for r in rows],
+        [int(r["tokens/s"]) / 1000 for r in rows],
+        color=["tab:blue" if is_ours else "silver" for is_ours in ours],
+    )
+    labels = [f"{int(r['tokens/s']) / 1000:.1f}k, {float(r['peak GiB']):.1f} GiB" for r in rows]
+    panel.bar_label(bars, labels, padding=3)
+    panel.set(xlabel="thousand tokens/s, and peak memory", xlim=(0, 1.25 * bars[-1].get_width()))
+    panel.set_title(f"OPT-{model}, {batch_size} rows of 1,024 tokens, one H100: plugins in blue")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=90)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -205,7 +240,15 @@ def main() -> None:
         ("world_size", int),
     ):
         failed.add_argument(f"--{flag}", type=kind, required=True)
+    picture = commands.add_parser("picture", help="draw rows of a comparison.csv")
+    picture.add_argument("comparison", type=Path)
+    picture.add_argument("model")
+    picture.add_argument("batch_size", type=int)
+    picture.add_argument("picture", type=Path)
     args = parser.parse_args()
+    if args.command == "picture":
+        draw_rows(args.comparison, args.model, args.batch_size, args.picture)
+        return
     if args.command == "failed":
         write_failed(
             args.file,

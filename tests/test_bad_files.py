@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from args import PLUGINS, PRECISIONS, train_parser
+from args import PRECISIONS, train_parser
 from opt.colossal import processes
 from opt.data import tokens
 from opt.data.batches import Position
 from opt.errors import UserError
 from opt.model import weights
 from opt.model.opt import meta_model
+from opt.registry import PLUGINS
 from opt.train.checks import Setup, check
 from opt.train.plan import memory_bytes
 from opt.train.schedule import count_steps
@@ -411,7 +412,7 @@ NUMBER = (
 
 @settings(RANDOM, max_examples=200)
 @given(
-    st.sampled_from(PLUGINS),
+    st.sampled_from(list(PLUGINS)),
     st.sampled_from([*PRECISIONS, None]),
     st.dictionaries(st.sampled_from(NUMBERS), NUMBER, max_size=4),
     st.integers(1, 8),

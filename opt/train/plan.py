@@ -10,11 +10,11 @@ import torch
 from transformers import OPTConfig
 
 from opt.colossal.processes import Place, node_first
-from opt.colossal.registry import plugin_class
 from opt.data.batches import Position
 from opt.data.tokens import Dataset
 from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
+from opt.registry import plugin_class
 from opt.train import checkpoints
 from opt.train.checkpoints import Checkpoint
 from opt.train.checks import Setup, lock_output
