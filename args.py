@@ -5,11 +5,24 @@ configuration, the data or the device is checked in opt/train/checks.py.
 """
 
 import argparse
+import json
 
 from opt.errors import UserError, report_user_error
 from opt.registry import PLUGINS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+# Of transformers.SchedulerType all but reduce_lr_on_plateau, which depends on evaluations
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+)
 
 
 class Settings(argparse.Namespace):
@@ -38,8 +51,9 @@ class Parser(argparse.ArgumentParser):
         report_user_error(f"{message} (see --help)")
 
 
-def _number(kind, low, high=None, low_open=False):
-    """An argparse type: a number of `kind` in [low, high], or in (low, high] with `low_open`.
+def _number(kind, low, high=None, low_open=False, high_open=False):
+    """An argparse type: a number of `kind` in [low, high], without `low` itself with `low_open`,
+    without `high` with `high_open`.
 
     `high` is by default what a tensor's sizes, steps and fp32 can hold.
     """
@@ -51,13 +65,27 @@ def _number(kind, low, high=None, low_open=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text:.40}' is not a number") from None
-        if not (low < value if low_open else low <= value) or not value <= high:
+        if not (low < value if low_open else low <= value) or not (
+            value < high if high_open else value <= high
+        ):
             raise argparse.ArgumentTypeError(
-                f"{text:.40} must be {'over' if low_open else 'at least'} {low} and at most {high}"
+                f"{text:.40} must be {'over' if low_open else 'at least'} {low} and "
+                f"{'under' if high_open else 'at most'} {high}"
             )
         return value
 
     return parse
+
+
+def _json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text:.80}' is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text:.80}' is not a JSON object, {{...}}")
+    return value
 
 
 def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
@@ -108,6 +136,19 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
         type=_number(float, 0, 10),
         default=0.01,
         help="AdamW's decay of matrices; biases and norms have none; default 0.01",
+    )
+    for beta, default, what in ((1, 0.9, "the gradient"), (2, 0.999, "its square")):
+        g.add_argument(
+            f"--adam_beta{beta}",
+            type=_number(float, 0, 1, high_open=True),
+            default=default,
+            help=f"AdamW's decay of its running mean of {what}; default {default}",
+        )
+    g.add_argument(
+        "--adam_epsilon",
+        type=_number(float, 1e-30, 1),
+        default=1e-8,
+        help="AdamW's addition to the root of the mean square; default 1e-8",
     )
     g.add_argument(
         "--seed",
@@ -267,11 +308,30 @@ def train_parser() -> argparse.ArgumentParser:
         help="optimizer steps at most; default as many as the epochs give",
     )
     g.add_argument(
+        "--lr_scheduler_type",
+        choices=SCHEDULES,
+        default="linear",
+        metavar="NAME",
+        help=f"how the learning rate goes on after the warm-up, as in transformers: "
+        f"{', '.join(SCHEDULES)}; default linear, to 0 at the end",
+    )
+    g.add_argument(
+        "--lr_scheduler_kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="what transformers' schedule of that name takes besides, such as "
+        "'{\"num_cycles\": 3}' or '{\"min_lr_rate\": 0.1}'; default nothing",
+    )
+    g.add_argument(
         "--warmup_ratio",
         type=_number(float, 0, 1),
-        default=0.1,
-        help="share of the steps that the learning rate rises for; default 0.1, then it falls "
-        "linearly to 0",
+        help="share of the steps that the learning rate rises for; default 0.1 (0 for constant)",
+    )
+    g.add_argument(
+        "--warmup_steps",
+        type=_number(int, 0),
+        help="the same in optimizer steps, in place of --warmup_ratio",
     )
     g.add_argument(
         "--max_norm",
@@ -423,6 +483,9 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
     # norm is known all the same: a step along nan is not to be taken.
     args.max_norm = (args.max_norm or float("inf")) if hasattr(args, "max_norm") else 0.0
 
+    if hasattr(args, "lr_scheduler_type"):
+        _check_schedule(args)
+
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):
             raise UserError(
@@ -505,3 +568,18 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
                 "micro-batches: change --batch_size or --num_microbatches"
             )
     return Settings(**vars(args))
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    """Settle the warm-up. Raises UserError where flags contradict one another."""
+    warm_up = {"--warmup_steps": args.warmup_steps, "--warmup_ratio": args.warmup_ratio}
+    given = [flag for flag, value in warm_up.items() if value is not None]
+    if len(given) == 2:
+        raise UserError("--warmup_steps and --warmup_ratio say the same thing: give one of them")
+    if args.lr_scheduler_type == "constant" and given and warm_up[given[0]]:
+        raise UserError(
+            f"--lr_scheduler_type constant has no warm-up: leave {given[0]} out, or use "
+            "constant_with_warmup"
+        )
+    if args.warmup_ratio is None:
+        args.warmup_ratio = 0.0 if args.lr_scheduler_type == "constant" else 0.1

@@ -76,8 +76,13 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
     plugin = registry.new_plugin(plan, here.device, weights.num_parameters)
     booster = Booster(plugin=plugin, mixed_precision=plugin.mixed_precision)
     model = plugin.new_model(config)
-    optimizer = HybridAdam(decay_groups(model, plan.weight_decay), lr=steps.learning_rate)
-    lr_schedule = schedule.linear(optimizer, steps.warmup_steps, steps.total_steps)
+    optimizer = HybridAdam(
+        decay_groups(model, plan.weight_decay),
+        lr=steps.learning_rate,
+        betas=(plan.adam_beta1, plan.adam_beta2),
+        eps=plan.adam_epsilon,
+    )
+    lr_schedule = schedule.new_schedule(optimizer, steps)
     model, optimizer, *_ = booster.boost(model, optimizer)
     plugin.place(model, weights)  # only now it knows this process's share of each tensor
     boosted = Boosted(booster, model, optimizer, lr_schedule)

@@ -214,6 +214,12 @@ def accumulate(adam, group, forward, reducing):
     return total
 
 
+def adam_numbers(args) -> dict:
+    """What every AdamW is given."""
+    betas = args.adam_beta1, args.adam_beta2
+    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+
+
 def torch_amp(args, here, model):
     """PyTorch alone: fp32 weights, forward under autocast, DistributedDataParallel where there are
     several processes."""
@@ -223,7 +229,7 @@ def torch_amp(args, here, model):
     from opt.colossal.adam import decay_groups
 
     adam = torch.optim.AdamW(
-        decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
+        decay_groups(model, args.weight_decay), **adam_numbers(args), fused=True
     )
     if here.world_size > 1:
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
@@ -264,7 +270,7 @@ def fsdp2(args, here, model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     adam = torch.optim.AdamW(
-        decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
+        decay_groups(model, args.weight_decay), **adam_numbers(args), fused=True
     )
 
     def reducing(is_last):
@@ -306,7 +312,7 @@ def deepspeed_zero(args, here, model):
         # The loss reads the head's weight outside the head's forward, where ZeRO-3 would not have
         # gathered it.
         deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
-    adam = deepspeed_adam(decay_groups(model, args.weight_decay), args.learning_rate, offload)
+    adam = deepspeed_adam(decay_groups(model, args.weight_decay), adam_numbers(args), offload)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
 
     def step(group):
@@ -325,7 +331,7 @@ def deepspeed_zero(args, here, model):
     }
 
 
-def deepspeed_adam(groups, learning_rate: float, offload: bool):
+def deepspeed_adam(groups, numbers: dict, offload: bool):
     """PyTorch's fused AdamW; for parameters in host memory DeepSpeed's own, if it can be compiled
     here."""
     import torch
@@ -334,7 +340,7 @@ def deepspeed_adam(groups, learning_rate: float, offload: bool):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         try:
-            return DeepSpeedCPUAdam(groups, lr=learning_rate)
+            return DeepSpeedCPUAdam(groups, **numbers)
         except Exception as error:
             # A compiler, the CUDA toolkit or its version may be what is missing
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -342,7 +348,7 @@ def deepspeed_adam(groups, learning_rate: float, offload: bool):
                 f"  DeepSpeedCPUAdam cannot be compiled ({reason}): PyTorch's AdamW instead",
                 flush=True,
             )
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return torch.optim.AdamW(groups, **numbers, fused=True)
 
 
 def hf_trainer(args, here, model, batches):
@@ -400,6 +406,9 @@ def hf_trainer(args, here, model, batches):
             max_steps=steps,
             learning_rate=args.learning_rate,
             weight_decay=args.weight_decay,
+            adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2,
+            adam_epsilon=args.adam_epsilon,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             optim="adamw_torch_fused",

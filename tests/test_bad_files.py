@@ -396,6 +396,9 @@ NUMBERS = [
     "--num_epoch",
     "--max_train_steps",
     "--warmup_ratio",
+    "--warmup_steps",
+    "--adam_beta1",
+    "--adam_epsilon",
     "--max_norm",
     "--eval_steps",
 ]

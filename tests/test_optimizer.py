@@ -12,7 +12,7 @@ from opt.colossal import adam
 from opt.colossal.adam import HybridAdam, decay_groups, update
 from opt.model.config import load_config
 from opt.model.opt import meta_model
-from opt.train.schedule import linear
+from opt.train.schedule import Steps, new_schedule
 
 from .conftest import SAMPLE_MODEL
 
@@ -60,7 +60,7 @@ def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
         {"params": [parameters[i] for i in (1, 2, 3, 5)], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1e-2)
-    schedules = [linear(o, 5, 25) for o in (hybrid, adamw)]
+    schedules = [new_schedule(o, Steps(25, 25, 5, 25, 1e-2)) for o in (hybrid, adamw)]
     for grads in gradients(ours, grad_dtype, 20):
         for mine, reference, grad in zip(
             ours.parameters(), theirs.parameters(), grads, strict=True
@@ -151,7 +151,7 @@ def test_schedule(warmup, total):
     """Step n of 1..total has peak x n / warmup, then peak x (total - n + 1) / (total - warmup): up
     to the peak, down to 0."""
     adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = linear(adamw, warmup, total)
+    schedule = new_schedule(adamw, Steps(total, total, warmup, total, 0.5))
     for n in range(1, total + 1):
         wanted = 0.5 * (n / warmup if n <= warmup else (total - n + 1) / (total - warmup))
         assert math.isclose(adamw.param_groups[0]["lr"], wanted), n

@@ -25,6 +25,7 @@ ROWS, STEPS, STEPS_PER_EPOCH, EVAL_STEPS, WARMUP = (
     2,
 )
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.1, 0.7
+BETAS, EPSILON = (0.7, 0.9), 1e-4  # far from the defaults, which would show
 
 HYBRID = ("--plugin", "hybrid_parallel")
 
@@ -41,7 +42,8 @@ class Run:
 
 RUNS = {
     "torch_ddp": Run(2, ("--plugin", "torch_ddp", "--batch_size", 8, "--report_to", "tensorboard")),
-    # Three steps, since a CPU is slow in fp16: their learning rates are those of the others.
+    # Three steps, since a CPU is slow in fp16: their learning rates are those of the others, as the
+    # third is the first after the warm-up.
     "torch_ddp_fp16": Run(
         2,
         (
@@ -51,8 +53,6 @@ RUNS = {
             8,
             "--max_train_steps",
             3,
-            "--warmup_ratio",
-            WARMUP / 3,
         ),
         near=0.02,
         steps=3,
@@ -123,8 +123,6 @@ RUNS = {
             8,
             "--max_train_steps",
             3,
-            "--warmup_ratio",
-            WARMUP / 3,
         ),
         near=0.02,
         steps=3,
@@ -210,7 +208,11 @@ class Runs:
             "--dropout": 0,
             "--learning_rate": LEARNING_RATE,
             "--weight_decay": WEIGHT_DECAY,
-            "--warmup_ratio": WARMUP / STEPS,
+            "--adam_beta1": BETAS[0],
+            "--adam_beta2": BETAS[1],
+            "--adam_epsilon": EPSILON,
+            "--lr_scheduler_type": "cosine",
+            "--warmup_steps": WARMUP,
             "--max_norm": MAX_NORM,
             "--num_epoch": 2,
             "--max_train_steps": STEPS,
@@ -257,7 +259,7 @@ def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON)
 
     def loss_of(inputs):
         """transformers' own: the mean over all targets that are not -100."""
@@ -274,8 +276,9 @@ def plain_loop(directory: Path, dataset: tokens.Dataset) -> dict:
     found = {"loss": [], "grad_norm": [], "lr": [], "tokens": []}
     evaluations = {0: evaluate()}
     for step, batch in enumerate([*batches.epoch(0), *batches.epoch(1)][:STEPS], start=1):
+        done = (step - 1 - WARMUP) / (STEPS - WARMUP)
         lr = LEARNING_RATE * (
-            step / WARMUP if step <= WARMUP else (STEPS - step + 1) / (STEPS - WARMUP)
+            step / WARMUP if step <= WARMUP else 0.5 * (1 + math.cos(math.pi * done))
         )
         for group in adamw.param_groups:
             group["lr"] = lr

@@ -127,6 +127,7 @@ def describe(run: Run) -> str:
     if getattr(setup.source, "quantization_config", None):
         origin += "; the quantization_config in config.json is left out, they are not quantized"
     memory = memory_bytes(plan, setup.config, setup.weights.num_parameters)
+    schedule = f" ({steps.scheduler_type})"
     lines = {
         "device": device,
         "plugin": plan.plugin + f" ({about})" * bool(about),
@@ -143,8 +144,8 @@ def describe(run: Run) -> str:
         f"{plan.dp_size} data-parallel = "
         f"{rows} rows a step{microbatches}{', without pads' * plan.padding_free}",
         "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch), "
-        f"{steps.warmup_steps:,} of warm-up, "
-        f"learning rate {steps.learning_rate:g}; evaluation every {steps.eval_steps:,}",
+        f"{steps.warmup_steps:,} of warm-up, learning rate {steps.learning_rate:g}"
+        f"{schedule * (steps.scheduler_type != 'linear')}; evaluation every {steps.eval_steps:,}",
         "saved": f"every {plan.save_steps:,} steps and after each epoch"
         if plan.save_steps
         else "when a signal stops the run",
@@ -164,7 +165,24 @@ def describe(run: Run) -> str:
             lines["resumed"] += (
                 f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
             )
+        if changes := _other_course(run):
+            lines["resumed"] += f"; from here on {', '.join(changes)}"
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
+
+
+def _other_course(run: Run) -> list[str]:
+    """What a resumed run does otherwise than the one before it, whose learning rates and updates
+    it would go on with."""
+    before, now = run.before.state["arguments"], vars(run.plan)
+    flags = (
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"),
+        *("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    )
+    return [
+        f"--{flag} {now[flag]} (was {before[flag]})"
+        for flag in flags
+        if flag in before and before[flag] != now[flag]
+    ]
 
 
 def memory_bytes(plan: Namespace, config: OPTConfig, parameters: int) -> float:
