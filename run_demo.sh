@@ -77,10 +77,9 @@ flags+=("$@")
 
 # ---- run
 if [ -n "${HOSTFILE:-}" ]; then
-  # Checked first: `colossalai run` would bury a mistake under its own messages.
+  # Mistakes first: here they are said once.
   WORLD_SIZE=$((processes * nodes)) "$python" opt_train_demo.py "${flags[@]}" --dry_run >/dev/null
-  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  launch=("$python" -c 'from colossalai.cli import cli; cli()' run --nproc_per_node "$processes" --master_port "$port" --hostfile "$HOSTFILE")
+  launch=("$python" -m opt.hosts run_demo "$HOSTFILE" "$processes")
 elif [ "$processes" -gt 1 ]; then
   launch=("$python" -m opt.torchrun --standalone --nproc_per_node "$processes")
 else

@@ -27,12 +27,22 @@ def check() -> None:
         report_user_error(f"{wrong}: {pip} torch=={_version('torch').split('+')[0]} torchvision")
 
 
-def out_of_bounds() -> list[str]:
-    """What of requirements.txt is missing or in a version that it does not allow, in words."""
+def required() -> dict[str, str]:
+    """Of each line of requirements.txt its package."""
     lines = [
         line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")
     ]
-    names = {line: re.match(r"[\w-]+", line)[0] for line in lines}
+    return {line: re.match(r"[\w-]+", line)[0] for line in lines}
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each package in requirements.txt; None if it is not."""
+    return {name: _version(name) for name in required().values()}
+
+
+def out_of_bounds() -> list[str]:
+    """What of requirements.txt is missing or in a version that it does not allow, in words."""
+    names = required()
     missing = [name for name in names.values() if _version(name) is None]
     try:
         from packaging.requirements import Requirement

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 REPO = Path(__file__).resolve().parent.parent
-_TOOLS = ("unshare", "nsenter", "ip", "tc", "mount", "sshd", "ssh-keygen")
+_TOOLS = ("taskset", "unshare", "nsenter", "ip", "tc", "mount", "sshd", "ssh-keygen")
 
 # Process 1 of the switch: a bridge, and a cable to each host. It has an address there too, .254.
 _SWITCH = """
@@ -69,7 +69,7 @@ def why_not() -> str | None:
 class Hosts:
     """A context: node0, node1 ... at 10.77.0.1, 10.77.0.2 ..., and `hostfile` with their names.
 
-    Each reaches the others by ssh as root, with keys of their own. Files are the same on all of
+    Each has a core of its own, and reaches the others by ssh as root, with keys of their own. Files are the same on all of
     them, but for /tmp and /run, and what mount() has put over one.
     """
 
@@ -80,6 +80,8 @@ class Hosts:
         self.folder = Path(folder or tempfile.mkdtemp(prefix="opt-hosts-")).resolve()
         self.hostfile = self.folder / "hostfile"
         self._started: list[subprocess.Popen] = []
+        self._powers: dict[str, subprocess.Popen] = {}
+        self._first: dict[str, int] = {}
         self._path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
     def __enter__(self):
@@ -93,7 +95,6 @@ class Hosts:
             )
             self._until(lambda: (self.folder / "switched-on").exists(), "no switch")
             self._switch_pid = self._first_in(self._switch)
-            self._first: dict[str, int] = {}
             for name in self.names:
                 self.power_on(name)
         except BaseException:
@@ -121,6 +122,7 @@ class Hosts:
         inside = ["nsenter", "--target", str(self._switch_pid), "--mount", "--pid"]
         process = self._start(
             [*inside, f"--net=/proc/{self._switch_pid}/root/run/netns/opt-{name}"]
+            + ["taskset", "--cpu-list", str(self.names.index(name) % os.cpu_count())]
             + ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
             + ["bash", "-ec", _HOST],
             {
@@ -135,13 +137,17 @@ class Hosts:
         self._until(
             lambda: log.read_text().count("Server listening") > before, f"{name} does not start"
         )
-        self._first[name] = self._first_in(process)
+        self._first[name], self._powers[name] = self._first_in(process), process
 
     def power_off(self, name: str) -> None:
         """All processes of a host are gone at once, and nothing tells the others: no connection of
         it is closed."""
         self.cut(name)
         psutil.Process(self._first[name]).kill()
+        power = self._powers.pop(name)
+        power.wait(20)
+        power.stdin.close()
+        self._started.remove(power)
 
     def cut(self, name: str) -> None:
         """Pull the network cable out of a host."""
@@ -165,7 +171,8 @@ class Hosts:
         enter = ["nsenter", "--target", str(self._first[name])]
         enter += ["--net", "--mount", "--uts", "--pid", "--"]
         # The folder that this process is in is another host's.
-        return [*enter, "env", f"--chdir={REPO}", *map(str, command)]
+        own = ["taskset", "--cpu-list", str(self.names.index(name) % os.cpu_count())]
+        return [*enter, *own, "env", f"--chdir={REPO}", *map(str, command)]
 
     def environment(self, **more) -> dict[str, str]:
         """What a user logged in at a host has."""

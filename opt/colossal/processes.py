@@ -1,8 +1,10 @@
 """Processes and devices: who am I, what do I compute on, how do I talk to the others."""
 
+import errno
 import functools
 import os
 import random
+import selectors
 import socket
 import threading
 import time
@@ -131,16 +133,43 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     _introduce(here.world_size)
 
 
-# Host, process number and start of every process, by rank: known while all are there, asked for
-# when one is lost.
-_processes: list[tuple[str, int, float]] = []
+@dataclass(frozen=True)
+class _Process:
+    """One of the run's processes, and where it can be asked for."""
+
+    host: str
+    number: int  # on its host
+    started: float
+    address: str
+    port: int
+
+
+# By rank: known while all are there, asked for when one is lost.
+_processes: list[_Process] = []
+# A socket that nobody ever accepts from: the kernel answers for it as long as this process lives.
+_ear: list[socket.socket] = []
 
 
 def _introduce(world_size: int) -> None:
-    own = socket.gethostname(), os.getpid(), psutil.Process().create_time()
+    address, port = "", 0
+    if world_size > 1:
+        address, family = _own_address()
+        _ear[:] = [socket.create_server((address, 0), family=family, backlog=512)]
+        port = _ear[0].getsockname()[1]
+    started = psutil.Process().create_time()
+    own = _Process(socket.gethostname(), os.getpid(), started, address, port)
     _processes[:] = [own] * world_size
     if world_size > 1:
         dist.all_gather_object(_processes, own)
+
+
+def _own_address() -> tuple[str, int]:
+    """The address that this host has towards the first one, and its family. Nothing is sent."""
+    goal = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, _, _, _, target = socket.getaddrinfo(*goal, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
+        s.connect(target)
+        return s.getsockname()[0], family
 
 
 def leave_word() -> None:
@@ -148,16 +177,28 @@ def leave_word() -> None:
     _in_time(lambda store: store.set(f"opt_has_said/{dist.get_rank()}", ""))
 
 
+def silent_nodes() -> str | None:
+    """Which nodes do not answer at all, in words; None if all do."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, process in enumerate(_processes):
+        ranks_of.setdefault(process.host, []).append(rank)
+    answers = _ask_all()
+    silent = [
+        f"{host} (rank {' and '.join(map(str, ranks))})"
+        for host, ranks in ranks_of.items()
+        if all(answers[rank] == "silence" for rank in ranks)
+    ]
+    if not silent:
+        return None
+    return f"{' and '.join(silent)} does not answer: the node's power or its network is gone"
+
+
 def killed_processes() -> str | None:
-    """Which processes of this node were killed, in words, None if none was; waits up to a second
-    for one to be gone."""
+    """Which processes were killed, in words, None if none was; waits up to a second for one to be
+    gone."""
     end = time.monotonic() + 1
     while True:
-        gone = [
-            rank
-            for rank, (host, *process) in enumerate(_processes)
-            if host == socket.gethostname() and not _is_there(*process)
-        ]
+        gone = [rank for rank, answer in enumerate(_ask_all()) if answer == "gone"]
         if gone or time.monotonic() > end:
             break
         time.sleep(0.05)
@@ -167,10 +208,42 @@ def killed_processes() -> str | None:
     silent = [rank for rank in gone if rank not in (have_said or ())]
     if not silent:
         return None
-    names = " and ".join(f"rank {rank} (process {_processes[rank][1]})" for rank in silent)
+    here = socket.gethostname()
+    names = " and ".join(
+        f"rank {rank} (process {p.number}{'' if p.host == here else f' on {p.host}'})"
+        for rank, p in ((rank, _processes[rank]) for rank in silent)
+    )
     if have_said is None:  # the store is gone as well, as it is where rank 0 keeps it
         names += f" {'is' if len(silent) == 1 else 'are'} gone; what has not said why"
     return f"{names} was killed, most likely for host memory"
+
+
+def _ask_all() -> list[str]:
+    """Of each process: "there", "gone", or "silence" where its host does not answer in 2 s."""
+    here = socket.gethostname()
+    answers = [
+        ("there" if _is_there(p.number, p.started) else "gone") if p.host == here else "silence"
+        for p in _processes
+    ]
+    with selectors.DefaultSelector() as asked:
+        for rank, process in enumerate(_processes):
+            if process.host != here:
+                family = socket.AF_INET6 if ":" in process.address else socket.AF_INET
+                s = socket.socket(family, socket.SOCK_STREAM)
+                s.setblocking(False)
+                s.connect_ex((process.address, process.port))
+                asked.register(s, selectors.EVENT_WRITE, rank)
+        end = time.monotonic() + 2
+        while asked.get_map() and (left := end - time.monotonic()) > 0:
+            for key, _ in asked.select(left):
+                error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error in (0, errno.ECONNREFUSED, errno.ECONNRESET):
+                    answers[key.data] = "gone" if error else "there"
+                asked.unregister(key.fileobj)
+                key.fileobj.close()
+        for key in list(asked.get_map().values()):
+            key.fileobj.close()
+    return answers
 
 
 def _in_time(ask):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import OPTConfig, PreTrainedTokenizerFast
 
 from args import resolve
@@ -227,6 +228,49 @@ def lock_output(output_path: str) -> None:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     _locks.append(lock)
+
+
+def check_shared(output_path: str, here: Place) -> None:
+    """Raise UserError on all processes where --output_path is not the same folder on all nodes. To
+    be called by all of them, after lock_output.
+
+    Every process writes its part of a checkpoint there. The first process makes a file; on each
+    other node one tries to make the same, which a file system that they share refuses, even one
+    whose clients remember what is not there.
+    """
+    if not dist.is_initialized() or here.world_size == 1:
+        return
+    folder, name = output_directory(output_path), [f".opt_train.probe-{os.urandom(8).hex()}"]
+    if here.is_main:
+        (folder / name[0]).touch()
+    dist.broadcast_object_list(name)
+    fault = _other_folder(folder, name[0]) if here.local_rank == 0 and not here.is_main else None
+    faults = [None] * here.world_size
+    dist.all_gather_object(faults, (socket.gethostname(), fault))
+    if here.is_main:
+        (folder / name[0]).unlink()
+    wrong = {f"on {host} {fault}": None for host, fault in faults if fault}
+    if wrong:
+        raise UserError(
+            f"--output_path {output_path} is not a folder that the nodes share: {'; '.join(wrong)} "
+            f"{faults[0][0]}'s; choose one that they do"
+        )
+
+
+def _other_folder(folder: Path, name: str) -> str | None:
+    """Why `folder` here is not the one in which another node has made a file, in words."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        return f"it cannot be written ({error.strerror}), unlike"
+    (folder / name).unlink()
+    if is_new:
+        folder.rmdir()
+    return "it is another than"
 
 
 _locks: list = []  # open files: closing one would release it

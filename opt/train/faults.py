@@ -115,6 +115,8 @@ def lost_process(error: Exception, timeout_minutes: float) -> str | None:
             f"the port {os.environ['MASTER_PORT']} is in use: another run has it; choose "
             "another (--master_port)"
         )
+    if silent := processes.silent_nodes():
+        return f"another process was lost: {silent}"
     if "imed out" in text or "timeout" in text.lower():
         return (
             f"another process did not answer for {timeout_minutes:g} minutes (--timeout_minutes): "

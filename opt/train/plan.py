@@ -17,7 +17,7 @@ from opt.model.config import DTYPES
 from opt.registry import plugin_class
 from opt.train import checkpoints
 from opt.train.checkpoints import Checkpoint
-from opt.train.checks import Setup, lock_output
+from opt.train.checks import Setup, check_shared, lock_output
 from opt.train.export import output_directory
 from opt.train.schedule import Steps, count_steps
 
@@ -50,6 +50,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     plan = setup.plan.but(padding_free=is_padding_free(setup.plan, here, dataset))
     if not plan.dry_run:
         node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
+        check_shared(plan.output_path, here)
     folder = output_directory(plan.output_path)
     before = node_first(here, lambda: checkpoints.find(plan.resume, folder))
     if before:

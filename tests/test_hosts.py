@@ -1,0 +1,138 @@
+"""Several hosts (tests/hosts.py): checked before the start, training the same as one host does, and
+what becomes of the others when one is lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, metrics, train
+from .hosts import Hosts, why_not
+from .test_launchers import without_timing
+
+PYTHON = sys.executable
+SCRIPT = "opt_train_demo.py"
+MODEL = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA)
+SHORT = ("--batch_size", "4", "--max_train_steps", "6", "--max_length", "64")
+REASON = why_not()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Eight hosts, some of which tests have faults of their own put into."""
+    if REASON:
+        pytest.skip(REASON)
+    with Hosts(8, tmp_path_factory.getbasetemp()) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(started):
+    """The hosts, all on and connected; nothing of the test runs on them afterwards."""
+    yield started
+    for name in started.names:
+        started.mend(name)
+        for process in started.processes(name, "python"):
+            process.kill()
+
+
+def begin(hosts, name, *command, **environment) -> subprocess.Popen:
+    """Start a command on a host, as a user who is logged in there."""
+    environment = hosts.environment(**{k: str(v) for k, v in environment.items()})
+    environment.setdefault("XDG_CACHE_HOME", os.environ["XDG_CACHE_HOME"])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(hosts.on(name, *command), env=environment, **pipes)
+
+
+def hostfile(tmp_path, *names) -> Path:
+    file = tmp_path / "hostfile"
+    file.write_text("# these\n" + "".join(f"{name}  # a host\n" for name in names))
+    return file
+
+
+def by_hosts(hosts, tmp_path, number, processes, *flags) -> subprocess.Popen:
+    """Training on `number` hosts, as run_demo.sh starts it after its own checks."""
+    file = hostfile(tmp_path, *hosts.names[:number])
+    way = (PYTHON, "-m", "opt.hosts", "run_demo", file, processes, SCRIPT)
+    return begin(hosts, "node0", *way, *MODEL, "--output_path", tmp_path / "out", *flags)
+
+
+def good(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def test_each_fault_of_a_host_is_a_line_before_anything_starts(hosts, tmp_path):
+    """A host that does not answer, another torch, an output folder, scripts or Python that are not
+    there, another clock, other scripts."""
+    output = tmp_path / "out"
+    output.mkdir()
+    site = Path(next(p for p in sys.path if p.endswith("site-packages")))
+
+    def instead(name, file, text):
+        other = tmp_path / f"{name}.file"
+        other.write_text(text)
+        hosts.mount(name, "--bind", other, file)
+
+    torch = next(site.glob("torch-*.dist-info/METADATA"))
+    version = next(x for x in torch.read_text().splitlines() if x.startswith("Version: "))[9:]
+    hosts.cut("node1")
+    instead("node2", torch, torch.read_text().replace(f"Version: {version}", "Version: 2.5.0"))
+    hosts.mount("node3", "-t", "tmpfs", "opt-tmp", output)
+    # Python runs this line twice in a virtual environment.
+    late = "import time; time.now = getattr(time, 'now', time.time); time.time = lambda now=time.now: now() - 90\n"
+    instead("node4", next(site.glob("*.pth")), late)
+    instead("node5", REPO / "opt" / "errors.py", (REPO / "opt/errors.py").read_text() + "# new\n")
+    hosts.mount("node6", "-t", "tmpfs", "opt-tmp", Path(PYTHON).parent)
+    hosts.mount("node7", "-t", "tmpfs", "opt-tmp", REPO.parent)
+
+    try:
+        done = finish(by_hosts(hosts, tmp_path, 8, 1, *SHORT), 60)
+    finally:
+        for name in hosts.names[2:]:  # as it was
+            hosts.power_off(name)
+            hosts.mend(name)
+            hosts.power_on(name)
+    assert done.returncode == 2 and not done.stdout
+    lines = done.stderr.splitlines()
+    expected = [
+        "run_demo: error: node1 does not answer by ssh: ",
+        f"run_demo: error: node2 has torch 2.5.0, node0 {version}",
+        f"run_demo: error: node3: --output_path {output} is another folder than on node0: ",
+        "run_demo: error: node4's clock is ",
+        f"run_demo: error: node5 has other scripts in {REPO} than node0 (commit ",
+        f"run_demo: error: node6 has no Python at {PYTHON}: ",
+        f"run_demo: error: node7 has no folder {REPO}, where the scripts are",
+    ]
+    assert len(lines) == len(expected), done.stderr
+    for line in expected:
+        assert any(found.startswith(line) for found in lines), (line, done.stderr)
+    late = next(float(x.split()[5]) for x in lines if "node4's clock" in x and "behind" in x)
+    assert 85 < late < 95
+    assert list(output.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes of one host record."""
+    output = tmp_path_factory.mktemp("one-host")
+    train(output, *SHORT, nproc=2)
+    return without_timing(metrics(output))
+
+
+def test_run_demo_on_two_hosts_is_bit_for_bit_one_hosts_two_processes(
+    hosts, tmp_path, two_processes
+):
+    """The whole way of HOSTFILE=... bash run_demo.sh, started on a third host."""
+    file = hostfile(tmp_path, "node1", "node2")
+    settings = {"HOSTFILE": file, "OUTPUT": tmp_path / "out", "INSTALL": 0, "PYTHON": PYTHON}
+    settings |= {"MODEL": SAMPLE_MODEL, "DATASET": SAMPLE_DATA, "LR": 5e-5}
+    demo = begin(
+        hosts, "node0", "bash", "run_demo.sh", *SHORT, HF_ENDPOINT="http://[::1]:1", **settings
+    )
+    done = good(finish(demo, 180))
+    assert without_timing(metrics(tmp_path / "out")) == two_processes
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert done.stdout.count("saved the model to") == 1 and "node" not in done.stderr
