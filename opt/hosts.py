@@ -33,16 +33,17 @@ from opt import installed
 from opt.errors import UserError, report_user_error
 
 HERE = Path(__file__).resolve().parent.parent
-# As long as a network may be away: 15 s x 8. BatchMode: no questions.
+# BatchMode: no questions. Lost is a host that has not answered for 10 s x 6.
 SSH = (
     "ssh -T -o BatchMode=yes -o ConnectTimeout=10 "
-    "-o ServerAliveInterval=15 -o ServerAliveCountMax=8"
+    "-o ServerAliveInterval=10 -o ServerAliveCountMax=6"
 ).split()
 ANSWER_SECONDS = 90  # for a check: Python and this file from a cold network disk
 # torchrun's rendezvous takes a node for lost whose heartbeat is 15 s old by its clock.
 CLOCK_SECONDS = 5
-# After one host has failed the others have so long to end by themselves, and so long to save.
-GRACE_SECONDS = 30
+# After one host has failed the others have so long to end by themselves; then they are told to, and
+# torchrun gives its processes 30 s for that.
+GRACE_SECONDS, KILL_SECONDS = 20, 60
 # What of the environment goes to the hosts.
 HANDED_ON = (
     *("CUDA", "NCCL", "GLOO", "TORCH", "TRITON", "HF_", "OMP", "MKL", "TOKENIZERS", "WANDB"),
@@ -284,7 +285,7 @@ def launch(hosts: list[str], port: int, processes: str, script: list[str]) -> in
             if code == 255:
                 print(f"{sys.argv[0]}: error: {host} is lost: ssh has ended", file=sys.stderr)
             failed_at = failed_at or (code and time.monotonic())
-        for seconds, end in ((GRACE_SECONDS, _hang_up), (3 * GRACE_SECONDS, subprocess.Popen.kill)):
+        for seconds, end in ((GRACE_SECONDS, _hang_up), (KILL_SECONDS, subprocess.Popen.kill)):
             if failed_at and time.monotonic() - failed_at > seconds:
                 for host in hosts:
                     if host not in ended:

@@ -26,6 +26,7 @@ _TOOLS = ("taskset", "unshare", "nsenter", "ip", "tc", "mount", "sshd", "ssh-key
 # Process 1 of the switch: a bridge, and a cable to each host. It has an address there too, .254.
 _SWITCH = """
 mount -t tmpfs opt-run /run && mkdir /run/netns /run/folder
+mkdir "$FOLDER/disk" && mount -t tmpfs -o size=34m opt-disk "$FOLDER/disk"
 ip link set lo up
 ip link add opt-br type bridge && ip link set opt-br up && ip addr add 10.77.0.254/24 dev opt-br
 for name in $NAMES; do
@@ -40,7 +41,7 @@ cat >/dev/null
 # Process 1 of a host. A /tmp and a /run of its own, but for the shared folder; sshd is what stays.
 _HOST = """
 hostname $NAME
-mount --bind "$FOLDER" /run/folder
+mount --rbind "$FOLDER" /run/folder
 mount -t tmpfs opt-tmp /tmp && mkdir -p "$FOLDER" && mount --move /run/folder "$FOLDER"
 mount -t tmpfs opt-run /run && mkdir /run/sshd
 mount --bind "$FOLDER/hosts" /etc/hosts && mount --bind "$FOLDER/passwd" /etc/passwd
@@ -79,6 +80,7 @@ class Hosts:
         self._own_folder = folder is None
         self.folder = Path(folder or tempfile.mkdtemp(prefix="opt-hosts-")).resolve()
         self.hostfile = self.folder / "hostfile"
+        self.disk = self.folder / "disk"  # 34 MB, shared by the hosts
         self._started: list[subprocess.Popen] = []
         self._powers: dict[str, subprocess.Popen] = {}
         self._first: dict[str, int] = {}
@@ -149,6 +151,10 @@ class Hosts:
         power.stdin.close()
         self._started.remove(power)
 
+    def is_on(self, name: str) -> bool:
+        """Whether a host has its power."""
+        return name in self._powers
+
     def cut(self, name: str) -> None:
         """Pull the network cable out of a host."""
         self._in_switch("ip", "link", "set", f"opt-{name}", "down")
@@ -173,6 +179,10 @@ class Hosts:
         # The folder that this process is in is another host's.
         own = ["taskset", "--cpu-list", str(self.names.index(name) % os.cpu_count())]
         return [*enter, *own, "env", f"--chdir={REPO}", *map(str, command)]
+
+    def seen_by(self, name: str, path: Path) -> Path:
+        """How this machine gets at what a host sees at `path`."""
+        return Path(f"/proc/{self._first[name]}/root{path}")
 
     def environment(self, **more) -> dict[str, str]:
         """What a user logged in at a host has."""

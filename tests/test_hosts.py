@@ -4,12 +4,14 @@ what becomes of the others when one is lost."""
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, metrics, train
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, train
 from .hosts import Hosts, why_not
+from .test_faults import ENDLESS
 from .test_launchers import without_timing
 
 PYTHON = sys.executable
@@ -34,6 +36,8 @@ def hosts(started):
     yield started
     for name in started.names:
         started.mend(name)
+        if not started.is_on(name):
+            started.power_on(name)
         for process in started.processes(name, "python"):
             process.kill()
 
@@ -136,3 +140,129 @@ def test_run_demo_on_two_hosts_is_bit_for_bit_one_hosts_two_processes(
     assert without_timing(metrics(tmp_path / "out")) == two_processes
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert done.stdout.count("saved the model to") == 1 and "node" not in done.stderr
+
+
+ACROSS = [  # hosts, processes on each, flags
+    (2, 1, ("--plugin", "torch_ddp")),
+    (2, 1, ("--plugin", "low_level_zero", "--zero_stage", "2")),
+    (2, 1, ("--plugin", "gemini")),
+    (2, 1, ("--plugin", "hybrid_parallel", "--tp_size", "2")),
+    (2, 2, ("--plugin", "hybrid_parallel", "--tp_size", "2")),
+    (2, 2, ("--plugin", "hybrid_parallel", "--tp_size", "2", "--pp_size", "2")),
+    (4, 1, ("--plugin", "hybrid_parallel", "--tp_size", "2", "--pp_size", "2")),
+    (4, 1, ("--plugin", "hybrid_parallel", "--tp_size", "4")),
+    (4, 1, ("--plugin", "gemini")),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number, processes, flags", ACROSS)
+def test_hosts_train_bit_for_bit_as_processes_of_one_host(
+    hosts, tmp_path, number, processes, flags
+):
+    """Every plugin, tensor and pipeline parallel across hosts and within one."""
+    flags = (*SHORT, *flags)
+    train(tmp_path / "one", *flags, nproc=number * processes)
+    good(finish(by_hosts(hosts, tmp_path, number, processes, *flags), 240))
+    assert without_timing(metrics(tmp_path / "out")) == without_timing(metrics(tmp_path / "one"))
+
+
+@pytest.mark.long
+def test_torch_ddp_fp16_on_two_hosts(hosts, tmp_path):
+    """The plugin that a CPU has no fp16 arithmetic for says so, on any number of hosts."""
+    flags = (*SHORT, "--plugin", "torch_ddp_fp16")
+    done = finish(by_hosts(hosts, tmp_path, 2, 1, *flags), 240)
+    assert (done.returncode, len(metrics(tmp_path / "out"))) == (0, 8)
+
+
+def colossalai_run(hosts, tmp_path, flags):
+    way = ("colossalai", "run", "--hostfile", tmp_path / "hostfile", "--nproc_per_node", "1")
+    hostfile(tmp_path, "node0", "node1")
+    (tmp_path / "hostfile").write_text("node0\nnode1\n")  # it knows no comments
+    return [begin(hosts, "node0", *way, "--master_addr", "node0", SCRIPT, *flags)]
+
+
+def torchrun_c10d(hosts, tmp_path, flags, nnodes="2", module="torch.distributed.run", names=None):
+    way = (PYTHON, "-m", module, "--nnodes", nnodes, "--nproc_per_node", "1")
+    way += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500")
+    way += ("--max_restarts", "3") if ":" in nnodes else ()
+    return [begin(hosts, n, *way, SCRIPT, *flags) for n in names or ("node0", "node1")]
+
+
+def torchrun_static(hosts, tmp_path, flags, module="opt.torchrun", number=2):
+    way = (PYTHON, "-m", module, "--nnodes", number, "--nproc_per_node", "1")
+    way += ("--master_addr", "node0", "--master_port", "29500", "--node_rank")
+    names = hosts.names[:number]
+    return [begin(hosts, name, *way, i, SCRIPT, *flags) for i, name in enumerate(names)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", [colossalai_run, torchrun_c10d, torchrun_static])
+def test_other_launchers_on_two_hosts(hosts, tmp_path, two_processes, way):
+    """As docs/nodes.md has them: the same, bit for bit."""
+    flags = (*MODEL, "--output_path", tmp_path / "out", *SHORT)
+    for started in way(hosts, tmp_path, flags):
+        good(finish(started, 240))
+    assert without_timing(metrics(tmp_path / "out")) == two_processes
+
+
+@pytest.mark.long
+def test_an_output_folder_that_is_not_shared_is_refused_before_training(hosts, tmp_path):
+    """By the processes themselves, whatever started them: /tmp is each host's own."""
+    flags = (*MODEL, "--output_path", "/tmp/out", *SHORT)
+    started = torchrun_static(hosts, tmp_path, flags, number=3)
+    for done in [finish(one, 240) for one in started]:
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == [
+            "opt_train_demo.py: error: --output_path /tmp/out is not the folder that node0 writes "
+            "to: on node1 it is another one; on node2 it is another one; choose one that the nodes "
+            "share"
+        ]
+    assert [p.name for p in hosts.seen_by("node0", Path("/tmp/out")).iterdir()] == [
+        ".opt_train.lock"
+    ]
+    assert not hosts.seen_by("node1", Path("/tmp/out")).exists()
+
+
+def until_step(output, step, *started, seconds=120):
+    """Wait until a run has recorded so many steps."""
+    end = time.monotonic() + seconds
+    while not (output / "metrics.jsonl").exists() or len(losses(output)) < step:
+        over = [p.communicate() for p in started if p.poll() is not None]
+        assert time.monotonic() < end and not over, over
+        time.sleep(0.1)
+
+
+FAULTS = [
+    ("power", 1, "node1 (rank 1) does not answer: the node's power or network is gone"),
+    ("cut", 1, "node1 (rank 1) does not answer: the node's power or network is gone"),
+    ("power", 0, "node0 (rank 0) does not answer: the node's power or network is gone"),
+    ("killed", 1, "rank 1 (process "),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault, victim, says", FAULTS)
+def test_a_lost_node_is_named_by_all_others(hosts, tmp_path, fault, victim, says):
+    """Its power, its network; also where it has rank 0. All others end within --timeout_minutes and
+    what a question takes."""
+    flags = (*MODEL, "--output_path", tmp_path / "out", *map(str, ENDLESS), "--timeout_minutes")
+    started = torchrun_static(hosts, tmp_path, (*flags, "0.2"), number=3)
+    until_step(tmp_path / "out", 5, *started)
+    name = hosts.names[victim]
+    begun = time.monotonic()
+    if fault == "killed":
+        next(iter(hosts.processes(name, SCRIPT, "--model")[-1:])).kill()
+    else:
+        (hosts.power_off if fault == "power" else hosts.cut)(name)
+    others = [one for i, one in enumerate(started) if i != victim]
+    for one in others:
+        done = finish(one, 60)
+        assert done.returncode == 1 and says in done.stderr, done.stderr
+        assert done.stderr.count("error: another process was lost: ") == 1
+        assert "Traceback" not in done.stderr
+    print(f"over after {time.monotonic() - begun:.1f} s")
+    assert time.monotonic() - begun < (12 if fault != "killed" else 0) + 20
+    if fault == "cut":  # it, too, knows what it has lost
+        done = finish(started[victim], 60)
+        assert "node0 (rank 0) and node2 (rank 2) do not answer" in done.stderr

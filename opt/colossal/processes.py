@@ -184,13 +184,14 @@ def silent_nodes() -> str | None:
         ranks_of.setdefault(process.host, []).append(rank)
     answers = _ask_all()
     silent = [
-        f"{host} (rank {' and '.join(map(str, ranks))})"
+        f"{host} (rank {', '.join(map(str, ranks))})"
         for host, ranks in ranks_of.items()
         if all(answers[rank] == "silence" for rank in ranks)
     ]
     if not silent:
         return None
-    return f"{' and '.join(silent)} does not answer: the node's power or its network is gone"
+    do, its = ("does", "the node's") if len(silent) == 1 else ("do", "the nodes'")
+    return f"{' and '.join(silent)} {do} not answer: {its} power or network is gone"
 
 
 def killed_processes() -> str | None:

@@ -249,11 +249,10 @@ def check_shared(output_path: str, here: Place) -> None:
     dist.all_gather_object(faults, (socket.gethostname(), fault))
     if here.is_main:
         (folder / name[0]).unlink()
-    wrong = {f"on {host} {fault}": None for host, fault in faults if fault}
-    if wrong:
+    if wrong := {f"on {host} {fault}": None for host, fault in faults if fault}:
         raise UserError(
-            f"--output_path {output_path} is not a folder that the nodes share: {'; '.join(wrong)} "
-            f"{faults[0][0]}'s; choose one that they do"
+            f"--output_path {output_path} is not the folder that {faults[0][0]} writes to: "
+            f"{'; '.join(wrong)}; choose one that the nodes share"
         )
 
 
@@ -266,11 +265,11 @@ def _other_folder(folder: Path, name: str) -> str | None:
     except FileExistsError:
         return None
     except OSError as error:
-        return f"it cannot be written ({error.strerror}), unlike"
+        return f"it cannot be written ({error.strerror})"
     (folder / name).unlink()
     if is_new:
         folder.rmdir()
-    return "it is another than"
+    return "it is another one"
 
 
 _locks: list = []  # open files: closing one would release it
