@@ -40,7 +40,7 @@ stop() {
   set +e
   for job in $(jobs -rp); do
     kill "$job" && wait "$job"
-    # coreutils 9.1's timeout, told so just as it starts its command, ends without it: the rest of its process group.
+    # [F51] coreutils 9.1's timeout, told so just as it starts its command, ends without it: the rest of its process group.
     for _ in {1..50}; do kill -- "-$job" 2>/dev/null || break; sleep 0.1; done
   done
   exit 130

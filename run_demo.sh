@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
 
-# Not where all is there already: pip would take a newer torch away, which ColossalAI's own pins do not allow.
+# [F4] Not where all is there already: pip would take a newer torch away, which ColossalAI's own pins do not allow.
 if [ "${INSTALL:-1}" != 0 ] && ! "$python" -c "import opt.installed; exit(bool(opt.installed.out_of_bounds()))"; then
   "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi

@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-# What ColossalAI's imports say on every process about packages that nothing here uses (apex,
+# [F3] What ColossalAI's imports say on every process about packages that nothing here uses (apex,
 # tensornvme, bitsandbytes).
 warnings.filterwarnings("ignore", message=".*(apex|tensornvme|TypedStorage)")
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

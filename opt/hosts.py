@@ -9,9 +9,9 @@ without a question (~/.ssh/config says how). This folder and --output_path must 
 signal goes to all hosts; so does the end of this process, however it comes: then they stop as by
 SIGTERM.
 
-`colossalai run --hostfile` does the same, without the checks. It tells the hosts nothing of a
+[F29] `colossalai run --hostfile` does the same, without the checks. It tells the hosts nothing of a
 signal or of its own end, and has the whole environment, with all that is secret there, in their
-process tables.
+process tables, and prints it around what a process says.
 """
 
 import hashlib

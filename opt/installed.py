@@ -59,8 +59,8 @@ def out_of_bounds() -> list[str]:
 
 
 def foreign_torchvision() -> str | None:
-    """The complaint about a torchvision of another torch, left behind where pip has changed torch.
-    Nothing here needs one, but transformers imports it where there is one, and that raises
+    """[F42] The complaint about a torchvision of another torch, left behind where pip has changed
+    torch. Nothing here needs one, but transformers imports it where there is one, and that raises
     RuntimeError (4.51.3: "operator torchvision::nms does not exist")."""
     from packaging.requirements import Requirement
 

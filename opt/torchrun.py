@@ -2,9 +2,9 @@
 
     python -m opt.torchrun --standalone --nproc_per_node 4 opt_train_demo.py ...
 
-The processes say themselves what is wrong, once a node, and torchrun's 30 lines would bury it. One
-that was killed says nothing; its exit code is 137, as in a shell. SIGUSR1, which torchrun would
-die of, goes to the processes: they save, and all ends with exit code 0.
+[F35] The processes say themselves what is wrong, once a node, and torchrun's 30 lines would bury
+it. One that was killed says nothing; its exit code is 137, as in a shell. [F52] SIGUSR1, which
+torchrun would die of, goes to the processes: they save, and all ends with exit code 0.
 """
 
 import logging

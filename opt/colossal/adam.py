@@ -13,8 +13,8 @@ from opt.model.kernel_probe import has_kernel
 
 
 class _NoKernel:
-    """What ColossalAI's KernelLoader finds instead of its own kernels, which want a compiler and
-    which HybridAdam asks for when it is made: ours updates by update()."""
+    """[F14] What ColossalAI's KernelLoader finds instead of its own kernels, which want a compiler
+    and which HybridAdam asks for when it is made: ours updates by update()."""
 
     name = "none"
     priority = 100
@@ -141,8 +141,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is
     not finite.
 
-    In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen passes
-    over it, without `div_scale`.
+    [F16] In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen
+    passes over it, without `div_scale`.
     """
 
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before
@@ -237,10 +237,10 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         ]
 
 
-# Gemini asks for one of these very classes, not for a subclass
+# [F15] Gemini asks for one of these very classes, not for a subclass
 gemini_optimizer._AVAIL_OPTIM_LIST |= {HybridAdam}
 for _loader in (FusedOptimizerLoader, CPUAdamLoader):
-    # Alone: beside ColossalAI's own it warns about every choice that it has to make
+    # [F14] Alone: beside ColossalAI's own it warns about every choice that it has to make
     _loader.REGISTRY = [_NoKernel]
 
 

@@ -34,8 +34,8 @@ class Chunks(Form):
             )
 
     def place(self, weights: Weights, spread) -> None:
-        """Fill chunks and fp32 copies. Raises RuntimeError if any parameter was left without its
-        weights."""
+        """[F10] [F11] Fill chunks and fp32 copies. Raises RuntimeError if any parameter was left
+        without its weights."""
         missing = self.model.load_state_dict(weights, strict=False).missing_keys
         missing += [name for name in self.model.name2param if name not in weights]
         if missing:

@@ -1,9 +1,9 @@
 """The form of 16-bit weights with fp32 copies, which Adam updates: ColossalAI's
 MixedPrecisionOptimizer, of hybrid_parallel without ZeRO.
 
-In 0.5.0 it goes through the parameters one by one: widens a gradient, scales it, takes its norm,
-updates, narrows the weight. Here each of these is one kernel for all, and the norm never comes to
-the host. The update stays what it was; its state is kept where HybridAdam keeps it.
+[C4] In 0.5.0 it goes through the parameters one by one: widens a gradient, scales it, takes its
+norm, updates, narrows the weight. Here each of these is one kernel for all, and the norm never
+comes to the host. The update stays what it was; its state is kept where HybridAdam keeps it.
 """
 
 import itertools

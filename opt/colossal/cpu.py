@@ -1,7 +1,7 @@
 """Lets every plugin run on a host without a GPU (ColossalAI 0.5.0 supports CUDA and Ascend only).
 
 ColossalAI stops on a CPU for small reasons, each named below; nothing here is touched on a CUDA
-host. To see whether a patch can go, remove it and run tests/test_parity.py.
+host. What says that a patch can go: docs/workarounds.md.
 """
 
 from contextlib import nullcontext
@@ -29,8 +29,8 @@ class _NoEvent(_NoStream):
 
 
 class CpuDevice(CpuAccelerator):
-    """CpuAccelerator raises "not supported" for streams, events, seeds and synchronisation, which
-    all plugins ask for."""
+    """[F5] CpuAccelerator raises "not supported" for streams, events, seeds and synchronisation,
+    which all plugins ask for."""
 
     support_set_device = False
 
@@ -60,7 +60,7 @@ class CpuDevice(CpuAccelerator):
     manual_seed_all = manual_seed
 
     def get_rng_state(self, device=None):
-        # CpuAccelerator passes the device on, which torch.get_rng_state does not take
+        # [F6] CpuAccelerator passes the device on, which torch.get_rng_state does not take
         return torch.get_rng_state()
 
     def device_count(self):
@@ -82,7 +82,8 @@ def use_cpu() -> None:
 
 
 def _zero_on_cpu() -> None:
-    """LowLevelZeroOptimizer._sanity_checks asserts that the accelerator is named cuda or npu."""
+    """[F7] LowLevelZeroOptimizer._sanity_checks asserts that the accelerator is named cuda or
+    npu."""
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     def same_dtype(self):
@@ -96,7 +97,7 @@ def _zero_on_cpu() -> None:
 
 
 def _pipeline_over_gloo() -> None:
-    """p2p compares a gloo group's name with Backend.HCCL, which only Ascend builds of PyTorch
+    """[F8] p2p compares a gloo group's name with Backend.HCCL, which only Ascend builds of PyTorch
     have."""
     from colossalai.pipeline import p2p
 
@@ -104,8 +105,8 @@ def _pipeline_over_gloo() -> None:
 
 
 def _gemini_without_offload() -> None:
-    """Gemini moves chunks between "cuda" and "cpu" and tells the two by the accelerator's name,
-    here the same for both.
+    """[F9] Gemini moves chunks between "cuda" and "cpu" and tells the two by the accelerator's
+    name, here the same for both.
 
     A host without a GPU has one kind of memory: every chunk stays where it is, on what Gemini takes
     for the device.

@@ -65,7 +65,8 @@ class AutocastPrecision(MixedPrecision):
     """fp32 weights, forward under autocast to `dtype`, gradients clipped by the update; with a loss
     scaler for fp16.
 
-    Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, and its 'fp16' scales on CUDA only.
+    [F24] Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, [F25] and its 'fp16' scales on
+    CUDA only.
     """
 
     def __init__(self, dtype: torch.dtype, device_type: str, max_norm: float):

@@ -1,13 +1,14 @@
 """--plugin gemini: weights, gradients and optimizer state in chunks that are spread over the
 processes; without what ColossalAI 0.5.0 does for each gradient and each chunk in vain.
 
-One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce: there
-it works without Gemini's hooks. Otherwise a decoder layer is fetched and reduced as a whole:
-ColossalAI fetches parameters around each torch function that they go through, and takes gradients
-one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host busy for
-longer than the GPU computes. Besides, each chunk's norm is taken of an fp32 copy of the chunk, and
-waited for in the middle of backward; bf16 gradients are searched for overflows, which only fp16's
-loss scale asks about; and the host waits for each chunk that comes from its memory.
+[C6] One process that keeps everything on its GPU has nothing to fetch, to let go of or to reduce:
+there it works without Gemini's hooks. [C5] Otherwise a decoder layer is fetched and reduced as a
+whole: ColossalAI fetches parameters around each torch function that they go through, and takes
+gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host
+busy for longer than the GPU computes. [C7] Besides, each chunk's norm is taken of an fp32 copy of
+the chunk, and waited for in the middle of backward; [C8] bf16 gradients are searched for overflows,
+which only fp16's loss scale asks about; [C9] and the host waits for each chunk that comes from its
+memory.
 """
 
 import logging
@@ -49,8 +50,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
             # A model of fewer parameters than a chunk holds is kept whole: one process saves
             # nothing by letting go of parameters that it will gather from itself (see
             # _do_without_hooks). Of several processes the chunks must be smaller than any model
-            # (the default is 32 Mi), or ColossalAI 0.5.0 adds up accumulated gradients world_size
-            # times (tests/test_training.py, gemini with accumulation).
+            # (the default is 32 Mi), or [F17] ColossalAI 0.5.0 adds up accumulated gradients
+            # world_size times (tests/test_training.py, gemini with accumulation).
             min_chunk_size_m=num_parameters / 2**20 + 1
             if alone
             else min(32, num_parameters / 2**20 / 4),
@@ -105,7 +106,7 @@ def _mend(model: GeminiDDP) -> None:
     _prefetch_in_training(model)
     _wait_on_device(model)
     _forget_gradients_once(model)
-    # ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
+    # [C12] ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
     model._logger = logging.getLogger(__name__)
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
     if model.chunk_manager.reuse_fp16_chunk and all(
@@ -143,9 +144,9 @@ def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:
 
 
 def _prefetch_in_training(model: GeminiDDP) -> None:
-    """Fetch ahead in training alone, in the order of the first step. ColossalAI would do so in the
-    last operation of an evaluation as well, for the backward that does not come, and takes an
-    evaluation before the first step for a part of that."""
+    """[F20] Fetch ahead in training alone, in the order of the first step. ColossalAI would do so
+    in the last operation of an evaluation as well, for the backward that does not come, and takes
+    an evaluation before the first step for a part of that."""
     manager, policy = model.gemini_manager, model.gemini_manager.placement_policy
     get_prefetch_chunks, pre_iter = policy.get_prefetch_chunks, manager.pre_iter
 
@@ -161,8 +162,8 @@ def _prefetch_in_training(model: GeminiDDP) -> None:
 
 
 def _wait_on_device(model: GeminiDDP) -> None:
-    """Let the GPU, not the host, wait for the gradients' reduction, or the host could not get ahead
-    with the update and the next forward. An update in host memory has to wait."""
+    """[C10] Let the GPU, not the host, wait for the gradients' reduction, or the host could not get
+    ahead with the update and the next forward. An update in host memory has to wait."""
     if model.async_reduce_stream is None or any(
         device.type == "cpu" for device in model.grads_device.values()
     ):
@@ -178,8 +179,8 @@ def _wait_on_device(model: GeminiDDP) -> None:
 
 
 def _forget_gradients_once(model: GeminiDDP) -> None:
-    """Gradients are let go of after backward, and not before forward again. ColossalAI walks over
-    all modules for both, and setting a ColoParameter's attribute is a torch function."""
+    """[C11] Gradients are let go of after backward, and not before forward again. ColossalAI walks
+    over all modules for both, and setting a ColoParameter's attribute is a torch function."""
     parameters = list(model.module.parameters())
 
     def forget():
@@ -192,8 +193,8 @@ def _forget_gradients_once(model: GeminiDDP) -> None:
 
 
 class _Layer:
-    """A decoder layer to be fetched and reduced as a whole; its parameters are plain ones then,
-    whose torch functions no hook asks about.
+    """[C5] A decoder layer to be fetched and reduced as a whole; its parameters are plain ones
+    then, whose torch functions no hook asks about, and which [F21] can be compiled.
 
     A step of one of two processes takes 36 ms of the host's time; with a layer as one torch
     function, whose parameters the hooks still took one by one, it took 53 (on a CPU, 24 layers of
@@ -297,23 +298,23 @@ def _record(model: GeminiDDP, chunk: Chunk) -> None:
 
 
 def _free_storage(tensor: torch.Tensor) -> None:
-    """Let go of the memory when this stream has done what it has been told: another one may write
-    there sooner."""
+    """[F19] Let go of the memory when this stream has done what it has been told: another one may
+    write there sooner."""
     if tensor.is_cuda:
         tensor.record_stream(get_accelerator().current_stream())
     tensor.untyped_storage().resize_(0)
 
 
 def _reduce(self, async_op: bool = False) -> None:
-    """In the order of the stream that it is called in. With `async_op` ColossalAI frees the chunk
-    while NCCL may still read it (on two H200 the loss of OPT-350m, compiled, was nan after 22
+    """[F18] In the order of the stream that it is called in. With `async_op` ColossalAI frees the
+    chunk while NCCL may still read it (on two H200 the loss of OPT-350m, compiled, was nan after 22
     steps)."""
     _reduce_chunk(self)
 
 
 def _set_l2_norm(self) -> None:
-    """Record the square of this chunk's L2 norm, on the device: GeminiOptimizer reads it when all
-    are there."""
+    """[C7] Record the square of this chunk's L2 norm, on the device: GeminiOptimizer reads it when
+    all are there."""
     values = (
         self.cuda_global_chunk[: self.utilized_size]
         if self.is_gathered
@@ -323,12 +324,13 @@ def _set_l2_norm(self) -> None:
 
 
 def _has_inf_or_nan(self):
+    """[C8] Asked of fp16 alone."""
     return _finds_overflow(self) if self.dtype == torch.float16 else False
 
 
 def _move_shard(
     self, device: torch.device, force_copy: bool = False, non_blocking: bool = False
 ) -> None:
-    """To the GPU the host only sends it on its way: the memory that it comes from is written to
-    again by the update, which waits for the gradients. (Its gradient is waited for.)"""
+    """[C9] To the GPU the host only sends it on its way: the memory that it comes from is written
+    to again by the update, which waits for the gradients. (Its gradient is waited for.)"""
     _shard_move(self, device, force_copy, non_blocking or device.type == "cuda")

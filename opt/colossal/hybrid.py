@@ -124,8 +124,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
 
     def _share_input(self, model: OPTForCausalLM) -> None:
         """Add up the gradient of the input of q, k and v over the tensor-parallel ranks once.
-        ColossalAI 0.5.0 does it for each of the three: six all-reduces a layer instead of four,
-        which take half of a step of OPT-1.3b (tp 2, two H200)."""
+        [C13] ColossalAI 0.5.0 does it for each of the three: six all-reduces a layer instead of
+        four, which take half of a step of OPT-1.3b (tp 2, two H200)."""
         for layer in model.own_layers:
             layer.self_attn.enter = partial(_add_up_gradient, group=self.tp_group)
         self._inputs_shared = {
@@ -158,8 +158,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         """See ColossalAI's. A batch's shape is told to the next stage with its first micro-batch,
         once while it stays the same.
 
-        ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host waits
-        for the GPU each time. Our batches are as long as their longest row; of a batch to be
+        [F31] ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host
+        waits for the GPU each time. Our batches are as long as their longest row; of a batch to be
         evaluated the last micro-batch may have fewer rows.
         """
         batch = next(data_iter)
@@ -169,8 +169,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             self.scheduler.tensor_metadata_recv = self.scheduler.grad_metadata_recv = None
         self.scheduler.enable_metadata_cache = shape is not None
         self._shape = shape
-        # ColossalAI 0.5.0 reduces the tied weights' gradients even where there are none, but for
-        # no_sync.
+        # [F30] ColossalAI 0.5.0 reduces the tied weights' gradients even where there are none, but
+        # for no_sync.
         with model.no_sync() if optimizer is None else nullcontext():
             return super().execute_pipeline(
                 iter([batch]), model, criterion, optimizer, return_loss, return_outputs
@@ -196,9 +196,8 @@ class OPTPolicy(OPTForCausalLMPolicy):
     """How HybridParallelPlugin cuts our model: ColossalAI's policy for OPT, with our attention and
     forward.
 
-    ColossalAI 0.5.0's policy raises KeyError for "sdpa", its ColoAttention has no kernel on a CPU,
-    and its pipeline forward builds a 4-D mask, calls torch.cuda and reduces the loss in the model's
-    dtype.
+    [F26] ColossalAI 0.5.0's policy raises KeyError for "sdpa", [F27] its ColoAttention has no
+    kernel on a CPU, and [F28] its pipeline forward builds a 4-D mask and calls torch.cuda.
     """
 
     def module_policy(self):

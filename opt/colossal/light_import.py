@@ -1,16 +1,18 @@
 """Import ColossalAI without the packages that it pulls in and this project never uses: seconds of
 every start.
 
-colossalai 0.5.0 imports bitsandbytes for its GaLore optimizers and for quantization, and its fp8
-functions are decorated with torch.compile, which loads the compiler at once; transformers imports
-scikit-learn, where that is installed, for assisted generation. On an H100's host these three took
-4.1, 2.3 and 2.6 s. To see whether this can go: python -X importtime -c "import opt_train_demo".
+[C1] colossalai 0.5.0 imports bitsandbytes for its GaLore optimizers and for quantization, and its
+fp8 functions are decorated with torch.compile, which loads the compiler at once; transformers
+imports scikit-learn, where that is installed, for assisted generation. On an H100's host these
+three took 4.1, 2.3 and 2.6 s.
 
-Its import also sets CUDA_DEVICE_MAX_CONNECTIONS to 1, for a way of overlapping that OPT's policy
-does not use. Then all streams share one queue: what follows a collective that waits for the one
-before waits as well, which holds up backward. It stays as it was. And it asks for the current
-device and what that can do, for a default of Gemini's and for fp8 functions that nothing here
-calls: each process of a node would occupy some of the first GPU's memory, whichever its own is.
+[F1] Its import also sets CUDA_DEVICE_MAX_CONNECTIONS to 1, for a way of overlapping that OPT's
+policy does not use. Then all streams share one queue: what follows a collective that waits for the
+one before waits as well, which holds up backward. It stays as it was.
+
+[F2] And it asks for the current device and what that can do, for a default of Gemini's and for fp8
+functions that nothing here calls: each process of a node would occupy some of the first GPU's
+memory, whichever its own is.
 """
 
 import functools

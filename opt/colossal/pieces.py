@@ -54,8 +54,8 @@ class Form:
         raise NotImplementedError
 
     def place(self, weights: Weights, spread: Spread) -> None:
-        """Fill the model, and the fp32 copies of 16-bit weights, in the precision that `weights`
-        have."""
+        """[F10] Fill the model, and [F11] the fp32 copies of 16-bit weights in the precision that
+        `weights` have."""
         working = dict(self.model.unwrap().named_parameters())
         for piece in self.pieces():
             whole = weights[piece.name]
@@ -202,8 +202,8 @@ def load_scaler_state(optimizer, state: dict[str, float]) -> None:
 
 
 def _scaler(optimizer):
-    """The loss scaler and where it keeps what changes. ColossalAI 0.5.0's own state_dict leaves its
-    counters out."""
+    """The loss scaler and where it keeps what changes. [F13] ColossalAI 0.5.0's own state_dict
+    leaves its counters out."""
     if hasattr(optimizer, "scaler"):
         scaler = optimizer.scaler
         if not scaler.is_enabled():

@@ -50,7 +50,7 @@ class Plugin:
     def _begin(self, plan: Namespace, device: torch.device, spread: Spread | None = None) -> None:
         self.plan, self.device = plan, device
         self.spread = spread or Spread(dist.get_rank(), dist.get_world_size())
-        # In fp16 the norm that ColossalAI's optimizers know still has the loss scale in it.
+        # [F12] In fp16 the norm that ColossalAI's optimizers know still has the loss scale in it.
         self.knows_grad_norm = plan.max_norm > 0 and plan.precision != "fp16"
 
     # ---- before there are processes, from the plan alone

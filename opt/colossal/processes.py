@@ -115,8 +115,8 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
             )
     else:
         use_cpu()
-    # The processes of a node share its cores; torchrun's own answer, one thread each, leaves cores
-    # idle, beside GPUs as well: an offloaded Adam works on them.
+    # [C22] The processes of a node share its cores; torchrun's own answer, one thread each, leaves
+    # cores idle, beside GPUs as well: an offloaded Adam works on them.
     torch.set_num_threads(
         max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     )
@@ -126,7 +126,7 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
         dist.init_process_group("nccl", device_id=here.device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    # A new group does not take over the first one's timeout, and ColossalAI makes its groups
+    # [F32] A new group does not take over the first one's timeout, and ColossalAI makes its groups
     # without naming any: they would wait for 30 minutes (gloo) or 10 (NCCL), whatever was asked
     # for.
     dist.new_group = functools.partial(dist.new_group, timeout=timeout)
@@ -272,8 +272,8 @@ def _is_there(number: int, started: float) -> bool:
         return False
 
 
-# What has to go before the process group: a CUDA graph with collectives of NCCL's in it, or that
-# waits for ever to be taken down.
+# [F37] What has to go before the process group: a CUDA graph with collectives of NCCL's in it, or
+# that waits for ever to be taken down.
 before_stop: list[Callable[[], None]] = []
 
 
@@ -282,9 +282,9 @@ def stop() -> None:
     for let_go in before_stop:
         let_go()
     before_stop.clear()
-    # torch 2.5.1 destroys a gloo group with Python's lock held, and waits for threads of the group
-    # which may need that lock to free the last collective's tensors: destroyed within a millisecond
-    # of a collective, two processes hang in one of 20 tries.
+    # [F36] torch 2.5.1 destroys a gloo group with Python's lock held, and waits for threads of the
+    # group which may need that lock to free the last collective's tensors: destroyed within a
+    # millisecond of a collective, two processes hang in one of 20 tries.
     time.sleep(0.1)
     dist.destroy_process_group()
 

@@ -1,11 +1,11 @@
 """How gradients, and ZeRO's weights, come together over the data-parallel processes: a decoder
 layer at a time.
 
-ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of its
-own, 388 a step for OPT-350m: it puts them into a bucket, cuts them, flattens the bucket, reduces
-the whole of it on every process (stage 1), and has the host wait for the GPU at the end. Here a
-decoder layer's gradients are taken at once and reduced to the process that updates them, half of
-what went over the wire, and nobody waits: a step of one of two processes, on one H100 with
+[C2] ColossalAI 0.5.0's LowLevelZeroOptimizer takes gradients one by one, each in a Python hook of
+its own, 388 a step for OPT-350m: it puts them into a bucket, cuts them, flattens the bucket,
+reduces the whole of it on every process (stage 1), and has the host wait for the GPU at the end.
+Here a decoder layer's gradients are taken at once and reduced to the process that updates them,
+half of what went over the wire, and nobody waits: a step of one of two processes, on one H100 with
 collectives that do nothing, takes 91 ms instead of 114 (OPT-350m, 16 x 1024 tokens; 89 for a
 process alone).
 """
@@ -25,8 +25,8 @@ class LayerwiseDDP:
     """What DistributedDataParallel does for a model, without its buckets: gradients are averaged as
     soon as backward has them, those of a decoder layer beside the backward of the layer before.
 
-    A bucket is memory that forward has to do without: with torch_ddp on two H100 OPT-1.3b needs
-    33.9 GiB instead of 38.8 and is up to 2 % faster (16 x 1024 tokens a GPU).
+    [C14] A bucket is memory that forward has to do without: with torch_ddp on two H100 OPT-1.3b
+    needs 33.9 GiB instead of 38.8 and is up to 2 % faster (16 x 1024 tokens a GPU).
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
@@ -203,7 +203,7 @@ class LayerwiseZero:
         self._stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(self._stream):
             if self._recorded:
-                # All in one call, each into its place: no copies (OPT-350m, two H100: 1.5 ms
+                # [C15] All in one call, each into its place: no copies (OPT-350m, two H100: 1.5 ms
                 # instead of 2.3), and a host that has no part in it when it is replayed.
                 with _coalescing_manager(self.group):
                     for weight, row in zip(weights, own_rows, strict=True):
@@ -248,8 +248,9 @@ def gather(
     """Fill `weights`, each with a row for each process of `group`, with what is in these;
     `own_rows`: this process's of each.
 
-    Many tensors a call: one by one, even in one call of NCCL, OPT-350m's 388 keep the host busy for
-    milliseconds. What one call has brought is put in its place while the next one is under way.
+    [C15] Many tensors a call: one by one, even in one call of NCCL, OPT-350m's 388 keep the host
+    busy for milliseconds. What one call has brought is put in its place while the next one is under
+    way.
     """
     before = None
     for first, end in _runs([weight.numel() for weight in weights]):

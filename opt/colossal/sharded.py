@@ -134,7 +134,7 @@ class Sharded(Copies):
 
 
 def _stop_hooks(optimizer) -> None:
-    """Take away ColossalAI's hooks on parameters, and what follows backward: the rest of the
+    """[C2] Take away ColossalAI's hooks on parameters, and what follows backward: the rest of the
     reduction, the host's wait for its stream."""
     optimizer._reduce_grad = lambda partition_grad: None
     for hook in optimizer.grad_handles:
@@ -145,8 +145,8 @@ def _stop_hooks(optimizer) -> None:
 def _bucket_a_group(optimizer) -> None:
     """Give each parameter group a gradient bucket of its own, where ColossalAI's hooks stay.
 
-    There is one for all, reduced whenever a gradient comes from another group than the last: with
-    biases and matrices in different groups that is an all-reduce a parameter, 292 a step for
+    [C3] There is one for all, reduced whenever a gradient comes from another group than the last:
+    with biases and matrices in different groups that is an all-reduce a parameter, 292 a step for
     OPT-350m.
     """
     for group, parameters in optimizer._working_param_groups.items():

@@ -1,11 +1,11 @@
 """Files, and data sets of the Hub -> texts, read one after the other.
 
 csv and JSON are read by Python's own modules, strictly: they know the line, every field is a text,
-and nothing is guessed. Through pandas, as `datasets` reads a csv, a row with a field more than the
-header turns the first column into row names and moves all others by one, "NA" is no text, "007" is
-a number, and a column that nobody asked for changes its type after 10,000 rows. pyarrow takes a
-quote that is not doubled for a letter, and half an emoji in JSON for a broken file. What a data set
-on the Hub consists of, `datasets` says.
+and nothing is guessed. [F47] [F48] Through pandas, as `datasets` reads a csv, a row with a field
+more than the header turns the first column into row names and moves all others by one, "NA" is no
+text, "007" is a number, and a column that nobody asked for changes its type after 10,000 rows.
+[F49] pyarrow takes a quote that is not doubled for a letter, and [F50] half an emoji in JSON for a
+broken file. What a data set on the Hub consists of, `datasets` says.
 """
 
 import codecs

@@ -1,9 +1,9 @@
 """GPU kernels, in Triton: AdamW and the norm over many tensors at once, the cross-entropy with its
 gradient in the logits' place, and the attention of short rows.
 
-PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an fp32
-copy that means a pass over memory to widen the gradients, one to scale them, and one to narrow the
-weights, beside the update itself. The update is bound by memory: here each byte moves once, 28
+[C16] PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an
+fp32 copy that means a pass over memory to widen the gradients, one to scale them, and one to narrow
+the weights, beside the update itself. The update is bound by memory: here each byte moves once, 28
 bytes a parameter.
 """
 
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs
-# there are. 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer makes no
-# faster code it is not specialized: one kernel less to build.
+# there are. [F39] 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer
+# makes no faster code it is not specialized: one kernel less to build.
 
 # Elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
 BLOCK = 2048
@@ -144,7 +144,7 @@ def _sums_of_squares(
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     """Of all elements of contiguous tensors of one dtype on a GPU, an fp32 scalar: one kernel for
-    what is 2 ms of the host's time for OPT-350m's tensors with torch._foreach_norm."""
+    [C17] what is 2 ms of the host's time for OPT-350m's tensors with torch._foreach_norm."""
     pointers, blocks, aligned = _tables([grads])
     sums = torch.empty(blocks.shape[1], device=blocks.device)
     _sums_of_squares[(len(sums),)](
@@ -298,8 +298,8 @@ def _short_attention_backward(
     grad = tl.load(grad + out_places, mask=exists, other=0.0)
     if LENGTH > 64:
         # Before and not after what follows: more registers are in use, but v is out of the way when
-        # the weights come to shared memory. In Triton 3.1 that takes 84 KiB and not 100, one more
-        # than sm_86 and sm_89 have.
+        # the weights come to shared memory. [C23] In Triton 3.1 that takes 84 KiB and not 100, one
+        # more than sm_86 and sm_89 have.
         weights_grad = tl.dot(grad, tl.trans(v))
     tl.store(
         qkv_grad + 2 * heads * DIM + places,

@@ -20,8 +20,8 @@ def fused_linear_cross_entropy(
     hidden_states: (tokens, width); weight: (vocabulary, width); targets: (tokens,), -100 for none.
     """
     if torch.overrides.has_torch_function_unary(weight):
-        # Gemini's parameters have their values only inside a torch function, which announces them;
-        # an autograd function is none.
+        # [F23] Gemini has a parameter's values, and expects its gradient, around a torch function
+        # alone; an autograd function is none.
         return torch.overrides.handle_torch_function(
             fused_linear_cross_entropy, (weight,), hidden_states, weight, targets
         )

@@ -39,7 +39,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
 
     def __init__(self, config: OPTConfig):
         super().__init__(config)
-        self.tie_weights()  # transformers' own __init__ leaves it out under no_init_weights
+        self.tie_weights()  # [F40] transformers' own __init__ leaves it out under no_init_weights
         self.stage = Stage(0, config.num_hidden_layers)
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_activations = False
@@ -99,7 +99,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
                 None, position_ids=positions.unsqueeze(0)
             )
 
-        # Gemini's embedding gives a ColoTensor, which no kernel takes for one
+        # [F22] Gemini's embedding gives a ColoTensor, which no kernel takes for one
         hidden_states = hidden_states.as_subclass(torch.Tensor)
         before = None
         for layer in self.own_layers:
@@ -155,8 +155,8 @@ def run_layer(
 def expect_varying_lengths() -> None:
     """Keep cuDNN out of attention, for batches whose length changes from step to step.
 
-    PyTorch prefers cuDNN's kernels on Hopper (seen in 2.11), which plan anew for every shape: with
-    short rows on an H100, 3 ms a layer of the host's time, where the GPU computes for 0.05 ms.
+    [C18] PyTorch prefers cuDNN's kernels on Hopper (seen in 2.11), which plan anew for every shape:
+    with short rows on an H100, 3 ms a layer of the host's time, where the GPU computes for 0.05 ms.
     """
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)

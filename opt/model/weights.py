@@ -3,12 +3,11 @@ there.
 
 facebook/opt-* on the Hub ship fp16 .bin files with the base model's names (`decoder.…`) and without
 the tied `lm_head.weight`; save_pretrained writes `model.decoder.…`, others the whole state dict;
-any of them in one file or in shards. ColossalAI 0.5.0's own loading takes some of these under some
-plugins, and trains on garbage under others without a word. Here all of them become one mapping,
-name -> tensor, that reads a tensor from disk when it is asked for.
+any of them in one file or in shards. [F10] ColossalAI 0.5.0's own loading takes some of these under
+some plugins, and trains on garbage under others without a word. Here all of them become one
+mapping, name -> tensor, that reads a tensor from disk when it is asked for.
 """
 
-import gc
 import hashlib
 import json
 import math
@@ -193,8 +192,8 @@ class CheckpointWeights(Weights):
                 f"{path}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be "
                 "trained; use the original"
             )
-        # By the extremes, which a nan or an infinity is always among: 17 GB/s, where isfinite()
-        # manages 0.3.
+        # [C20] By the extremes, which a nan or an infinity is always among: 17 GB/s, where
+        # isfinite() manages 0.3.
         if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
             raise UserError(
                 f"{path}: {key} holds nan or infinity: the file is damaged, or its training had "
@@ -355,8 +354,8 @@ def locate(model_name_or_path: str) -> Path:
     from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        # With a time limit: without one, as in snapshot_download, a Hub that takes the connection
-        # and is silent is waited for.
+        # [F45] With a time limit: without one, as in snapshot_download, a Hub that takes the
+        # connection and is silent is waited for.
         listing = (
             HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
         )
@@ -378,7 +377,8 @@ def locate(model_name_or_path: str) -> Path:
         directory = Path(snapshot_download(model_name_or_path, allow_patterns=wanted))
         if not weights or weight_files(directory):
             return directory
-        first_try = OSError("its download broke off")  # snapshot_download gives what there is
+        # [F46] snapshot_download gives what there is
+        first_try = OSError("its download broke off")
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_try = error
     try:  # the Hub cannot be reached, but an earlier run may have been here
@@ -430,38 +430,3 @@ def open_weights(
                 f"says {shape}"
             )
     return weights
-
-
-def place(model: nn.Module, weights: Weights) -> None:
-    """Fill the boosted `model` from `weights`, a tensor at a time; fp32 copies of 16-bit weights
-    are state.fill_copies' work.
-
-    ColossalAI's parallel layers and GeminiDDP know how to take their part of a whole tensor in
-    `_load_from_state_dict`. Raises RuntimeError if any parameter of this process was left without
-    its weights.
-    """
-    from colossalai.zero import GeminiDDP
-
-    missing: list[str] = []
-    errors: list[str] = []
-    if isinstance(model, GeminiDDP):
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-        missing += [name for name in model.name2param if name not in weights]
-    else:
-        _fill(model.unwrap(), weights, "", missing, errors)
-    if missing or errors:
-        raise RuntimeError(f"weights did not load: missing {missing[:3]}, {errors[:3]}")
-
-
-def _fill(module: nn.Module, weights: Weights, prefix: str, missing: list, errors: list) -> None:
-    # As nn.Module.load_state_dict does it, which however first copies the whole mapping into
-    # memory.
-    if module._parameters or module._buffers:
-        module._load_from_state_dict(weights, prefix, {}, True, missing, [], errors)
-        # ColossalAI 0.5.0's shard of a tensor refers to itself (_hijack_detach_and_clone): it, and
-        # at times the whole tensor that it was cut from, would stay in memory until Python looks
-        # for such cycles.
-        gc.collect(1)
-    for name, child in module._modules.items():
-        if child is not None:
-            _fill(child, weights, f"{prefix}{name}.", missing, errors)

@@ -367,8 +367,8 @@ def check_same_run(
 
 
 def safetensors_parts(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file. That package's own writer first copies each tensor, and has
-    errors of the disk in words only."""
+    """The bytes of a safetensors file. [C24] That package's own writer first copies each tensor,
+    and [F44] has errors of the disk in words only."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes

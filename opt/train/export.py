@@ -44,6 +44,10 @@ def export_model(
     With pipeline stages each stage writes its own shards, so on several nodes output_path must be a
     folder that they share. Everything is written aside and moved into place at the end, the file
     that makes it loadable last: a reader finds the whole model or none.
+
+    Shards are cut here and not by huggingface_hub.split_torch_state_dict_into_shards: that asks for
+    the tensors of all stages at once, which is more memory than a shard, and cuts elsewhere, over
+    the stages' ends and where a tensor is larger than `shard_bytes`.
     """
     one_file = is_one_file(output_path)
     target = output_directory(output_path)
@@ -81,8 +85,8 @@ def export_model(
             "torch_dtype": str(dtype).removeprefix("torch."),
             "architectures": ["OPTForCausalLM"],
         }
-        # transformers 4.51 writes down that an attention was chosen, but not which: who loads that
-        # gets the slow eager one.
+        # [F41] transformers 4.51 writes down that an attention was chosen, but not which: who loads
+        # that gets the slow eager one.
         fields.pop("_attn_implementation_autoset", None)
         # Of weights that are not quantized: who loads them would take them for such
         fields.pop("quantization_config", None)
@@ -115,7 +119,8 @@ def _save(tensors: dict, file: Path) -> None:
     else:
         mode = file.stat().st_mode
         save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask
+        # [F43] safetensors makes files that nobody else may read, whatever the umask
+        file.chmod(mode)
     flush_to_disk(file)
 
 

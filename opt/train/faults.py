@@ -34,7 +34,7 @@ def reported(flags: Namespace) -> Iterator[None]:
         if is_out_of_memory(error):
             _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)
         if "No space left on device" in str(error):
-            # Safetensors has an exception of its own for it
+            # [F44] Safetensors has an exception of its own for it
             _end(
                 f"error: the disk is full ({_first_line(error)}): make room, or choose another "
                 "place; what is complete there stays so",
@@ -54,7 +54,7 @@ def _end(line: str, code: int) -> None:
     if not _several():
         raise SystemExit(code)
     processes.leave_word()
-    # At once: the interpreter's own end waits for the process group's threads, which wait for
+    # [F38] At once: the interpreter's own end waits for the process group's threads, which wait for
     # processes that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -71,7 +71,7 @@ def _first_line(error: Exception) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that the device or the host has no memory left."""
-    # PyTorch's allocator for host memory raises a bare RuntimeError.
+    # [F33] PyTorch's allocator for host memory raises a bare RuntimeError.
     return isinstance(
         error, (torch.cuda.OutOfMemoryError, MemoryError)
     ) or "DefaultCPUAllocator: can't allocate memory" in str(error)
@@ -102,7 +102,7 @@ def lost_process(error: Exception, timeout_minutes: float) -> str | None:
     """What a failed collective says about the other processes, in words; None if the error is
     another one.
 
-    gloo, and the store at times, raise bare RuntimeErrors, NCCL subclasses of dist.DistError.
+    [F34] gloo, and the store at times, raise bare RuntimeErrors, NCCL subclasses of dist.DistError.
     """
     text = str(error)
     marks = ("gloo", "Connection closed by peer", "EADDRINUSE")

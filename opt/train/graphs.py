@@ -56,7 +56,7 @@ class GraphedBackward:
         # stay where they are.
         self._gradients: list[torch.Tensor] = []
         self._nothing = [None] * len(parameters)
-        processes.before_stop.append(self._recorded.clear)
+        processes.before_stop.append(self._recorded.clear)  # [F37]
         self._is_first = True  # of a step's batches, but for such as have been reduced
 
     def __call__(self, inputs: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
@@ -120,7 +120,8 @@ class GraphedBackward:
         if reduces:
             self._reduction.finish()
         else:
-            # In a few kernels: left to autograd, adding them to what is there is a kernel for each.
+            # [C21] In a few kernels: left to autograd, adding them to what is there is a kernel for
+            # each.
             gather = torch._foreach_copy_ if self._is_first else torch._foreach_add_
             gather(self._gradients, [parameter.grad for parameter in self._parameters])
         return loss
