@@ -98,7 +98,7 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         """Booster.boost calls this."""
 
         def average(module, process_group=None, **_):
-            """In DistributedDataParallel's place, where there is something to average."""
+            """[C14] In DistributedDataParallel's place, where there is something to average."""
             if self.spread.dp_size > 1:
                 self._ddp = LayerwiseDDP(module, process_group)
             return module
