@@ -344,10 +344,31 @@ def train_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="multiply the learning rate by the data-parallel size; default off",
     )
+
+    g = parser.add_argument_group("evaluation, on the held-out texts")
     g.add_argument(
         "--eval_steps",
         type=_number(int, 1),
         help="optimizer steps between evaluations; default once an epoch",
+    )
+    g.add_argument(
+        "--eval_only",
+        action="store_true",
+        help="print loss and perplexity of the model, or of the checkpoint that --resume names, "
+        "write them into output_path/eval_results.json, and stop; default off",
+    )
+    g.add_argument(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="export the weights with the lowest held-out loss, not the last ones; each evaluation "
+        "that is the best so far writes a checkpoint, which is kept beside those of "
+        "--save_total_limit; default off",
+    )
+    g.add_argument(
+        "--early_stopping_patience",
+        type=_number(int, 1),
+        metavar="N",
+        help="end after N evaluations in a row without a lower held-out loss; default never",
     )
 
     g = parser.add_argument_group("results")
@@ -485,6 +506,7 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
 
     if hasattr(args, "lr_scheduler_type"):
         _check_schedule(args)
+        _check_evaluation(args)
 
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):
@@ -583,3 +605,16 @@ def _check_schedule(args: argparse.Namespace) -> None:
         )
     if args.warmup_ratio is None:
         args.warmup_ratio = 0.0 if args.lr_scheduler_type == "constant" else 0.1
+
+
+def _check_evaluation(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that have nothing to do in this run."""
+    needs_model = {"--load_best_model_at_end": args.load_best_model_at_end}
+    for flag, given in needs_model.items():
+        if given and (args.no_save or args.eval_only):
+            other = "--no_save" if args.no_save else "--eval_only"
+            raise UserError(f"{flag} is for a model that is written, and {other} writes none")
+    if args.eval_only and args.report_to != "none":
+        raise UserError(
+            f"--eval_only writes eval_results.json alone: leave out --report_to {args.report_to}"
+        )

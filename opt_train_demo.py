@@ -28,10 +28,9 @@ from opt.colossal.adam import HybridAdam, decay_groups
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
 from opt.model.opt import expect_varying_lengths
-from opt.train import checks, export, faults, graphs, samples, schedule
+from opt.train import checks, export, faults, graphs, recorder, samples, schedule
 from opt.train import plan as plans
 from opt.train.checkpoints import Saver
-from opt.train.recorder import Recorder
 from opt.train.signals import Control
 
 from colossalai.booster import Booster  # isort: skip  (behind opt.colossal, which makes it light)
@@ -49,7 +48,7 @@ def main(flags) -> None:
         print(plans.describe(run), flush=True)
     if flags.dry_run:
         return
-    is_done = train(run)
+    is_done = evaluate_only(run) if flags.eval_only else train(run)
     processes.stop()
     if is_done and here.is_main:
         samples.show(run)
@@ -91,6 +90,22 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
     return boosted
 
 
+def evaluate_only(run: plans.Run) -> bool:
+    """--eval_only. False: there is no new model."""
+    weights = run.before.tensors("weights") if run.before else run.setup.weights
+    boosted = boost(run.plan, run.here, run.setup.config, weights, run.steps)
+    boosted.model.unwrap().longest_row = run.dataset.longest
+    recorder.results_of_evaluation(run, evaluate(boosted, held_out(run, boosted)))
+    return False
+
+
+def held_out(run: plans.Run, boosted: Boosted) -> Batches:
+    """This process's batches of the evaluation."""
+    plan, spread, pad_id = run.plan, boosted.plugin.spread, run.setup.config.pad_token_id
+    share = (plan.batch_size, spread.dp_rank, spread.dp_size, pad_id)
+    return Batches(run.dataset.held_out, *share, None, plan.padding_free)
+
+
 def train(run: plans.Run) -> bool:
     """From the model to the saved model. False if a signal has stopped it."""
     plan, here, setup, dataset, before = run.plan, run.here, run.setup, run.dataset, run.before
@@ -104,28 +119,41 @@ def train(run: plans.Run) -> bool:
     spread, pad_id = boosted.plugin.spread, setup.config.pad_token_id
     share = (plan.batch_size, spread.dp_rank, spread.dp_size, pad_id)
     train_batches = Batches(dataset.train, *share, plan.seed, plan.padding_free)
-    eval_batches = Batches(dataset.held_out, *share, None, plan.padding_free)
+    eval_batches = held_out(run, boosted)
 
     saver = Saver(run, control, boosted, weights)
     if before:
         saver.restore(before)
-    stopped_by, ahead = None, (run.start, run.steps.total_steps, plan.gradient_accumulation_steps)
-    with Recorder(run) as recorder:
+    evaluations, patience = saver.evaluations, plan.early_stopping_patience
+    total = run.start.step if evaluations.are_enough(patience) else run.steps.total_steps
+    position, stopped_by = run.start, None
+    ahead = (run.start, total, plan.gradient_accumulation_steps)
+    with recorder.Recorder(run) as record:
         if len(dataset.held_out) and not run.start.step:
-            recorder.evaluation(0, evaluate(boosted, eval_batches))
+            evaluations.add(0, record.evaluation(0, evaluate(boosted, eval_batches)))
         for position, batches in train_batches.steps(*ahead):
             lr = boosted.lr_schedule.get_last_lr()[0]
             loss, grad_norm = train_step(boosted, batches)
-            recorder.step(position, batches, loss, lr, grad_norm)
-            is_last = position.step == run.steps.total_steps
+            record.step(position, batches, loss, lr, grad_norm)
+            is_last = position.step == total
             if len(dataset.held_out) and (position.step % run.steps.eval_steps == 0 or is_last):
-                recorder.evaluation(position.step, evaluate(boosted, eval_batches))
+                held_out_loss = evaluate(boosted, eval_batches)
+                evaluations.add(position.step, record.evaluation(position.step, held_out_loss))
+                is_last |= evaluations.are_enough(patience)
             # Checkpoints, signals, steps that lead nowhere.
-            stopped_by = saver.after(position, recorder, is_last)
-            if stopped_by:
+            stopped_by = saver.after(position, record, is_last)
+            if stopped_by or is_last:
                 break
         saver.finish()
 
+    if here.is_main and not stopped_by and position.step < run.steps.total_steps:
+        print(
+            f"ended early, after step {position.step} of {run.steps.total_steps}: "
+            f"{evaluations.without_better} evaluations in a row had no lower held-out loss",
+            flush=True,
+        )
+    if plan.load_best_model_at_end and not stopped_by:
+        saver.load_best()
     if not stopped_by and not plan.no_save:
         export.export_model(
             boosted.plugin, setup.directory, setup.source, setup.tokenizer, plan.output_path

@@ -66,7 +66,7 @@ def main(output: Path, kills: int) -> None:
     tokenizer = tokens.load_tokenizer(SAMPLE / "opt-tiny")
     dataset = tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer)
     (output / "metrics.jsonl").write_text("")
-    run = SimpleNamespace(plan=plan, here=here, dataset=dataset, output=output)
+    run = SimpleNamespace(plan=plan, here=here, dataset=dataset, output=output, before=None)
 
     chance, made, in_the_middle = random.Random(0), 0, 0
     for _ in range(kills):

@@ -6,7 +6,7 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
                                  whole fp32 tensors by name (weights/..., exp_avg/...,
                                  exp_avg_sq/...), and its random-number state (rng/...)
     state.json                   position in the data, Adam's count of updates, loss scale, plan,
-                                 checksum of the data
+                                 checksum of the data, the best evaluation so far
     metrics.jsonl                the run's up to here
     manifest.json                bytes and SHA-256 of each of these
 
@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from colossalai.accelerator import get_accelerator
 from safetensors import safe_open
 
 from opt.colossal.adam import MOMENTS
@@ -39,6 +40,7 @@ from opt.data.batches import Position
 from opt.data.tokens import Rows
 from opt.errors import Diverged, UserError
 from opt.model import weights
+from opt.train.evaluations import Evaluations
 from opt.train.export import flush_to_disk
 from opt.train.schedule import set_step
 from opt.train.signals import Control
@@ -57,6 +59,9 @@ class Saver:
         self._directory, self._plan = folder(run.output), run.plan
         self._here, self._control, self._rows = run.here, control, run.dataset.train
         self._optimizer, self._lr_schedule = boosted.optimizer, boosted.lr_schedule
+        self._boosted = boosted
+        self.evaluations = run.before.evaluations if run.before else Evaluations()
+        self._best = run.before.best if run.before else None  # the checkpoint of the best one
         self._checksum: str | None = None  # of the rows
         shapes = {name: torch.Size(model.shape(name)) for name in model}
         self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
@@ -78,7 +83,8 @@ class Saver:
         is_due = bool(self._plan.save_steps) and (
             position.step % self._plan.save_steps == 0 or position.rows == 0 or is_last
         )
-        if is_due or is_last:
+        is_best = self._plan.load_best_model_at_end and self.evaluations.best_step == position.step
+        if is_due or is_best or is_last:
             recorder.flush()
         skipped, signal_ = recorder.skipped_in_a_row, self._control.signal or 0
         everyones = self._control.agree(signal=signal_, skipped=skipped, writing=self.is_writing)
@@ -95,7 +101,8 @@ class Saver:
                 f"{skipped} steps in a row had a loss or a gradient that is not finite; {way}, and "
                 "with a lower --learning_rate"
             )
-        if stopped_by or (is_due and not skipped):
+        # The best may come after a step that changed nothing: its weights are those from before.
+        if stopped_by or is_best or (is_due and not skipped):
             recorder.flush()
             self.begin(position, recorder.path)
         elif not everyones["writing"]:
@@ -144,6 +151,8 @@ class Saver:
                 "scaler": scaler_state(self._optimizer),
                 "world_size": self._here.world_size,
                 "arguments": vars(self._plan),
+                "evaluations": self.evaluations.state(),
+                "best": str(self._best) if self._best else None,  # where it is not this one
             }
             texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}
         self._final, self._written, self._error = (
@@ -151,6 +160,8 @@ class Saver:
             {},
             "its writer did not come to an end",
         )
+        # For as long as this checkpoint is the newest, whatever the next evaluation says
+        self._is_best = self.evaluations.best_step == position.step
         self._thread = threading.Thread(target=self._write, args=(tensors, texts))
         self._thread.start()
 
@@ -162,13 +173,15 @@ class Saver:
             return
         self._thread.join()
         self._thread = None
+        best = self._final if self._is_best else self._best
         results = self._control.gather((self._written, self._error))
         error = next((error for _, error in results if error), None)
         if error is None:
             if self._here.is_main:
                 error = self._try(
                     lambda: self._publish(
-                        {name: entry for written, _ in results for name, entry in written.items()}
+                        {name: entry for written, _ in results for name, entry in written.items()},
+                        best,
                     )
                 )
             error = self._control.gather(error)[0]
@@ -182,7 +195,24 @@ class Saver:
                 f"checkpoint {self._final} could not be written ({error}): {before}; make room, "
                 "then go on with --resume auto"
             )
-        self.saved = self._final
+        self.saved, self._best = self._final, best
+
+    def load_best(self) -> None:
+        """Put the weights of the best evaluation in place, of which there is a checkpoint, and say
+        which they are. To be called by all processes after the last step and finish()."""
+        is_finite = self._best is not None
+        if self._here.is_main:
+            which = "its weights are saved" if is_finite else "the last weights are saved"
+            print(f"{self.evaluations.describe()}: {which}", flush=True)
+        if not is_finite:
+            return
+        damage = self._control.gather(_damage(self._best) if self._here.is_main else None)[0]
+        if damage:
+            raise UserError(f"checkpoint {self._best} of the best model is damaged, {damage}")
+        # Weights may still be on their way from other processes, see reduction.LayerwiseZero
+        get_accelerator().synchronize()
+        best = Checkpoint.read(self._best)
+        self._boosted.plugin.place(self._boosted.model, best.tensors(WEIGHTS))
 
     def _write(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
         """In a thread: this process's files, to disk."""
@@ -211,8 +241,9 @@ class Saver:
         for name, text in texts.items():
             self._written[name] = _write(self._aside / name, [text])
 
-    def _publish(self, manifest: dict) -> None:
-        """Rename the folder, then move the pointer, then remove what is now too old."""
+    def _publish(self, manifest: dict, best: Path | None) -> None:
+        """Rename the folder, then move the pointer, then remove what is now too old, but for the
+        best one up to here where that is to be exported."""
         for name in manifest:
             if not (self._aside / name).is_file():
                 raise OSError(
@@ -234,7 +265,8 @@ class Saver:
         for old in (
             abandoned + [c for c in there if c not in abandoned][: -self._plan.save_total_limit]
         ):
-            self._remove(old)
+            if not (self._plan.load_best_model_at_end and best and old.samefile(best)):
+                self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
         """Renamed first: no half of it is ever found under its name."""
@@ -250,10 +282,36 @@ class Checkpoint:
     path: Path
     state: dict  # state.json
 
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """The one in a folder."""
+        return cls(path, json.loads((path / "state.json").read_text()))
+
     @property
     def position(self) -> Position:
         """How far the run had come."""
         return Position(**self.state["position"])
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """What the run's evaluations had come to."""
+        return Evaluations(**self.state.get("evaluations", {}))
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint of the best evaluation up to here; None where there was none, or it is
+        gone."""
+        step = self.evaluations.best_step
+        if step == self.position.step:
+            return self.path
+        # Beside this one, or where the run was that this one's had gone on from
+        places = [self.path.with_name(f"step-{step or 0:08d}"), Path(self.state.get("best") or "")]
+        return next((place for place in places if (place / _MANIFEST).is_file()), None)
+
+    @property
+    def has_lost_its_best(self) -> bool:
+        """Whether there was a best one and its checkpoint is gone."""
+        return self.evaluations.best_step is not None and self.best is None
 
     @property
     def metrics(self) -> bytes:
@@ -333,7 +391,7 @@ def find(resume: str | None, output_directory: Path) -> Checkpoint | None:
             else "there is none before it: start anew"
         )
         raise UserError(f"checkpoint {path} is damaged, {damage}; {offer}")
-    return Checkpoint(path, json.loads((path / "state.json").read_text()))
+    return Checkpoint.read(path)
 
 
 def check_same_run(

@@ -12,6 +12,7 @@ from transformers import OPTConfig
 from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
 from opt.data.tokens import Dataset
+from opt.errors import UserError
 from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.registry import plugin_class
@@ -52,11 +53,32 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
         node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
         check_shared(plan.output_path, here)
     folder = output_directory(plan.output_path)
-    before = node_first(here, lambda: checkpoints.find(plan.resume, folder))
+    before = None
+    if plan.resume or not plan.eval_only:
+        before = node_first(here, lambda: checkpoints.find(plan.resume, folder))
     if before:
         checkpoints.check_same_run(before, plan, setup.weights, dataset.train)
+    _check_evaluations(plan, dataset, before)
     start = before.position if before else Position()
     return Run(plan, here, setup, dataset, before, count_steps(plan, len(dataset.train), start))
+
+
+def _check_evaluations(plan: Namespace, dataset: Dataset, before: Checkpoint | None) -> None:
+    """Raise UserError where evaluations are asked for and there is nothing to evaluate on, or the
+    best model so far is gone."""
+    asked = (*("eval_only", "load_best_model_at_end", "early_stopping_patience"),)
+    for flag in asked:
+        if getattr(plan, flag) and not len(dataset.held_out):
+            raise UserError(
+                f"--{flag} needs held-out texts, and there are none: give --eval_fraction, over 0"
+            )
+    if before and plan.load_best_model_at_end and before.has_lost_its_best:
+        step = before.evaluations.best_step
+        raise UserError(
+            f"--load_best_model_at_end: the best model up to {before.path} is that after step "
+            f"{step}, of which there is no checkpoint beside it: go on without this flag, or start "
+            "anew with it"
+        )
 
 
 def is_padding_free(plan: Namespace, here: Place, dataset: Dataset) -> bool:
@@ -129,6 +151,7 @@ def describe(run: Run) -> str:
         origin += "; the quantization_config in config.json is left out, they are not quantized"
     memory = memory_bytes(plan, setup.config, setup.weights.num_parameters)
     schedule = f" ({steps.scheduler_type})"
+    patience = f", until {plan.early_stopping_patience} in a row are no better"
     lines = {
         "device": device,
         "plugin": plan.plugin + f" ({about})" * bool(about),
@@ -146,13 +169,20 @@ def describe(run: Run) -> str:
         f"{rows} rows a step{microbatches}{', without pads' * plan.padding_free}",
         "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch), "
         f"{steps.warmup_steps:,} of warm-up, learning rate {steps.learning_rate:g}"
-        f"{schedule * (steps.scheduler_type != 'linear')}; evaluation every {steps.eval_steps:,}",
-        "saved": f"every {plan.save_steps:,} steps and after each epoch"
-        if plan.save_steps
-        else "when a signal stops the run",
+        f"{schedule * (steps.scheduler_type != 'linear')}; evaluation every {steps.eval_steps:,}"
+        + patience
+        * bool(plan.early_stopping_patience),
+        "saved": (
+            f"every {plan.save_steps:,} steps and after each epoch"
+            if plan.save_steps
+            else "when a signal stops the run"
+        )
+        + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end,
         "memory": f"about {memory / 2**30:.1f} GiB a process (an estimate)",
         "output": plan.output_path + (" (model not saved)" if plan.no_save else ""),
     }
+    if plan.eval_only:
+        lines["steps"], lines["saved"] = "none: evaluation only", "no model"
     if kernels:
         lines["kernels"] = kernels
     if run.before:

@@ -106,15 +106,16 @@ class Recorder:
             f"{self.skipped_in_a_row} in a row"
         )
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Record the held-out loss after `step` optimizer steps."""
+    def evaluation(self, step: int, loss: float) -> float:
+        """Record the held-out loss after `step` optimizer steps; returns it."""
         if step == 0:
             check_first_loss(loss, self._run.setup)
         self.flush()
         if self.is_main:
-            self._write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
-            tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+            self._write(_evaluation(step, loss))
+            tqdm.write(_said(step, loss))
         self._last = mark()  # the evaluation's time is not the next step's
+        return loss
 
     def __enter__(self):
         return self
@@ -143,12 +144,43 @@ class Recorder:
         draw_losses(self.path, self.path.with_name("loss.png"))
 
     def _write(self, line: dict) -> None:
-        # JSON has no nan
-        line = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
-        }
+        line = _without_nan(line)
         self._file.write(json.dumps(line) + "\n")
         self._tracker.add({k: v for k, v in line.items() if v is not None})
+
+
+def results_of_evaluation(run: Run, loss: float) -> None:
+    """--eval_only: print the held-out loss, and write it into eval_results.json. All processes
+    call it."""
+    if not run.before:
+        check_first_loss(loss, run.setup)
+    if not run.here.is_main:
+        return
+    rows = run.dataset.held_out
+    result = _evaluation(run.start.step, loss) | {
+        "rows": len(rows),
+        "tokens": int(rows.lengths.sum()),
+        "model": str(run.before.path) if run.before else run.plan.model_name_or_path,
+        "dataset": run.dataset.source,
+    }
+    file = run.output / "eval_results.json"
+    file.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    print(f"{_said(run.start.step, loss)}; written to {file}", flush=True)
+
+
+def _evaluation(step: int, loss: float) -> dict:
+    return {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+
+
+def _said(step: int, loss: float) -> str:
+    return f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
+
+
+def _without_nan(line: dict) -> dict:
+    """JSON has none."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+    }
 
 
 def perplexity(loss: float) -> float:
