@@ -23,6 +23,8 @@ SCHEDULES = (
     "inverse_sqrt",
     "warmup_stable_decay",
 )
+# What LoRA can be given to: the matrices of a decoder layer (opt/model/lora.py)
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 class Settings(argparse.Namespace):
@@ -165,6 +167,42 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
     )
 
 
+def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """LoRA, by PEFT's names and with its defaults; for the peers in benchmarks/ too."""
+    g = parser.add_argument_group("LoRA (docs/lora.md)")
+    g.add_argument(
+        "--lora_r",
+        type=_number(int, 0),
+        default=0,
+        help="rank of the adapters, which alone are trained then; default 0, all parameters are "
+        "trained and no adapters",
+    )
+    g.add_argument(
+        "--lora_alpha",
+        type=_number(float, 0, low_open=True),
+        help="adapters are scaled by alpha / r; default 8, as PEFT's, whatever r is",
+    )
+    g.add_argument(
+        "--lora_dropout",
+        type=_number(float, 0, 1),
+        help="dropout probability of what adapters read, 0 to 1; default 0",
+    )
+    g.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        choices=(*LORA_TARGETS, "all-linear"),
+        metavar="NAME",
+        help=f"matrices that have adapters, in every layer: {', '.join(LORA_TARGETS)}, or "
+        "all-linear for these six; default all-linear",
+    )
+    g.add_argument(
+        "--use_rslora",
+        action="store_true",
+        help="scale adapters by alpha / sqrt(r) instead; default off",
+    )
+    return g
+
+
 def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """What decides how the model is built, spread over the devices and updated: the same for
     training and benchmark."""
@@ -261,6 +299,19 @@ def train_parser() -> argparse.ArgumentParser:
         "default ./output_model",
     )
     _add_setup_arguments(parser, seed=42)
+    g = add_lora_arguments(parser)
+    g.add_argument(
+        "--lora_adapter",
+        metavar="PATH",
+        help="go on from this adapter, a folder that PEFT or an earlier run has saved: r, alpha, "
+        "target modules and rslora are its own, dropout too unless it is given",
+    )
+    g.add_argument(
+        "--merge_lora",
+        action="store_true",
+        help="save the whole model with the adapters added to its weights, not the adapter alone; "
+        "default off",
+    )
 
     g = parser.add_argument_group("data")
     g.add_argument(
@@ -429,6 +480,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     )
     add_measurement_arguments(parser)
     _add_setup_arguments(parser, seed=42)
+    add_lora_arguments(parser)
     parser.add_argument(
         "--profile",
         metavar="DIR",
@@ -552,6 +604,8 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
             "change that, or leave it out"
         )
 
+    _resolve_lora(args)
+
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0
     if zero and args.zero_stage == 0:
@@ -618,3 +672,41 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise UserError(
             f"--eval_only writes eval_results.json alone: leave out --report_to {args.report_to}"
         )
+
+
+def _resolve_lora(args: argparse.Namespace) -> None:
+    """PEFT's defaults; what an adapter's folder says is read in opt/train/checks.py."""
+    adapter, merge = getattr(args, "lora_adapter", None), getattr(args, "merge_lora", False)
+    of_adapter = {
+        "--lora_r": args.lora_r,
+        "--lora_alpha": args.lora_alpha,
+        "--lora_target_modules": args.lora_target_modules,
+        "--use_rslora": args.use_rslora,
+    }
+    given = next((flag for flag, value in of_adapter.items() if value), None)
+    if adapter and given:
+        raise UserError(
+            f"{given} is the adapter's own where --lora_adapter is given: leave one of them out"
+        )
+    if not adapter and not args.lora_r:
+        more = {"--lora_dropout": args.lora_dropout is not None, "--merge_lora": merge}
+        given = given or next((flag for flag, value in more.items() if value), None)
+        if given:
+            raise UserError(
+                f"{given} is for adapters, and without --lora_r or --lora_adapter there are none: "
+                "give one of these, or leave it out"
+            )
+    if getattr(args, "output_path", "").endswith((".bin", ".safetensors")) and not merge:
+        if adapter or args.lora_r:
+            raise UserError(
+                f"--output_path {args.output_path} names one file, and an adapter is a folder: "
+                "name a folder, or give --merge_lora for the whole model"
+            )
+    if adapter:
+        return
+    args.lora_alpha = args.lora_alpha or 8.0
+    args.lora_dropout = args.lora_dropout or 0.0
+    names = args.lora_target_modules or ["all-linear"]
+    args.lora_target_modules = [
+        name for name in LORA_TARGETS if name in names or "all-linear" in names
+    ]

@@ -75,6 +75,7 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
     plugin = registry.new_plugin(plan, here.device, weights.num_parameters)
     booster = Booster(plugin=plugin, mixed_precision=plugin.mixed_precision)
     model = plugin.new_model(config)
+    # With --lora_r the model's own weights are frozen, and the groups hold its adapters alone.
     optimizer = HybridAdam(
         decay_groups(model, plan.weight_decay),
         lr=steps.learning_rate,
@@ -112,7 +113,7 @@ def train(run: plans.Run) -> bool:
     control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():
         expect_varying_lengths()
-    weights = before.tensors("weights") if before else setup.weights
+    weights = setup.weights.taken_up(before.tensors("weights")) if before else setup.weights
     boosted = boost(plan, here, setup.config, weights, run.steps)
     boosted.model.unwrap().longest_row = dataset.longest
 

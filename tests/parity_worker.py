@@ -24,17 +24,21 @@ from opt.data.batches import Batches
 from opt.model import kernel_probe, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.opt import meta_model
+from opt.train import checks
 from opt.train.export import export_model
 from opt.train.schedule import Steps
 from opt_train_demo import Boosted, boost, evaluate, train_step
 
+SAMPLE_MODEL = Path(__file__).resolve().parent.parent / "sample" / "opt-tiny"
 
-def boosted(args, here) -> Boosted:
+
+def boosted(args, here, steps=None) -> Boosted:
     """The model as opt_train_demo.py has it before the first step."""
     directory = Path(args.model_name_or_path)
     config = with_dropout(load_config(directory), args.dropout)
     contents = weights.open_weights(directory, meta_model(config), args.seed)
-    steps = Steps(10, 10, 0, 10, args.learning_rate)
+    args, contents = checks.with_adapters(args, config, contents)
+    steps = steps or Steps(10, 10, 0, 10, args.learning_rate)
     return boost(args, here, config, contents, steps)
 
 
@@ -53,6 +57,26 @@ def first_losses(args, here, rows: str) -> list[float]:
         dist.all_reduce(share)
         losses.append(share.item())
     return losses
+
+
+def adapters(args, here, rows: str) -> dict[str, list]:
+    """The loss and the gradient's norm of --max_train_steps steps at one learning rate, each on all
+    rows; the adapters come to --output_path."""
+    trained = boosted(args, here, Steps.of_benchmark(args.learning_rate))
+    spread = trained.plugin.spread
+    rows = tokens.Rows(Path(rows), "train")
+    share = len(rows) // spread.dp_size
+    batches = Batches(rows, share, spread.dp_rank, spread.dp_size, pad_id=1, seed=None)
+    losses, norms = [], []
+    for _ in range(args.max_train_steps):
+        loss, norm = train_step(trained, list(batches.epoch()))
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+        norms.append(float(norm))
+    directory = Path(args.model_name_or_path)
+    config, tokenizer = load_config(directory), tokens.load_tokenizer(SAMPLE_MODEL)
+    export_model(trained.plugin, directory, config, tokenizer, args.output_path)
+    return {"losses": losses, "norms": norms}
 
 
 def compiled(args, here, rows: str) -> dict[str, list]:
@@ -167,7 +191,9 @@ def main(cases, results) -> None:
             here.device.type,
             kernel_probe.has_bf16(here.device),
         )
-        functions = {f.__name__: f for f in (first_losses, compiled, gradients, memory, export)}
+        functions = {
+            f.__name__: f for f in (first_losses, adapters, compiled, gradients, memory, export)
+        }
         found[name] = functions[case.pop("wanted")](args, here, **case)
         if here.is_main:
             Path(results).write_text(json.dumps(found))

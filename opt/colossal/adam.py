@@ -258,10 +258,10 @@ def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Parameter groups for a torch optimizer: decay on matrices alone, not on biases and layer
-    norms."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    norms; nothing of frozen parameters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]

@@ -4,9 +4,10 @@ chunk of parameters."""
 from collections.abc import Iterator
 
 import torch
+from colossalai.utils import is_ddp_ignored
 
 from opt.colossal.pieces import Form, Piece
-from opt.model.weights import TIED_HEAD, Weights
+from opt.model.weights import Weights
 
 
 class Chunks(Form):
@@ -40,13 +41,39 @@ class Chunks(Form):
         missing += [name for name in self.model.name2param if name not in weights]
         if missing:
             raise RuntimeError(f"weights did not load: missing {missing[:3]}")
+        self._place_frozen(weights)
         for piece in self.pieces():
             if piece.size:
                 piece.weights.copy_(
                     weights[piece.name].flatten()[piece.start : piece.start + piece.size]
                 )
 
-    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _place_frozen(self, weights: Weights) -> None:
+        """Fill this process's slices of chunks that only frozen parameters are in."""
+        manager = self.model.chunk_manager
+        for parameter in getattr(self.model, "frozen_params", []):
+            chunk = manager.get_chunk(parameter)
+            info, first = chunk.tensors_info[parameter], chunk.shard_begin
+            start, end = max(info.offset, first), min(info.end, chunk.shard_end)
+            if start < end:
+                whole = weights[self.model.param2name[parameter]].flatten()
+                part = whole[start - info.offset : end - info.offset]
+                chunk.payload[start - first : end - first].copy_(part)
+
+    def whole_weights(self, only_trained=False) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole tensors in 16 bits, chunk by chunk. A collective."""
-        for shard, _ in self.model.state_dict_shard(max_shard_size=1024):
-            yield from ((name, tensor) for name, tensor in shard.items() if name != TIED_HEAD)
+        model, gathered = self.model, {}
+        # Gradients take the place of those weights that have copies
+        reused = model.chunk_manager.reuse_fp16_chunk
+        copies = dict(zip(model.fp16_params, model.fp32_params, strict=True)) if reused else {}
+        for name, parameter in model.unwrap().named_parameters():
+            if only_trained and not parameter.requires_grad:
+                continue
+            if is_ddp_ignored(parameter):
+                yield name, parameter.data
+                continue
+            held = copies.get(parameter, parameter)
+            if held not in gathered:
+                chunk = model.chunk_manager.get_chunk(held)
+                gathered |= model._get_chunk_to_save_data(chunk, only_rank_0=True)
+            yield name, gathered.pop(held)

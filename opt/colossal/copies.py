@@ -57,7 +57,7 @@ class Copies(Form):
 
     def pieces(self) -> Iterator[Piece]:
         """Whole parameters, of this tensor-parallel rank."""
-        for name, working in self.model.unwrap().named_parameters():
+        for name, working in self.trained():
             key = self.optimizer.working_to_master_map[working]
             yield Piece(name, working.shape, 0, key.numel(), key, key.data.view(-1), None)
 

@@ -12,16 +12,20 @@ memory.
 """
 
 import logging
+import math
 from types import MethodType
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin import GeminiPlugin
+from colossalai.utils import is_ddp_ignored
 from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import TensorState, gemini_ddp
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.chunk import chunk as chunk_module
+from colossalai.zero.gemini.memory_tracer import OrderedParamGenerator
 from torch import nn
 
 from opt.colossal.chunks import Chunks
@@ -31,6 +35,7 @@ from opt.model.config import DTYPES
 _finds_overflow = Chunk.has_inf_or_nan.fget
 _shard_move = Chunk.shard_move
 _reduce_chunk = Chunk.reduce
+_init_chunks = GeminiDDP._init_chunks
 
 
 class OptGeminiPlugin(Plugin, GeminiPlugin):
@@ -76,6 +81,11 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         return parameters * (2 + gradients + 12 * (1 - plan.offload_optim_frac)) / dp_size
 
     @staticmethod
+    def frozen_bytes(plan, parameters, dp_size):
+        """Spread as the others are."""
+        return Plugin.frozen_bytes(plan, parameters, dp_size) / dp_size
+
+    @staticmethod
     def update_kernels(plan):
         """Gradients come in 16 bits, the weights follow by ColossalAI's copy."""
         if plan.offload_optim_frac < 1:
@@ -85,15 +95,71 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         """Booster.boost calls this."""
-        model, optimizer, *rest = super().configure(
-            model, optimizer, criterion, dataloader, lr_scheduler
-        )
+        with patch.object(
+            GeminiDDP, "_init_chunks", _init_frozen_chunks if self.adapters else _init_chunks
+        ):
+            model, optimizer, *rest = super().configure(
+                model, optimizer, criterion, dataloader, lr_scheduler
+            )
+        # Which are taken for chunks of gradients
+        frozen = model.chunk_manager.get_chunks(getattr(model, "frozen_params", []))
+        optimizer.chunk16_set -= set(frozen)
         _mend(model)
         self.form = Chunks(model, optimizer)
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm
         self._finish_layers(model.unwrap())
+        if self.adapters:  # which have found their places now
+            inner = model.unwrap()
+            model.name2param = dict(inner.named_parameters(remove_duplicate=False))
+            model.param2name = {p: name for name, p in inner.named_parameters()}
         return model, optimizer, *rest
+
+
+def _init_frozen_chunks(self, param_order, **flags) -> None:
+    """With LoRA: chunks for the adapters, as ColossalAI makes them, and of several processes chunks
+    for what is frozen too, which are spread alike, and have no gradients and no fp32 copies.
+
+    ColossalAI 0.5.0 keeps frozen parameters whole on each process; it counts them all the same
+    when it looks for a size of chunks, which a few adapters then would not fill.
+    """
+    manager, size = self.chunk_manager, dist.get_world_size(self.zero_group)
+    trained, sizes = OrderedParamGenerator(), []
+    manager.dp_degree_chunk_size_dict[_FROZEN] = manager.dp_degree_chunk_size_dict[size]
+    manager.kwargs_config[_FROZEN] = manager.kwargs_config[size] | {"keep_gathered": False}
+    self.frozen_params = []
+    for parameter in param_order.generate():
+        if parameter.requires_grad:
+            trained.append(parameter)
+            sizes.append(parameter.numel())
+        elif size > 1:
+            self._preprocess_param(parameter)
+            parameter.data = parameter.data.to(self.mixed_precision)
+            manager.register_tensor(
+                parameter,
+                group_type=_FROZEN,
+                config_key=_FROZEN,
+                zero_group=self.zero_group,
+                extra_dp_group=self.extra_dp_group,
+                cpu_offload=flags["cpu_offload"],
+                pin_memory=flags["pin_memory"],
+            )
+            self.frozen_params.append(parameter)
+        else:
+            self.set_params_to_ignore([parameter])
+            trained.append(parameter)
+    # A quarter of the adapters, as of a small model: see OptGeminiPlugin
+    chunk_size = sum(sizes) if size == 1 else max(*sizes, min(2**25, sum(sizes) // 4))
+    manager.dp_degree_chunk_size_dict[size] = chunk_size + -chunk_size % size
+    _init_chunks(self, trained, **flags)
+    if self.frozen_params:
+        device = get_accelerator().get_current_device()
+        self.grads_device |= dict.fromkeys(self.frozen_params, device)
+        # What it was computed from leaves them out, and more than this goes to host memory
+        self.gemini_manager.placement_policy.keep_cuda_chunk_mem = math.inf
+
+
+_FROZEN = "frozen"
 
 
 def _mend(model: GeminiDDP) -> None:
@@ -106,6 +172,7 @@ def _mend(model: GeminiDDP) -> None:
     _prefetch_in_training(model)
     _wait_on_device(model)
     _forget_gradients_once(model)
+    _release_frozen(model)
     # [C12] ColossalAI's looks through the call stack at each call: milliseconds a step, for nothing
     model._logger = logging.getLogger(__name__)
     chunks = model.chunk_manager.get_chunks(model.fp16_params)
@@ -192,6 +259,20 @@ def _forget_gradients_once(model: GeminiDDP) -> None:
     model.module.zero_grad = lambda set_to_none: None
 
 
+def _release_frozen(model: GeminiDDP) -> None:
+    """Let go, after backward, of the chunks whose gradients nobody waits for."""
+    chunks = model.chunk_manager.get_chunks(getattr(model, "frozen_params", []))
+    post_backward = model._post_backward
+
+    def release_and_check():
+        for chunk in chunks:
+            model.chunk_manager.release_chunk(chunk)
+        post_backward()
+
+    if chunks:
+        model._post_backward = release_and_check
+
+
 class _Layer:
     """[C5] A decoder layer to be fetched and reduced as a whole; its parameters are plain ones
     then, whose torch functions no hook asks about, and which [F21] can be compiled.
@@ -203,9 +284,10 @@ class _Layer:
 
     def __init__(self, model: GeminiDDP, layer: nn.Module):
         self._model, self._manager, self._hook = model, model.chunk_manager, model.param_op_hook
-        self._parameters = list(layer.parameters())
+        held = [p for p in layer.parameters() if not is_ddp_ignored(p)]
+        self._parameters = [p for p in held if p.requires_grad]
         by_chunk = {}
-        for parameter in self._parameters:
+        for parameter in held:
             by_chunk.setdefault(self._manager.get_chunk(parameter), []).append(parameter)
         self._infos = {
             chunk: [chunk.tensors_info[p] for p in parameters]
@@ -215,7 +297,10 @@ class _Layer:
         self._grad_handles = [p._backward_hooks[p._grad_handle.id] for p in self._parameters]
         for parameter in self._parameters:
             parameter._grad_handle.remove()
+        for parameter in layer.parameters():
             parameter.__class__ = nn.Parameter
+        self._trained = [chunk for chunk, ps in by_chunk.items() if ps[0].requires_grad]
+        self._frozen = [chunk for chunk in by_chunk if chunk not in self._trained]
 
     def fetch(self) -> None:
         """Before forward or backward goes through the layer."""
@@ -229,7 +314,8 @@ class _Layer:
     def reduce(self) -> None:
         """After backward, once all gradients are there: they take the weights' place in the chunks,
         and a chunk that has all of its gradients is reduced."""
-        self._turn(TensorState.HOLD_AFTER_BWD)
+        self._turn(TensorState.HOLD_AFTER_BWD, self._trained)
+        self._turn(TensorState.HOLD, self._frozen)
         grads = [p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
@@ -241,12 +327,12 @@ class _Layer:
         torch._foreach_copy_([p.data for p in self._parameters], grads)
         for parameter in self._parameters:
             parameter._gemini_reduced = True  # which GeminiDDP checks after backward
-        self._turn(TensorState.READY_FOR_REDUCE)
+        self._turn(TensorState.READY_FOR_REDUCE, self._trained)
         stream = self._model.async_reduce_stream
         if stream is not None:
             stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(stream):
-            for chunk in self._infos:
+            for chunk in self._trained:
                 if self._manager.reduce_chunk(chunk):
                     (chunk.cuda_global_chunk if chunk.is_gathered else chunk.cuda_shard).div_(
                         chunk.pg_size
@@ -257,9 +343,11 @@ class _Layer:
                         chunk, device, force_copy=True, async_move=stream is not None
                     )
 
-    def _turn(self, state: TensorState) -> None:
-        """Chunk.tensor_trans_state for all parameters, which are always in the same."""
-        for chunk, infos in self._infos.items():
+    def _turn(self, state: TensorState, chunks: list[Chunk] | None = None) -> None:
+        """Chunk.tensor_trans_state for the parameters in `chunks`, by default in all, which are
+        always in the same."""
+        for chunk in self._infos if chunks is None else chunks:
+            infos = self._infos[chunk]
             chunk.tensor_state_cnter[infos[0].state] -= len(infos)
             chunk.tensor_state_cnter[state] += len(infos)
             for info in infos:
@@ -273,6 +361,8 @@ def _work_by_layer(model: GeminiDDP) -> None:
 
     def between_layers(before, after, hidden_states):
         before, after = layers.get(before), layers.get(after)
+        if before is None and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states.requires_grad_()  # of a frozen embedding; or nothing came by the first
 
         def come_by_again(_):
             if after:

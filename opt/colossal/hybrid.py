@@ -15,8 +15,10 @@ from colossalai.shardformer.layer._operation import (
     reduce_backward,
     reduce_forward,
 )
+from colossalai.shardformer.policies.base_policy import SubModuleReplacementDescription
 from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
-from transformers.models.opt.modeling_opt import OPTAttention
+from colossalai.tensor.d_tensor.api import is_distributed_tensor
+from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer
 
 from opt.colossal.copies import Copies
 from opt.colossal.plain import Plain
@@ -80,6 +82,11 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         return own * (width + gradients + adam / (dp_size if plan.zero_stage > 0 else 1))
 
     @staticmethod
+    def frozen_bytes(plan, parameters, dp_size):
+        """This stage's and rank's part."""
+        return Plugin.frozen_bytes(plan, parameters, dp_size) / (plan.tp_size * plan.pp_size)
+
+    @staticmethod
     def update_kernels(plan):
         """In bf16 the update is ours (copies.Copies, sharded.Sharded); otherwise ColossalAI widens
         gradients before it."""
@@ -119,6 +126,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         inner = model.unwrap()
         if inner.tp_group is not None:
             self._share_input(inner)
+            if self.adapters:
+                self._add_up_whole_adapters(inner)
         self._finish_layers(inner, self._cut)
         return model, optimizer, *rest
 
@@ -134,16 +143,33 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         }
 
+    def _add_up_whole_adapters(self, model: OPTForCausalLM) -> None:
+        """Of an adapter one matrix is cut, as its map is: B by rows or A by columns. The other one
+        is the same on all tensor-parallel ranks, and each computes a summand of its gradient, of
+        r numbers for one of the map's width: added up as soon as backward has it, before any
+        optimizer takes it."""
+
+        def add_up(grad):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad, group=self.tp_group)
+            return grad
+
+        for layer in model.own_layers:
+            for parameter in layer.adapters.parameters():
+                if not is_distributed_tensor(parameter):
+                    parameter.register_hook(add_up)
+
     def _cut(self, module) -> dict | None:
         """What linear.Linear is to do with a map that the policy has cut."""
         if isinstance(module, Linear1D_Row):
             return {"leave": partial(_add_up, group=self.tp_group)}
         if isinstance(module, Linear1D_Col):
-            return (
-                {}
-                if module in self._inputs_shared
-                else {"product": partial(_columns, group=self.tp_group)}
-            )
+            if module in self._inputs_shared:
+                return {}
+            if self.adapters:
+                # With the adapter's; and there is no weight's gradient to go beside
+                return {"enter": partial(_add_up_gradient, group=self.tp_group)}
+            return {"product": partial(_columns, group=self.tp_group)}
         return None
 
     def accumulate(self, model, optimizer, is_last_batch):
@@ -214,7 +240,25 @@ class OPTPolicy(OPTForCausalLMPolicy):
             if base in policy:
                 policy[ours] = policy.pop(base)
                 policy[ours].method_replacement = None
+        if self.shard_config.enable_tensor_parallelism:
+            # As the maps that they are added to: B by rows of q, k, v and fc1, A by columns
+            adapters = [
+                SubModuleReplacementDescription(
+                    f"adapters.{target}.{matrix}", module, ignore_if_not_exist=True
+                )
+                for matrix, module, targets in (
+                    ("lora_B", Linear1D_Col, ("q_proj", "k_proj", "v_proj", "fc1")),
+                    ("lora_A", Linear1D_Row, ("out_proj", "fc2")),
+                )
+                for target in targets
+            ]
+            self.append_or_create_submodule_replacement(adapters, policy, OPTDecoderLayer)
         return policy
+
+    def get_shared_params(self):
+        """The tied embedding, whose gradients ColossalAI adds up; a frozen one has none."""
+        is_frozen = not self.model.lm_head.weight.requires_grad
+        return [] if is_frozen else super().get_shared_params()
 
     def set_pipeline_forward(self, model_cls, new_forward, policy):
         """Our forward knows stages by itself: see postprocess."""

@@ -50,28 +50,35 @@ class Form:
         self.model, self.optimizer = model, optimizer
 
     def pieces(self) -> Iterator[Piece]:
-        """All parameters of this pipeline stage, in the same order on all its processes."""
+        """All parameters of this pipeline stage that are trained, in the same order on all its
+        processes."""
         raise NotImplementedError
+
+    def trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and parameters of this pipeline stage, without frozen ones."""
+        for name, parameter in self.model.unwrap().named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
 
     def place(self, weights: Weights, spread: Spread) -> None:
         """[F10] Fill the model, and [F11] the fp32 copies of 16-bit weights in the precision that
         `weights` have."""
-        working = dict(self.model.unwrap().named_parameters())
-        for piece in self.pieces():
-            whole = weights[piece.name]
-            part = _part(whole, piece.shape, spread.tp_rank)
-            working[piece.name].data.copy_(part)
-            if piece.size and piece.weights.data_ptr() != working[piece.name].data_ptr():
+        pieces = {piece.name: piece for piece in self.pieces()}
+        for name, working in self.model.unwrap().named_parameters():
+            part = _part(weights[name], working.shape, spread.tp_rank)
+            working.data.copy_(part)
+            piece = pieces.get(name)
+            if piece and piece.size and piece.weights.data_ptr() != working.data_ptr():
                 own = part.flatten()[piece.start : piece.start + piece.size]
                 piece.weights[: own.numel()].copy_(own)
 
-    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole_weights(self, only_trained=False) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole, unpadded tensors of this pipeline stage as they compute; the tied head
-        is left out. A collective."""
+        is left out. A collective. With `only_trained` no frozen ones."""
         # Weights may still be on their way from other processes, see reduction.LayerwiseZero
         get_accelerator().synchronize()
         for name, parameter in self.model.unwrap().named_parameters():
-            if name != TIED_HEAD:
+            if name != TIED_HEAD and (parameter.requires_grad or not only_trained):
                 whole = gather_distributed_param(parameter, keep_vars=False)
                 yield name, to_unpadded_tensor(whole) if is_padded_tensor(whole) else whole.data
 

@@ -14,7 +14,7 @@ class Plain(Form):
 
     def pieces(self) -> Iterator[Piece]:
         """Whole parameters, of this tensor-parallel rank."""
-        for name, working in self.model.unwrap().named_parameters():
+        for name, working in self.trained():
             yield Piece(
                 name, working.shape, 0, working.numel(), working, working.data.view(-1), None
             )

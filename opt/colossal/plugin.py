@@ -16,7 +16,7 @@ ddp, zero, gemini and hybrid.
 
 from argparse import Namespace
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from transformers.modeling_utils import no_init_weights
 
 from opt.colossal.pieces import Form
 from opt.colossal.processes import Spread, seed_everything
-from opt.model import linear
+from opt.model import linear, lora
 from opt.model.config import DTYPES
 from opt.model.opt import OPTForCausalLM, compile_layers
 from opt.model.weights import Weights
@@ -66,6 +66,12 @@ class Plugin:
         raise NotImplementedError
 
     @staticmethod
+    def frozen_bytes(plan: Namespace, parameters: int, dp_size: int) -> float:
+        """With LoRA: the weights on a process's device that are not trained, in bytes; state_bytes
+        is then of the adapters."""
+        return (4 if plan.precision == "fp32" else 2) * parameters
+
+    @staticmethod
     def update_kernels(plan: Namespace) -> Iterable[tuple]:
         """Those of opt/model/kernels.py that an update comes to, as kernel_probe knows them."""
         raise NotImplementedError
@@ -84,7 +90,9 @@ class Plugin:
             LazyInitContext(default_device=self.device) if self.is_lazy else nullcontext(),
             no_init_weights(),
         ):
-            if self.is_lazy:
+            if self.adapters:
+                model = self._new_frozen_model(config)
+            elif self.is_lazy:
                 model = OPTForCausalLM(config)
             else:
                 with torch.device(self.device):
@@ -96,9 +104,24 @@ class Plugin:
         )
         return model
 
+    def _new_frozen_model(self, config: OPTConfig) -> OPTForCausalLM:
+        """With LoRA: frozen weights are in the precision of the products from the start, the
+        adapters in that of weights that are trained."""
+        device = nullcontext() if self.is_lazy else torch.device(self.device)
+        with device, _default_dtype(DTYPES[self.plan.precision]):
+            model = OPTForCausalLM(config)
+        with device, _default_dtype(self.weights_dtype):
+            lora.add_adapters(model, self.adapters)
+        return model
+
+    @property
+    def adapters(self) -> lora.Lora | None:
+        """What is trained, if that is not all."""
+        return lora.Lora.of(self.plan)
+
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Of the weights that forward and backward work with."""
+        """Of the weights that forward and backward work with, and that are trained."""
         return DTYPES[self.plan.precision]
 
     # ---- plugin
@@ -136,3 +159,14 @@ class Plugin:
         train."""
         self.form.place(weights, self.spread)
         model.train()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype):
+    """In which new tensors are, where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -65,6 +65,8 @@ class LayerwiseDDP:
 
     @torch.no_grad()
     def _reduce(self, parameters: list[torch.Tensor]) -> None:
+        if not parameters:  # of frozen ones there is nothing
+            return
         flat = torch.cat([p.grad.flatten() for p in parameters])
         for parameter, grad in zip(
             parameters, flat.split([p.numel() for p in parameters]), strict=True
@@ -230,7 +232,8 @@ def _parts(model: nn.Module) -> tuple[list[list[torch.Tensor]], dict[nn.Module |
     units = {None: [p for p in model.parameters() if p not in of_layers]} | {
         layer: list(layer.parameters()) for layer in layers
     }
-    total = sum(p.numel() for p in model.parameters())
+    units = {unit: [p for p in all_ if p.requires_grad] for unit, all_ in units.items()}
+    total = sum(p.numel() for parameters in units.values() for p in parameters)
     parts, part_of_unit, before = [], {}, 0
     for unit, parameters in units.items():
         if before * 4 >= total * len(parts):

@@ -46,7 +46,7 @@ class Sharded(Copies):
 
     def pieces(self) -> Iterator[Piece]:
         """A slice of each parameter, which may reach past its end."""
-        for name, working in self.model.unwrap().named_parameters():
+        for name, working in self.trained():
             key, group = (
                 self.optimizer.working_to_master_param[id(working)],
                 self.optimizer.param_to_pg[working],

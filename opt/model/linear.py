@@ -1,6 +1,6 @@
-"""The one linear map of the decoder layers, put together of parts: how matrices are multiplied, and
-what goes over a tensor-parallel group before and after. An adapter (LoRA) would be a third part,
-weights in 4 bits another product.
+"""The one linear map of the decoder layers, put together of parts: how matrices are multiplied, an
+adapter (LoRA) beside the product, and what goes over a tensor-parallel group before and after.
+Weights in 4 bits would be another product.
 
 `attach` puts it in the place of PyTorch's, and of what a plugin has cut, around the same
 parameters: after the plugin, and before the layers are compiled.
@@ -18,7 +18,8 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 
 
 class Linear(nn.Module):
-    """x (..., in) -> (..., out), x @ weight.T + bias, in autocast's dtype or else x's.
+    """x (..., in) -> (..., out), x @ weight.T + bias, in autocast's dtype or else x's; and what
+    an adapter adds to it.
 
     Args:
         weight, bias: parameters to take over, (out, in) and (out,) or None; parts of them where a
@@ -27,6 +28,8 @@ class Linear(nn.Module):
         enter: of x, before the product; tensor parallelism by columns adds up x's gradient there.
         leave: of the product, before the bias; tensor parallelism by rows adds up the processes'
             parts there.
+        adapter: a lora.Adapter, which takes x and the product and gives their sum, ahead of
+            `leave`: what it has to add up over the processes goes with the product.
     """
 
     is_cut = False  # whether it is a part of a map that a plugin has cut
@@ -38,6 +41,7 @@ class Linear(nn.Module):
         product: Product,
         enter: Callable | None = None,
         leave: Callable | None = None,
+        adapter: nn.Module | None = None,
     ):
         super().__init__()
         self.weight, self.bias, self.product, self.enter, self.leave = (
@@ -47,14 +51,18 @@ class Linear(nn.Module):
             enter,
             leave,
         )
+        self.adapter = adapter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         if self.enter is not None:
             x = self.enter(x)
+        out = self.product(x, self.weight, self.bias if self.leave is None else None)
+        if self.adapter is not None:
+            out = self.adapter(x, out)
         if self.leave is None:
-            return self.product(x, self.weight, self.bias)
-        out = self.leave(self.product(x, self.weight, None))
+            return out
+        out = self.leave(out)
         return out if self.bias is None else out + self.bias
 
 
@@ -63,16 +71,24 @@ def attach(
     product: Product,
     cut: Callable[[nn.Module], dict | None] = lambda module: None,
 ) -> None:
-    """Make every linear map in `layers` a Linear with `product`.
+    """Make every linear map in `layers` a Linear with `product`, and with its adapter in the
+    layer's `adapters` (see lora.add_adapters), if there are any.
 
     `cut`: of a module, the Linear's arguments that replace `product` or come to it, if it is a
     linear map that a plugin has cut.
     """
+    adapters = {}
+    for layer in layers:
+        own = layer._modules.pop("adapters", None) or {}
+        for name, child in layer.named_modules():
+            if name.split(".")[-1] in own:
+                adapters[child] = own[name.split(".")[-1]]
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
             parts = cut(child)
             if isinstance(child, nn.Linear) or parts is not None:
-                linear = Linear(child.weight, child.bias, **({"product": product} | (parts or {})))
+                given = {"product": product, "adapter": adapters.get(child)} | (parts or {})
+                linear = Linear(child.weight, child.bias, **given)
                 linear.is_cut = parts is not None
                 setattr(parent, name, linear)
 
@@ -82,7 +98,7 @@ def side_by_side(maps: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     product, unless a part of them, or what they multiply by, does not allow it."""
     product = getattr(maps[0], "product", plain)
     if product not in (plain, few_tokens) or any(
-        m.bias is None or getattr(m, "is_cut", False) for m in maps
+        m.bias is None or getattr(m, "is_cut", False) or getattr(m, "adapter", None) for m in maps
     ):
         return torch.cat([m(x) for m in maps], dim=-1)
     dtype = product_dtype(x)
@@ -112,8 +128,8 @@ def few_tokens(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     over tokens: OPT-350m's 145 sums take 8 us each for 1,024 tokens, as products 4 (H100, bf16).
     Compiled layers do not need that: there the sums are part of other kernels.
     """
-    if bias is None:
-        return plain(x, weight, None)
+    if bias is None or not weight.requires_grad:
+        return plain(x, weight, bias)
     dtype = product_dtype(x)
     return _FewTokens.apply(x.flatten(0, -2).to(dtype), weight.to(dtype), bias.to(dtype)).view(
         *x.shape[:-1], -1
@@ -169,22 +185,28 @@ class _Float8Product(torch.autograd.Function):
     def forward(ctx, x, weight):
         x8, x_scale = _quantize(x, torch.float8_e4m3fn)
         weight8, weight_scale = _quantize(weight, torch.float8_e4m3fn)
+        out = _multiply(x8, x_scale, weight8.t(), weight_scale, x.dtype)
+        if not ctx.needs_input_grad[1]:  # a frozen one: its gradient alone would ask for x
+            x8 = x_scale = None
         ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
         ctx.weight_dtype = weight.dtype
-        return _multiply(x8, x_scale, weight8.t(), weight_scale, x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
         grad8, grad_scale = _quantize(grad, torch.float8_e5m2)
+        x_grad = weight_grad = None
         # The kernel wants the left factor by rows and the right one by columns.
-        x_grad = _multiply(
-            grad8, grad_scale, weight8.t().contiguous().t(), weight_scale, grad.dtype
-        )
-        weight_grad = _multiply(
-            grad8.t().contiguous(), grad_scale, x8.t().contiguous().t(), x_scale, grad.dtype
-        )
-        return x_grad, weight_grad.to(ctx.weight_dtype)
+        if ctx.needs_input_grad[0]:
+            x_grad = _multiply(
+                grad8, grad_scale, weight8.t().contiguous().t(), weight_scale, grad.dtype
+            )
+        if ctx.needs_input_grad[1]:
+            weight_grad = _multiply(
+                grad8.t().contiguous(), grad_scale, x8.t().contiguous().t(), x_scale, grad.dtype
+            ).to(ctx.weight_dtype)
+        return x_grad, weight_grad
 
 
 def _quantize(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

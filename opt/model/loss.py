@@ -37,14 +37,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, targets):
         losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
-        learns = any(ctx.needs_input_grad)
-        grads = (torch.empty_like(hidden_states), torch.zeros_like(weight)) if learns else ()
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        grads = [
+            torch.empty_like(hidden_states) if of_hidden else None,
+            torch.zeros_like(weight) if of_weight else None,  # of a frozen one none
+        ]
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             logits = hidden_states[part] @ weight.t()
             _cross_entropy(logits, targets[part], losses[part])
-            if learns:
+            if of_hidden:
                 torch.mm(logits, weight, out=grads[0][part])
+            if of_weight:
                 grads[1].addmm_(logits.t(), hidden_states[part])
         ctx.grads = grads
         return losses.sum()
@@ -52,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grads, ctx.grads = ctx.grads, None  # scaled in place: there is no second backward
-        return *(g.mul_(grad) for g in grads), None
+        return *(None if g is None else g.mul_(grad) for g in grads), None
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:

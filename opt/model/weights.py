@@ -129,6 +129,15 @@ class Weights(Mapping):
         """Parameters of the model, the tied head counted once."""
         return sum(math.prod(self.shape(name)) for name in self)
 
+    @property
+    def trained(self) -> "Weights":
+        """Those that are trained."""
+        return self
+
+    def taken_up(self, saved: "Weights") -> "Weights":
+        """These, where `saved` is what those that are trained have become."""
+        return saved
+
     def __getitem__(self, name):
         return self._read(self._names[EMBEDDING if name == TIED_HEAD else name])
 

@@ -415,12 +415,18 @@ def check_same_run(
             f"checkpoint {checkpoint.path} was made with other training data "
             f"({changed or 'same flags, other texts or tokenizer'}): give the same"
         )
-    saved = checkpoint.tensors(WEIGHTS)
+    for flag in ("lora_alpha", "use_rslora"):  # the others show in names and shapes below
+        if plan.lora_r and before.get(flag) != now[flag]:
+            raise UserError(
+                f"checkpoint {checkpoint.path} was made with --{flag} {before.get(flag)}, not "
+                f"{now[flag]}: give the same"
+            )
+    saved, model = checkpoint.tensors(WEIGHTS), model.trained
     for name in sorted({*saved, *model}):
         if name not in saved or name not in model or saved.shape(name) != model.shape(name):
             raise UserError(
-                f"checkpoint {checkpoint.path} is of another model than {plan.model_name_or_path}: "
-                f"they differ in {name}"
+                f"checkpoint {checkpoint.path} is of another model than {plan.model_name_or_path}, "
+                f"or of other --lora flags: they differ in {name}"
             )
 
 

@@ -22,7 +22,7 @@ from args import resolve
 from opt.colossal.processes import Place
 from opt.data import tokens
 from opt.errors import UserError
-from opt.model import weights
+from opt.model import lora, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.kernel_probe import has_bf16, has_fp8
 from opt.model.opt import meta_model
@@ -65,6 +65,17 @@ def check(flags: Namespace, here: Place) -> Setup:
     tokenizer = tokens.load_tokenizer(directory)
     _check_tokenizer(tokenizer, config, directory)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
+    plan, contents = with_adapters(plan, config, contents)
+    if plan.lora_r and Path(plan.output_path).resolve() == directory.resolve():
+        raise UserError(
+            f"--output_path {plan.output_path} is the model's own folder, which its adapters "
+            "would take the place of: choose another"
+        )
+    if plan.lora_r and not weights.weight_files(directory):
+        raise UserError(
+            f"{directory} has no weights, and adapters are trained beside those of a trained "
+            "model: give one, or leave out --lora_r"
+        )
     return Setup(plan, directory, source, config, tokenizer, contents)
 
 
@@ -84,7 +95,30 @@ def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig
         )
     _check_shape(config, plan)
     _check_length("--seq_length", plan.seq_length, config)
-    return plan, config, weights.InitialWeights(meta_model(config), plan.seed, here.device)
+    contents = weights.InitialWeights(meta_model(config), plan.seed, here.device)
+    plan, contents = with_adapters(plan, config, contents)
+    return plan, config, contents
+
+
+def with_adapters(
+    plan: Namespace, config: OPTConfig, contents: weights.Weights
+) -> tuple[Namespace, weights.Weights]:
+    """With LoRA: the plan with what --lora_adapter says, and weights with those of the adapters."""
+    folder = getattr(plan, "lora_adapter", None)
+    if folder:
+        settings, adapter = lora.read_adapter(Path(folder), config)
+        plan = plan.but(
+            lora_r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout if plan.lora_dropout is None else plan.lora_dropout,
+            lora_target_modules=list(settings.targets),
+            use_rslora=settings.use_rslora,
+        )
+    elif plan.lora_r:
+        adapter = lora.InitialAdapter(lora.Lora.of(plan), config, plan.seed)
+    else:
+        return plan, contents
+    return plan, lora.Adapted(contents, adapter)
 
 
 def check_first_loss(loss: float, setup: Setup) -> None:

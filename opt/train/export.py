@@ -1,5 +1,5 @@
 """The trained model, out of any plugin and any parallel sizes, into a directory that transformers
-loads."""
+loads; or its adapters, into one that PEFT loads."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import OPTConfig
 
 from opt.colossal.plugin import Plugin
+from opt.model import lora
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit for one weights file
 
@@ -38,7 +39,8 @@ def export_model(
     output_path: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a boosted model in Hugging Face layout; to be called by all processes. `source`: the
+    """Write a boosted model in Hugging Face layout; with LoRA its adapters alone in PEFT's, or with
+    --merge_lora the whole model that they make. To be called by all processes. `source`: the
     directory that it came from, `config` what its config.json says.
 
     With pipeline stages each stage writes its own shards, so on several nodes output_path must be a
@@ -60,11 +62,16 @@ def export_model(
 
     spread = plugin.spread
     writes = spread.dp_rank == 0 and spread.tp_rank == 0
+    is_adapter = bool(plugin.adapters) and not plugin.plan.merge_lora
+    # All processes go through all weights, which takes them all
+    tensors = (found for found in plugin.form.whole_weights(is_adapter) if writes)
+    if is_adapter:
+        tensors = ((lora.peft_name(name), tensor) for name, tensor in tensors)
+    elif plugin.adapters:
+        tensors = lora.merged(tensors, plugin.adapters)
     shards, dtype = [], None  # [(file, {name: bytes})] of this process
     block, size = {}, 0
-    for name, tensor in plugin.form.whole_weights():
-        if not writes:
-            continue
+    for name, tensor in tensors:
         dtype = dtype or tensor.dtype
         nbytes = tensor.numel() * tensor.element_size()
         if block and size + nbytes > shard_bytes and not one_file:
@@ -77,7 +84,18 @@ def export_model(
 
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, shards)
-    if is_main:
+    if is_main and is_adapter:
+        _assemble([shard for own in everyones for shard in own], aside, True, ".safetensors")
+        (aside / "one_file.safetensors").rename(aside / lora.TENSORS_FILES[0])
+        fields = lora.peft_config(plugin.adapters, plugin.plan.model_name_or_path)
+        (aside / lora.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        for shard in aside.glob("stage*"):
+            shard.unlink()
+        tokenizer.save_pretrained(aside)
+        (target / "config.json").unlink(missing_ok=True)  # of a whole model that was there
+        _publish(aside, target)
+        shutil.rmtree(aside)
+    elif is_main:
         _assemble(
             [shard for own in everyones for shard in own], aside, one_file, Path(output_path).suffix
         )
@@ -150,8 +168,9 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
 def _publish(aside: Path, target: Path) -> None:
     """Move the files into place; the one that a loader starts from leaves first and arrives
     last."""
-    heads = ("model.safetensors", "model.safetensors.index.json")
-    for old in (*heads, "pytorch_model.bin", "pytorch_model.bin.index.json", GENERATION):
+    heads = ("model.safetensors", "model.safetensors.index.json", lora.CONFIG_FILE)
+    others = ("pytorch_model.bin", "pytorch_model.bin.index.json", GENERATION)
+    for old in (*heads, *lora.TENSORS_FILES, *others):
         (target / old).unlink(missing_ok=True)
     for shards in ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"):
         for old in target.glob(shards):

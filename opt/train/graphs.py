@@ -24,9 +24,8 @@ _MODE = "thread_local"
 def record(run: Callable, plugin: Plugin, model) -> "GraphedBackward":
     """A step of a boosted model, recorded: `run(inputs, weight)` of forward and backward, and the
     plugin's update if it can be."""
-    graphed = GraphedBackward(
-        run, list(model.parameters()), getattr(plugin.form, "reduction", None)
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    graphed = GraphedBackward(run, trained, getattr(plugin.form, "reduction", None))
     if hasattr(plugin.form, "run") and all(
         has_kernel(name, plugin.device, *kind) for name, *kind in plugin.update_kernels(plugin.plan)
     ):

@@ -15,6 +15,7 @@ from opt.data.tokens import Dataset
 from opt.errors import UserError
 from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
+from opt.model.lora import Lora
 from opt.registry import plugin_class
 from opt.train import checkpoints
 from opt.train.checkpoints import Checkpoint
@@ -149,7 +150,8 @@ def describe(run: Run) -> str:
     )
     if getattr(setup.source, "quantization_config", None):
         origin += "; the quantization_config in config.json is left out, they are not quantized"
-    memory = memory_bytes(plan, setup.config, setup.weights.num_parameters)
+    trained = setup.weights.trained.num_parameters
+    memory = memory_bytes(plan, setup.config, setup.weights.num_parameters, trained)
     schedule = f" ({steps.scheduler_type})"
     patience = f", until {plan.early_stopping_patience} in a row are no better"
     lines = {
@@ -183,6 +185,14 @@ def describe(run: Run) -> str:
     }
     if plan.eval_only:
         lines["steps"], lines["saved"] = "none: evaluation only", "no model"
+    if plan.lora_r:
+        lines["trained"] = (
+            f"{trained:,} parameters ({trained / setup.weights.num_parameters:.2%}), "
+            f"adapters of rank {plan.lora_r}, scale {Lora.of(plan).scale:g}, dropout "
+            f"{plan.lora_dropout:g}, of {', '.join(plan.lora_target_modules)}"
+            + f"; from {plan.lora_adapter}" * bool(plan.lora_adapter)
+            + ("; saved merged into the whole model" if plan.merge_lora else "; saved alone")
+        )
     if kernels:
         lines["kernels"] = kernels
     if run.before:
@@ -216,8 +226,11 @@ def _other_course(run: Run) -> list[str]:
     ]
 
 
-def memory_bytes(plan: Namespace, config: OPTConfig, parameters: int) -> float:
+def memory_bytes(
+    plan: Namespace, config: OPTConfig, parameters: int, trained: int | None = None
+) -> float:
     """On a process's device: weights, gradients and Adam's state exactly, activations roughly.
+    `trained`: how many of the `parameters` are; by default all.
 
     Activations follow Korthikanti et al. (arXiv:2205.05198, table 2) without the term of the
     attention scores, which the fused attention kernels do not keep; plus the logits in the compute
@@ -227,5 +240,7 @@ def memory_bytes(plan: Namespace, config: OPTConfig, parameters: int) -> float:
     tokens = plan.batch_size / (plan.num_microbatches or 1) * plan.max_length
     kept = (2 if plan.grad_checkpoint else 34 / plan.tp_size) * config.hidden_size * width / 2
     layers = config.num_hidden_layers / plan.pp_size * min(plan.pp_size, plan.num_microbatches or 1)
-    state = plugin_class(plan.plugin).state_bytes(plan, parameters, plan.dp_size)
+    plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
+    state = plugin.state_bytes(plan, trained, plan.dp_size)
+    state += plugin.frozen_bytes(plan, parameters - trained, plan.dp_size)
     return state + tokens * (kept * layers + config.vocab_size * (width + 8) / plan.tp_size)

@@ -1,8 +1,11 @@
 """What the trained model writes, read from where it was saved as any program would read it."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM
 
+from opt.model import lora
 from opt.train.export import is_one_file
 from opt.train.plan import Run
 
@@ -24,7 +27,11 @@ def show(run: Run, number: int = 3) -> None:
 
 def _write(run: Run, number: int) -> list[str]:
     tokenizer, device = run.setup.tokenizer, run.here.device
-    model = AutoModelForCausalLM.from_pretrained(run.plan.output_path, torch_dtype="auto")
+    is_adapter = bool(run.plan.lora_r) and not run.plan.merge_lora
+    saved = run.setup.directory if is_adapter else run.plan.output_path
+    model = AutoModelForCausalLM.from_pretrained(saved, torch_dtype="auto")
+    if is_adapter:
+        lora.add_to(model, Path(run.plan.output_path))
     model = model.to(device).eval()
     torch.manual_seed(0)
     # In OPT they are the same.
