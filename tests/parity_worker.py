@@ -61,7 +61,7 @@ def first_losses(args, here, rows: str) -> list[float]:
 
 def adapters(args, here, rows: str) -> dict[str, list]:
     """The loss and the gradient's norm of --max_train_steps steps at one learning rate, each on all
-    rows; the adapters come to --output_path."""
+    rows, and the loss of all after them; the adapters come to --output_path."""
     trained = boosted(args, here, Steps.of_benchmark(args.learning_rate))
     spread = trained.plugin.spread
     rows = tokens.Rows(Path(rows), "train")
@@ -76,7 +76,7 @@ def adapters(args, here, rows: str) -> dict[str, list]:
     directory = Path(args.model_name_or_path)
     config, tokenizer = load_config(directory), tokens.load_tokenizer(SAMPLE_MODEL)
     export_model(trained.plugin, directory, config, tokenizer, args.output_path)
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "evaluated": evaluate(trained, batches)}
 
 
 def compiled(args, here, rows: str) -> dict[str, list]:

@@ -31,12 +31,12 @@ SETTINGS = {
         "pp=2": (*HYBRID, "--pp_size", 2),
     },
     4: {
-        "compiled": (*ZERO, "--compile"),
         "tp=2 x pp=2": (*HYBRID, "--tp_size", 2, "--pp_size", 2),
         "tp=2 x dp=2, ZeRO": (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16"),
         "tp=2 x dp=2, bf16": (*HYBRID, "--tp_size", 2, "--precision", "bf16"),
         "pp=2 x dp=2": (*HYBRID, "--pp_size", 2),
     },
+    "compiled": {"low_level_zero": (*ZERO, "--compile")},
 }
 STEPS, RATE = 20, 1e-2
 
@@ -87,11 +87,14 @@ def peft(tmp_path_factory, rows):  # noqa: F811
     }
 
 
-@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.long)])
-def test_twenty_steps_are_pefts(nproc, peft, rows, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "setting",
+    [1, 2, *(pytest.param(setting, marks=pytest.mark.long) for setting in (4, "compiled"))],
+)
+def test_twenty_steps_are_pefts(setting, peft, rows, tmp_path):  # noqa: F811
     """Losses, norms of the gradient, A and B; in fp32, and nearly so in bf16."""
-    cases = {}
-    for name, flags in SETTINGS[nproc].items():
+    cases, nproc = {}, 1 if setting == "compiled" else setting
+    for name, flags in SETTINGS[setting].items():
         given = ("--model_name_or_path", peft["base"], "--lora_adapter", peft["adapter"])
         more = ("--learning_rate", RATE, "--max_train_steps", STEPS, "--batch_size", len(rows))
         output = ("--output_path", tmp_path / name)
@@ -118,4 +121,5 @@ def test_twenty_steps_are_pefts(nproc, peft, rows, tmp_path):  # noqa: F811
         )
         with torch.no_grad():
             after = reads.eval()(**batch_of(peft)).loss.item()
-        assert after < peft["losses"][-1] + (0 if is_fp32 else 0.1), name
+        # In bf16 the base model that PEFT reads is the more precise one
+        assert after == pytest.approx(found["evaluated"], abs=1e-4 if is_fp32 else 0.02), name
