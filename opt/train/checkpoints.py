@@ -59,7 +59,7 @@ class Saver:
         self._directory, self._plan = folder(run.output), run.plan
         self._here, self._control, self._rows = run.here, control, run.dataset.train
         self._optimizer, self._lr_schedule = boosted.optimizer, boosted.lr_schedule
-        self._boosted = boosted
+        self._boosted, self._model = boosted, model
         self.evaluations = run.before.evaluations if run.before else Evaluations()
         self._best = run.before.best if run.before else None  # the checkpoint of the best one
         self._checksum: str | None = None  # of the rows
@@ -212,7 +212,8 @@ class Saver:
         # Weights may still be on their way from other processes, see reduction.LayerwiseZero
         get_accelerator().synchronize()
         best = Checkpoint.read(self._best)
-        self._boosted.plugin.place(self._boosted.model, best.tensors(WEIGHTS))
+        whole = self._model.taken_up(best.tensors(WEIGHTS))
+        self._boosted.plugin.place(self._boosted.model, whole)
 
     def _write(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
         """In a thread: this process's files, to disk."""
