@@ -79,6 +79,26 @@ def adapters(args, here, rows: str) -> dict[str, list]:
     return {"losses": losses, "norms": norms, "evaluated": evaluate(trained, batches)}
 
 
+def trained(args, here, rows: str, tokenizer: str) -> list[float]:
+    """The losses of --max_train_steps steps of all rows; then the model is written to
+    --output_path."""
+    boosted_ = boosted(args, here)
+    spread = boosted_.plugin.spread
+    rows = tokens.Rows(Path(rows), "train")
+    batches = Batches(
+        rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None
+    )
+    losses = []
+    for _ in range(args.max_train_steps):
+        share, _ = train_step(boosted_, list(batches.epoch()))
+        dist.all_reduce(share)
+        losses.append(share.item())
+    directory = Path(args.model_name_or_path)
+    source, tokenizer = load_config(directory), tokens.load_tokenizer(Path(tokenizer))
+    export_model(boosted_.plugin, directory, source, tokenizer, args.output_path)
+    return losses
+
+
 def compiled(args, here, rows: str) -> dict[str, list]:
     """first_losses, and how many graphs compiled layers have become by then, on each process."""
     from torch._dynamo.utils import counters  # which loads the compiler
@@ -192,7 +212,8 @@ def main(cases, results) -> None:
             kernel_probe.has_bf16(here.device),
         )
         functions = {
-            f.__name__: f for f in (first_losses, adapters, compiled, gradients, memory, export)
+            f.__name__: f
+            for f in (first_losses, trained, adapters, compiled, gradients, memory, export)
         }
         found[name] = functions[case.pop("wanted")](args, here, **case)
         if here.is_main:

@@ -89,9 +89,8 @@ VALUES = [
     {"activation_function": None},
     {"activation_function": ["relu"]},
     *({"pad_token_id": value} for value in (None, -1, 2048, "1")),
-    {"eos_token_id": None},
-    {"eos_token_id": 7},
-    {"tie_word_embeddings": False},
+    *({"eos_token_id": value} for value in (7, 2048, -1, "2", [], [7], [2, None], {"end": 2})),
+    *({"tie_word_embeddings": value} for value in (None, "yes", 0)),
 ]
 
 
@@ -241,7 +240,7 @@ def test_broken_weights(model, case):
     state = {
         k: v
         for k, v in transformers.OPTForCausalLM(config).state_dict().items()
-        if k != weights.TIED_HEAD
+        if k != weights.HEAD
     }
     WEIGHTS[case](model, state)
     with refused(str(model)):

@@ -442,9 +442,8 @@ GUARDED = [
 
 
 @pytest.mark.parametrize("flags, nproc", GUARDED)
-def test_a_model_that_did_not_load_is_not_trained(models, tmp_path, flags, nproc):
-    """Its first loss is far over an untrained model's; all processes know, under pipeline stages
-    too."""
+def test_a_first_loss_worse_than_guessing_is_told(models, tmp_path, flags, nproc):
+    """The weights are as the file has them: it trains, and warns, once."""
     given = (
         "--model_name_or_path",
         models / "scaled",
@@ -454,20 +453,43 @@ def test_a_model_that_did_not_load_is_not_trained(models, tmp_path, flags, nproc
         tmp_path / "out",
         "--batch_size",
         4,
+        "--max_train_steps",
+        1,
     )
     done = run(SCRIPT, *given, *flags, nproc=nproc, env=CPU)
-    said = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert len(said) == 1, done.stderr[-4000:]
-    assert re.search(
-        r"error: the first loss is \d+\.\d+, over 11.437 \(1.5 x ln 2048\): the weights in .*/scaled did not load",
-        said[0],
-    )
-    if nproc:
-        # Torchrun may be quicker with the other
-        assert {"2"} <= set(re.findall(r"exitcode  *: (\S+) \(", done.stderr)) <= {"2", "-15"}
-    else:
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert done.returncode == 0, done.stderr[-4000:]
+    pattern = r"warning: the first loss is \d+\.\d+, over 11.437 \(1.5 x ln 2048\)"
+    assert len(re.findall(pattern, done.stdout + done.stderr)) == 1
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+# What loses a tensor on its way, as ColossalAI 0.5.0's own loading does, in one process of two.
+LOSES = """
+import os, runpy, sys
+from opt.colossal.pieces import Form
+place = Form.place
+
+def place_all_but_one(self, weights, spread):
+    place(self, weights, spread)
+    if os.environ["RANK"] == "1":
+        held = dict(self.model.unwrap().named_parameters())
+        held["model.decoder.layers.1.fc1.weight"].data[5:].normal_()
+
+Form.place = place_all_but_one
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_weights_that_do_not_arrive_are_named(tmp_path):
+    """On the process that lacks them, tensor parallel: what it holds is compared with the file."""
+    (tmp_path / "loses.py").write_text(LOSES)
+    given = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA)
+    flags = (*HYBRID, "--tp_size", 2, "--output_path", tmp_path / "out")
+    env = CPU | {"PYTHONPATH": str(SCRIPT.parent)}
+    done = run(tmp_path / "loses.py", SCRIPT, *given, *flags, nproc=2, env=env)
+    assert done.returncode != 0
+    assert "weights did not arrive: of model.decoder.layers.1.fc1.weight" in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_weights_of_nan_are_named(models, tmp_path):

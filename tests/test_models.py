@@ -1,7 +1,9 @@
 """Model folders as people have them: which are trained, with what loss, which are refused, and what
 is left of them in the export."""
 
+import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from opt.data import tokens
+from opt.errors import UserError
+from opt.model import weights
+from opt.model.config import load_config
+from opt.model.opt import meta_model
+from opt.model.weights import HEAD
+from opt.train import checks
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .hub import serving
@@ -217,15 +225,15 @@ def test_a_repository_of_weights_that_are_not_read(folder, tmp_path):
 # ---- the output projection
 
 
-def test_an_untied_head_is_not_dropped(folder, tmp_path, state):
-    """Neither where config.json says so, nor where it was made to say that it is tied."""
-    untied = state | {"lm_head.weight": state["model.decoder.embed_tokens.weight"] + 0.1}
-    done = train(folder({"model.safetensors": untied}, tie_word_embeddings=False), tmp_path)
-    assert_refused(done, "tie_word_embeddings", "lm_head", "not supported")
-    assert "set it to true" not in done.stderr
-    done = train(folder({"model.safetensors": untied}, at="tied"), tmp_path)
-    assert_refused(done, "tied/model.safetensors", "lm_head.weight is not the embedding")
-    assert not (tmp_path / "out").exists()
+def test_a_head_that_would_be_dropped_is_refused(folder, tmp_path, state):
+    """Where config.json says that it is tied; or that it is not, and there is none."""
+    other = state["model.decoder.embed_tokens.weight"] + 0.1
+    with pytest.raises(UserError, match=r"model/model.safetensors: lm_head.weight is not the emb"):
+        opened(folder({"model.safetensors": state | {HEAD: other}}))
+    with pytest.raises(UserError, match="lm_head.weight is not the embedding"):
+        opened(folder({"model.safetensors": state | {HEAD: other[:9]}}, at="short"))
+    with pytest.raises(UserError, match="lack lm_head.weight.*tie_word_embeddings is false"):
+        opened(folder({"model.safetensors": state}, at="none", tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -239,17 +247,227 @@ def test_a_head_that_is_the_embedding_is(folder, tmp_path, state, expected, dtyp
     )
 
 
+def test_a_head_that_stands_for_the_embedding(folder, state):
+    """safetensors' save_model writes one of two names of a tensor, the first by the alphabet."""
+    one = dict(state)
+    one[HEAD] = one.pop("model.decoder.embed_tokens.weight")
+    contents = opened(folder({"model.safetensors": one}))
+    assert_holds(contents, state)
+    assert "taken for the embedding" in " ".join(contents.notes)
+
+
+# ---- names, and what is beside the model's tensors
+
+
+def opened(folder):
+    config = load_config(folder)
+    return weights.open_weights(folder, meta_model(config), seed=0)
+
+
+def assert_holds(contents, state):
+    assert {*contents} == {*state}
+    for name, tensor in state.items():
+        assert torch.equal(contents[name], tensor), name
+        positions, values = contents.sample(name)
+        assert torch.equal(tensor.flatten()[positions], values), name
+
+
+def under(prefix: str):
+    return lambda state: {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def bare(state: dict) -> dict:
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def compiled_layers(state: dict) -> dict:
+    return {
+        re.sub(r"(layers\.\d+)\.", r"\1._orig_mod.", name): tensor for name, tensor in state.items()
+    }
+
+
+PREFIXES = {
+    "module.": under("module."),
+    "_orig_mod.": under("_orig_mod."),
+    "module._orig_mod.": under("module._orig_mod."),
+    "base_model.model.": under("base_model.model."),
+    "model.": under("model."),
+    "_fsdp_wrapped_module.": under("_fsdp_wrapped_module."),
+    "rwtransformer.": lambda state: under("rwtransformer.")(bare(state)),
+    "transformer.": under("transformer."),
+    "pretrained_model.": under("pretrained_model."),
+    "module.module.": lambda state: under("module.module.")(bare(state)),
+    "_orig_mod. layers": compiled_layers,
+}
+
+
+@pytest.mark.parametrize("case", PREFIXES)
+@pytest.mark.parametrize("head", ["no head", "head"])
+def test_a_prefix_too_much_is_left_out_and_told(folder, state, case, head):
+    """Of the head too, which some write and some do not."""
+    whole = state | ({HEAD: state["model.decoder.embed_tokens.weight"]} if head == "head" else {})
+    contents = opened(folder({"pytorch_model.bin": PREFIXES[case](whole)}))
+    assert_holds(contents, state)
+    for part in case.split(" ")[0].rstrip(".").split("."):
+        assert f"{part}" in " ".join(contents.notes) and "too much" in " ".join(contents.notes)
+
+
+ONE = torch.ones(1)
+NO_USE = {
+    "decoder.version": ONE,
+    "model.decoder.version": ONE,
+    "score.weight": torch.ones(2, 32),
+    "qa_outputs.weight": torch.ones(2, 32),
+    "qa_outputs.bias": torch.ones(2),
+    "v_head.summary.weight": ONE,
+    "classifier.weight": ONE,
+    "model.decoder.layers.0.self_attn.bias": ONE,
+    "model.decoder.layers.1.self_attn.masked_bias": ONE,
+    "model.decoder.layers.0.self_attn.rotary_emb.inv_freq": ONE,
+    "model.decoder.embed_positions._float_tensor": ONE,
+}
+
+
+@pytest.mark.parametrize("name", NO_USE)
+def test_a_tensor_of_no_use_is_named_and_left_out(folder, state, name):
+    contents = opened(folder({"model.safetensors": state | {name: NO_USE[name]}}))
+    assert_holds(contents, state)
+    assert f"{name} left out" in " ".join(contents.notes)
+
+
+NESTED = {
+    "model": lambda state: {"model": state},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"state": {}}},
+    "module": lambda state: {"module": bare(state), "global_steps": 1, "dp_world_size": 2},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": 2.5, "args": None},
+    "state_dict.model": lambda state: {"state_dict": {"model": state}},
+    "a step beside": lambda state: {"model": state, "step": torch.tensor(3)},
+    "a number among them": lambda state: state | {"step": 3, "name": "opt"},
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_tensors_under_a_key_are_read_and_told(folder, state, case):
+    contents = opened(folder({"pytorch_model.bin": NESTED[case](state)}))
+    assert_holds(contents, state)
+    key = {"a step beside": "model", "a number among them": "step, name left out"}.get(case, case)
+    assert key in " ".join(contents.notes)
+
+
+REFUSED = {
+    "a key that nobody uses": (lambda s: {"net": s}, ["pytorch_model.bin", "net", "save"]),
+    "two models": (lambda s: {"model": s, "module": s}, ["pytorch_model.bin", "model, module"]),
+    "two models by prefix": (
+        lambda s: under("actor.")(s) | under("critic.")(s),
+        ["actor.", "critic."],
+    ),
+    "one tensor twice": (
+        lambda s: s | {"decoder.embed_tokens.weight": s["model.decoder.embed_tokens.weight"] + 1},
+        ["two tensors for model.decoder.embed_tokens.weight"],
+    ),
+    "an adapter in it": (
+        lambda s: (
+            under("base_model.model.")(s)
+            | {"base_model.model.model.decoder.layers.0.fc1.lora_A.default.weight": ONE}
+        ),
+        ["fc1.lora_A.default.weight", "merge_and_unload"],
+    ),
+    "an adapter's base": (
+        lambda s: {re.sub(r"fc1\.", "fc1.base_layer.", name): t for name, t in s.items()},
+        ["base_layer", "merge_and_unload"],
+    ),
+    "Python objects": (
+        lambda s: {"model": s, "args": argparse.Namespace(lr=1)},
+        ["pytorch_model.bin", "Python objects"],
+    ),
+    "another tensor": (lambda s: s | {"model.decoder.extra.weight": ONE}, ["decoder.extra.weight"]),
+    "no tensors": (lambda s: {"model": {"a": 1}}, ["pytorch_model.bin", "else than tensors"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_told_apart_is_refused(folder, state, case):
+    change, says = REFUSED[case]
+    with pytest.raises(UserError) as refused:
+        opened(folder({"pytorch_model.bin": change(state)}))
+    for part in says:
+        assert part in str(refused.value)
+    assert "download" not in str(refused.value) or case == "no tensors"
+
+
+# ---- tokenizers
+
+
+def of_chat() -> dict:
+    """What DeepSpeed-Chat leaves of a tokenizer: no word of special tokens."""
+    bpe = json.loads((SAMPLE_MODEL / "tokenizer.json").read_text())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
+    return {
+        "vocab.json": bpe["vocab"],
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+    }
+
+
+TOKENIZERS = {  # files, changes of config.json, what is told of
+    "no start": (lambda: without("bos_token"), {}, "bos_token </s> (2)"),
+    "no end": (lambda: without("eos_token"), {}, "eos_token </s> (2)"),
+    "neither": (
+        lambda: without("bos_token", "eos_token"),
+        {},
+        "bos_token </s> (2), eos_token </s> (2)",
+    ),
+    "no end, a list": (lambda: without("eos_token"), {"eos_token_id": [2, 50]}, "eos_token"),
+    "a list": (lambda: {}, {"eos_token_id": [50, 2]}, None),
+    "null": (lambda: {}, {"eos_token_id": None}, None),
+    "no start at all": (lambda: {}, {"bos_token_id": None}, None),
+    "DeepSpeed-Chat": (of_chat, {}, "bos_token </s> (2), eos_token </s> (2)"),
+    "DeepSpeed-Chat, room for more": (of_chat, {"vocab_size": 2056}, "eos_token </s> (2)"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_special_tokens_are_those_of_config_json(folder, case):
+    """Text, start and end come out as of the tokenizer that has them."""
+    make, changes, said = TOKENIZERS[case]
+    place = folder(make(), **changes)
+    if "merges.txt" in make():
+        for file in place.glob("*token*"):
+            file.unlink()
+    tokenizer, told = checks.load_tokenizer(place, load_config(place))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (2, 2)
+    wanted = tokens.load_tokenizer(SAMPLE_MODEL)
+    for text in TEXTS[:2]:
+        ids = wanted(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert max(tokenizer.get_vocab().values()) < 2048
+    assert said in told if said else not told
+
+
+def test_a_tokenizer_that_ends_otherwise_is_refused(folder):
+    for number, (files, changes, says) in enumerate(
+        (
+            ({}, {"eos_token_id": 7}, "ends a text with token 2, its config.json's .* is 7"),
+            ({}, {"eos_token_id": [7, 8]}, r"is \[7, 8\]"),
+            (without("eos_token"), {"eos_token_id": None}, "special_tokens_map.json"),
+            ({}, {"vocab_size": 1000}, "2048 tokens, its config.json's vocabulary 1000"),
+        )
+    ):
+        place = folder(files, at=str(number), **changes)
+        with pytest.raises(UserError, match=says):
+            checks.load_tokenizer(place, load_config(place))
+
+
 # ---- the end of a run, and what it exports
 
 
-def without(name: str) -> dict:
-    """The sample's tokenizer files without one of its special tokens."""
+def without(*names: str) -> dict:
+    """The sample's tokenizer files without some of its special tokens."""
     contents = {
         file: json.loads((SAMPLE_MODEL / file).read_text())
         for file in ("tokenizer_config.json", "special_tokens_map.json")
     }
     return {
-        file: {key: value for key, value in content.items() if key != name}
+        file: {key: value for key, value in content.items() if key not in names}
         for file, content in contents.items()
     }
 

@@ -34,6 +34,24 @@ class Chunks(Form):
                 group,
             )
 
+    def held(self) -> Iterator[tuple[str, torch.Size, int, torch.Tensor]]:
+        """See Form: all are slices of chunks."""
+        for (number, working), piece in zip(
+            self.optimizer.id_to_real_params.items(), self.pieces(), strict=True
+        ):
+            if piece.size and piece.weights is not None:
+                yield piece.name, piece.shape, piece.start, piece.weights
+                chunk, (offset, _, size) = (
+                    self.model.chunk_manager.get_chunk(working),
+                    self.optimizer.get_offsets(number),
+                )
+                # As long as it lies where its fp32 copy does
+                if chunk.payload.shape == chunk.paired_chunk.payload.shape:
+                    part = chunk.payload[offset : offset + size]
+                    yield piece.name, piece.shape, piece.start, part
+        for parameter, start, part in self._frozen():
+            yield self.model.param2name[parameter], parameter.shape, start, part
+
     def place(self, weights: Weights, spread) -> None:
         """[F10] [F11] Fill chunks and fp32 copies. Raises RuntimeError if any parameter was left
         without its weights."""
@@ -49,16 +67,21 @@ class Chunks(Form):
                 )
 
     def _place_frozen(self, weights: Weights) -> None:
-        """Fill this process's slices of chunks that only frozen parameters are in."""
+        for parameter, start, part in self._frozen():
+            whole = weights[self.model.param2name[parameter]].flatten()
+            part.copy_(whole[start : start + len(part)])
+
+    def _frozen(self) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+        """This process's slices of chunks that only frozen parameters are in: a parameter, where
+        the slice begins in it, and the slice."""
         manager = self.model.chunk_manager
         for parameter in getattr(self.model, "frozen_params", []):
             chunk = manager.get_chunk(parameter)
             info, first = chunk.tensors_info[parameter], chunk.shard_begin
             start, end = max(info.offset, first), min(info.end, chunk.shard_end)
             if start < end:
-                whole = weights[self.model.param2name[parameter]].flatten()
-                part = whole[start - info.offset : end - info.offset]
-                chunk.payload[start - first : end - first].copy_(part)
+                part = chunk.payload[start - first : end - first]
+                yield parameter, start - info.offset, part
 
     def whole_weights(self, only_trained=False) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole tensors in 16 bits, chunk by chunk. A collective."""

@@ -18,7 +18,7 @@ from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
 from opt.colossal.adam import MOMENTS, adam_state
 from opt.colossal.processes import Spread
-from opt.model.weights import TIED_HEAD, Weights
+from opt.model.weights import HEAD, Weights
 
 # Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are
 # that copy rounded.
@@ -49,6 +49,11 @@ class Form:
     def __init__(self, model, optimizer):
         self.model, self.optimizer = model, optimizer
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output projection is the embedding."""
+        return self.model.unwrap().config.tie_word_embeddings
+
     def pieces(self) -> Iterator[Piece]:
         """All parameters of this pipeline stage that are trained, in the same order on all its
         processes."""
@@ -72,13 +77,54 @@ class Form:
                 own = part.flatten()[piece.start : piece.start + piece.size]
                 piece.weights[: own.numel()].copy_(own)
 
+    def held(self) -> Iterator[tuple[str, torch.Size, int, torch.Tensor]]:
+        """What this process holds of each parameter: its name, its shape on this tensor-parallel
+        rank, and elements of that, flat, from a position on. As they compute and, where Adam
+        updates others, as these."""
+        pieces = {piece.name: piece for piece in self.pieces()}
+        for name, working in self.model.unwrap().named_parameters():
+            yield name, working.shape, 0, working.data.flatten()
+            piece = pieces.get(name)
+            if piece and piece.size:
+                yield name, working.shape, piece.start, piece.weights
+
+    def check(self, weights: Weights, spread: Spread) -> None:
+        """Raise RuntimeError unless the model holds what `weights` has, by a sample of each
+        tensor."""
+        names, wanted, found = [], [], []
+        for name, shape, start, held in self.held():
+            positions, values = weights.sample(name)
+            own = _own_positions(positions, weights.shape(name), shape, spread.tp_rank)
+            here = (own >= start) & (own < start + len(held))
+            here &= own >= 0
+            if here.any():
+                # In the precision that they are held in
+                wanted.append(values[here.to(values.device)].to(held.device, held.dtype).float())
+                found.append(held[(own[here] - start).to(held.device)].float())
+                names += [name] * len(found[-1])
+        if not names:
+            return
+        by_device = {tensor.device for tensor in found}
+        device = next(iter(by_device)) if len(by_device) == 1 else torch.device("cpu")
+        wanted, found = (torch.cat([t.to(device) for t in parts]) for parts in (wanted, found))
+        wrong = (~torch.isclose(found, wanted, rtol=0.01, atol=1e-6)).nonzero().flatten().tolist()
+        if wrong:
+            first = wrong[0]
+            raise RuntimeError(
+                f"weights did not arrive: of {names[first]} this process holds "
+                f"{found[first].item():g} where {wanted[first].item():g} was read, and "
+                f"{len({names[i] for i in wrong})} tensors differ"
+            )
+
     def whole_weights(self, only_trained=False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and whole, unpadded tensors of this pipeline stage as they compute; the tied head
-        is left out. A collective. With `only_trained` no frozen ones."""
+        """Names and whole, unpadded tensors of this pipeline stage as they compute; a head that
+        is tied to the embedding is left out. A collective. With `only_trained` no frozen ones."""
         # Weights may still be on their way from other processes, see reduction.LayerwiseZero
         get_accelerator().synchronize()
         for name, parameter in self.model.unwrap().named_parameters():
-            if name != TIED_HEAD and (parameter.requires_grad or not only_trained):
+            if name == HEAD and self.is_tied:
+                continue
+            if parameter.requires_grad or not only_trained:
                 whole = gather_distributed_param(parameter, keep_vars=False)
                 yield name, to_unpadded_tensor(whole) if is_padded_tensor(whole) else whole.data
 
@@ -103,7 +149,7 @@ class TrainingState:
         # Elements so far, by process of this pipeline stage
         dealt = [0] * (spread.dp_size * spread.tp_size)
         for piece in self._pieces:
-            if piece.name == TIED_HEAD:  # the embedding itself, on a last stage its twin
+            if piece.name not in self._shapes:  # a tied head: on a last stage the embedding's twin
                 continue
             owner = dealt.index(min(dealt))
             whole = self._shapes[piece.name]
@@ -177,6 +223,23 @@ def _part(whole: torch.Tensor, shape: torch.Size, tp_rank: int) -> torch.Tensor:
     part = whole.new_zeros(shape)
     part.narrow(split, 0, there).copy_(whole.narrow(split, first, there))
     return part
+
+
+def _own_positions(
+    positions: torch.Tensor, whole: tuple[int, ...], shape: torch.Size, tp_rank: int
+) -> torch.Tensor:
+    """Where elements of a whole tensor, flattened, are in a tensor-parallel rank's part of it; -1:
+    not there."""
+    split = _split_dim(shape, whole)
+    if split is None:
+        return positions
+    at = list(torch.unravel_index(positions, whole))
+    at[split] = at[split] - tp_rank * shape[split]
+    is_here = (at[split] >= 0) & (at[split] < shape[split])
+    own = torch.zeros_like(positions)
+    for index, size in zip(at, shape, strict=True):
+        own = own * size + index
+    return torch.where(is_here, own, -1)
 
 
 def _split_dim(part, whole) -> int | None:

@@ -97,7 +97,8 @@ class Plugin:
             else:
                 with torch.device(self.device):
                     model = OPTForCausalLM(config).to(self.weights_dtype)
-        assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+        is_tied = model.lm_head.weight is model.model.decoder.embed_tokens.weight
+        assert is_tied == config.tie_word_embeddings
         model.recompute_activations, model.fused_loss = (
             self.plan.grad_checkpoint,
             self.plan.fused_loss,
@@ -155,9 +156,10 @@ class Plugin:
     # ---- place
 
     def place(self, model, weights: Weights) -> None:
-        """Fill the boosted `model` from `weights`, a tensor at a time, and make it ready to
-        train."""
+        """Fill the boosted `model` from `weights`, a tensor at a time, see that they have arrived,
+        and make it ready to train."""
         self.form.place(weights, self.spread)
+        self.form.check(weights, self.spread)
         model.train()
 
 

@@ -74,21 +74,39 @@ class Dataset:
         return int(max(rows.lengths.max(initial=0) for rows in (self.train, self.held_out)))
 
 
-def load_tokenizer(directory: Path):
-    """The fast tokenizer of a model's directory. Raises UserError."""
+def load_tokenizer(directory: Path, **special_tokens: str):
+    """The fast tokenizer of a model's directory; `special_tokens` (eos_token="</s>") replace its
+    own. Raises UserError."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, **special_tokens)
     except Exception as error:
         # A missing or broken file surfaces as almost any exception, by tokenizer class
         raise UserError(
             f"{directory} has no usable tokenizer ({type(error).__name__}: {error}): it needs "
             "tokenizer.json, or vocab.json and merges.txt"
         ) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UserError(f"{directory}: a fast tokenizer with an end token is needed")
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: a fast tokenizer is needed, with tokenizer.json")
     return tokenizer
+
+
+def special_tokens(directory: Path) -> set[str]:
+    """Which special tokens (eos_token, ...) the tokenizer's files in a directory name."""
+    named = set()
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            named |= {key for key, value in content.items() if value is not None}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{file} cannot be read ({error}): download or copy it again"
+            ) from error
+    return named
 
 
 def tokenize(plan: Namespace, tokenizer) -> Path:

@@ -64,6 +64,7 @@ _VALUES = _SIZES | {
             "_remove_final_layer_norm",
             "enable_bias",
             "layer_norm_elementwise_affine",
+            "tie_word_embeddings",
         ),
         (bool, 0, 1),
     ),
@@ -95,11 +96,13 @@ def _check_values(config: OPTConfig, file: Path) -> None:
             f"{file}: activation_function is {config.activation_function!r:.60}, which "
             "transformers does not have: OPT's is relu"
         )
-    if config.tie_word_embeddings is not True:
+    ends = config.eos_token_id
+    of_list = ends if isinstance(ends, list) else [ends]
+    is_token = [type(end) is int and 0 <= end < config.vocab_size for end in of_list]
+    if ends is not None and not (of_list and all(is_token)):
         raise UserError(
-            f"{file}: tie_word_embeddings is {config.tie_word_embeddings!r:.60}: an output "
-            "projection (lm_head) of its own, beside the "
-            "embedding, is not supported"
+            f"{file}: eos_token_id is {ends!r:.60}, and must be a token of the vocabulary's "
+            f"{config.vocab_size}, a list of them, or null: OPT's is 2"
         )
     if config.layerdrop:
         raise UserError(

@@ -118,13 +118,17 @@ class Adapted(Weights):
 
     def __init__(self, base: Weights, adapter: Weights):
         super().__init__({name: base for name in base} | {name: adapter for name in adapter})
-        self.base, self._adapter = base, adapter
+        self.base, self._adapter, self.notes = base, adapter, base.notes
 
     def __getitem__(self, name):
         return self._names.get(name, self.base)[name]
 
     def shape(self, name):
-        return self._names[name].shape(name)
+        return self._names.get(name, self.base).shape(name)
+
+    def sample(self, name):
+        """See Weights."""
+        return self._names.get(name, self.base).sample(name)
 
     @property
     def trained(self) -> Weights:
@@ -164,7 +168,7 @@ class SavedAdapter(CheckpointWeights):
         file = next((folder / name for name in TENSORS_FILES if (folder / name).is_file()), None)
         if file is None:
             raise UserError(f"{folder} has no {TENSORS_FILES[0]}: it is not an adapter of PEFT's")
-        self._open: dict[Path, object] = {}
+        self._open, self._said = {}, []
         Weights.__init__(self, {_own_name(key): (file, key) for key in self._file(file).keys()})
 
 

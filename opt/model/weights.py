@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,9 +24,11 @@ from safetensors import safe_open
 from torch import nn
 
 from opt.errors import UserError
+from opt.model.names import full_names
 
 EMBEDDING = "model.decoder.embed_tokens.weight"
-TIED_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
+SAMPLE = 256  # elements of a tensor that are looked at again where it was placed
 # In the order of preference of transformers' from_pretrained.
 _FILES = (
     "model.safetensors",
@@ -111,8 +114,10 @@ _NO_WEIGHTS = (
 
 
 class Weights(Mapping):
-    """Names and tensors of an OPTForCausalLM. Iteration leaves out the tied head, which is there
-    all the same."""
+    """Names and tensors of an OPTForCausalLM. Iteration leaves out a head that is tied to the
+    embedding, which is there all the same."""
+
+    notes: tuple[str, ...] = ()  # what was left out or taken for something else, in words
 
     def __init__(self, names: dict):
         self._names = names  # name -> where _read finds it
@@ -120,13 +125,20 @@ class Weights(Mapping):
     def _read(self, where) -> torch.Tensor:
         raise NotImplementedError
 
+    def _where(self, name: str):
+        return self._names[EMBEDDING if name == HEAD and HEAD not in self._names else name]
+
+    def sample(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some elements of a tensor: where they are in it, flattened, and what they are."""
+        return _sampled(self._read(self._where(name)))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         raise NotImplementedError
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model, the tied head counted once."""
+        """Parameters of the model, a tied head counted once."""
         return sum(math.prod(self.shape(name)) for name in self)
 
     @property
@@ -139,10 +151,10 @@ class Weights(Mapping):
         return saved
 
     def __getitem__(self, name):
-        return self._read(self._names[EMBEDDING if name == TIED_HEAD else name])
+        return self._read(self._where(name))
 
     def __contains__(self, name):
-        return name in self._names or name == TIED_HEAD
+        return name in self._names or name == HEAD
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -160,14 +172,20 @@ class CheckpointWeights(Weights):
     """The weights in a local directory, whatever their file format and layout. Reads with mmap, one
     tensor at a time."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, is_tied: bool = True):
+        """`is_tied`: whether the head is the embedding, as config.json says."""
         self._open: dict[Path, object] = {}
-        names = {}
-        for file in weight_files(directory):
-            for key in self._file(file).keys():
-                names[_full_name(key)] = (file, key)
-        self._head = names.pop(TIED_HEAD, None)
+        self._said: list[str] = []
+        files = {key: file for file in weight_files(directory) for key in self._file(file).keys()}
+        names, notes = full_names(files, str(directory))
+        names = {name: (files[key], key) for name, key in names.items()}
+        self._head = names.pop(HEAD, None) if is_tied else None
+        if self._head and EMBEDDING not in names:
+            # safetensors' save_model keeps the first of two names of one tensor
+            names[EMBEDDING], self._head = self._head, None
+            notes.append(f"{HEAD} is taken for the embedding, which lacks and is tied to it")
         super().__init__(names)
+        self.notes = (*self._said, *notes)
 
     def _file(self, file: Path):
         if file not in self._open:
@@ -176,26 +194,37 @@ class CheckpointWeights(Weights):
                     self._open[file] = safe_open(file, framework="pt")
                 else:
                     # Files of torch before 1.6 are no zip archives, and are read whole.
-                    tensors = torch.load(
+                    content = torch.load(
                         file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
                     )
-                    if not isinstance(tensors, dict) or not all(
-                        isinstance(k, str) and isinstance(t, torch.Tensor)
-                        for k, t in tensors.items()
-                    ):
-                        raise ValueError("it holds something else than tensors by name")
-                    self._open[file] = tensors
+                    self._open[file], said = _tensors_in(content, file)
+                    self._said += [f"{file.name}: {note}" for note in said]
+            except UserError:
+                raise
             except Exception as error:  # every reader has exceptions of its own for a broken file
                 reason = str(error).split("\n")[0]
+                if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+                    raise UserError(
+                        f"{file} holds Python objects beside its tensors, which are not read, as "
+                        "they could run code: save the state_dict alone, as safetensors"
+                    ) from error
                 raise UserError(
                     f"{file} cannot be read as weights ({reason:.200}): download or copy it again"
                 ) from error
         return self._open[file]
 
-    def _read(self, where):
+    def _mapped(self, where) -> torch.Tensor:
         path, key = where
         file = self._file(path)
-        tensor = file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
+        return file.get_tensor(key) if path.suffix == ".safetensors" else file[key]
+
+    def sample(self, name):
+        """See Weights. Not from what was placed, and only those pages of the file."""
+        return _sampled(self._mapped(self._where(name)))
+
+    def _read(self, where):
+        path, key = where
+        tensor = self._mapped(where)
         if tensor.dtype not in _DTYPES:
             raise UserError(
                 f"{path}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be "
@@ -220,17 +249,12 @@ class CheckpointWeights(Weights):
                 f"{path} has {key}, of quantized weights, which cannot be trained: give the "
                 "original model"
             )
-        if (
-            self._head
-            and EMBEDDING in self._names
-            and not torch.equal(self._read(self._head), self[EMBEDDING])
-        ):
+        if self._head and not _same(self._read(self._head), self[EMBEDDING]):
             path, key = self._head
             raise UserError(
-                f"{path}: {key} is not the embedding, which config.json ties it to "
-                "(tie_word_embeddings), and would be lost: an output "
-                "projection of its own is not supported; if it is of no use, remove it from the "
-                "file"
+                f"{path}: {key} is not the embedding, which config.json ties it to, and would be "
+                "lost: if the model has an output projection of its own, set tie_word_embeddings "
+                "to false there, otherwise remove it from the file"
             )
 
     def shape(self, name):
@@ -255,9 +279,22 @@ class InitialWeights(Weights):
         self._seed, self._std, self._device = seed, config.init_std, device
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._pad = config.pad_token_id
-        super().__init__({name: name for name in self._shapes if name != TIED_HEAD})
+        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        super().__init__({name: name for name in self._shapes})
+
+    def sample(self, name):
+        """See Weights. Of when it was made last: making it again takes as long."""
+        name = self._where(name)
+        if name not in self._samples:
+            self._read(name)
+        return self._samples[name]
 
     def _read(self, name):
+        weight = self._make(name)
+        self._samples[name] = _sampled(weight)
+        return weight
+
+    def _make(self, name):
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.full(
@@ -278,10 +315,53 @@ class InitialWeights(Weights):
         return self._shapes[name]
 
 
-def _full_name(key: str) -> str:
-    """The name in OPTForCausalLM of a checkpoint's key: base-model keys lack the `model.` in
-    front."""
-    return f"model.{key}" if key.startswith("decoder.") else key
+def _sampled(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to SAMPLE of its elements from all over it, in columns that differ: see Weights.sample."""
+    number = min(SAMPLE, tensor.numel())
+    each = torch.arange(number)
+    positions = (each * (tensor.numel() // max(number, 1)) + each * 31) % max(tensor.numel(), 1)
+    return positions, tensor.flatten()[positions.to(tensor.device)].float()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+# Where trainers put a model's tensors in a file of theirs
+_NESTS = ("model", "state_dict", "model_state_dict", "module")
+
+
+def _tensors_in(content, file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors by name in what torch.load gave, under a key that trainers use if need be; and
+    what was done for it, in words. Raises UserError, and ValueError for what holds none."""
+
+    def own(content) -> list[str]:
+        return [k for k, t in content.items() if isinstance(t, torch.Tensor)]
+
+    def nests(content) -> list[str]:
+        return [k for k, c in content.items() if isinstance(c, dict) and (own(c) or nests(c))]
+
+    way: list[str] = []
+    while isinstance(content, dict) and not any("decoder." in str(k) for k in own(content)):
+        inner = nests(content)
+        known = [k for k in inner if k in _NESTS]
+        if len(known) != 1:
+            if inner:
+                raise UserError(
+                    f"{file} has tensors under the keys {', '.join(map(str, inner))[:200]}: which "
+                    "of them is the model cannot be told; save that one alone"
+                )
+            break
+        content = content[known[0]]
+        way += known
+    if not isinstance(content, dict) or not own(content):
+        raise ValueError("it holds something else than tensors by name")
+    tensors = {str(k): content[k] for k in own(content)}
+    notes = [f"tensors are read from under {'.'.join(way)}"] if way else []
+    others = [str(k) for k in content if str(k) not in tensors]
+    if others:
+        notes.append(f"{', '.join(others[:3])}{' ...' * (len(others) > 3)} left out: no tensor")
+    return tensors, notes
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -417,16 +497,22 @@ def open_weights(
     """
     if not weight_files(directory):
         return InitialWeights(model, seed, device)
-    weights = CheckpointWeights(directory)
+    weights = CheckpointWeights(directory, model.config.tie_word_embeddings)
     weights.check()
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name != TIED_HEAD}
-    missing = sorted(expected.keys() - weights.keys())
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    missing = sorted(expected.keys() - set(weights))
+    if missing == [HEAD]:
+        raise UserError(
+            f"the weights in {directory} lack {HEAD}, which its config.json says that they have "
+            "(tie_word_embeddings is false): give the whole model, or set that to true if the "
+            "embedding is its output projection"
+        )
     if missing:
         raise UserError(
             f"the weights in {directory} lack {len(missing)} of the model's tensors, {missing[0]} "
             "the first: they do not belong to its config.json"
         )
-    extra = sorted(weights.keys() - expected.keys())
+    extra = sorted(set(weights) - expected.keys())
     if extra:
         raise UserError(
             f"the weights in {directory} have {len(extra)} tensors that the model lacks, "

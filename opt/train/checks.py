@@ -41,6 +41,7 @@ class Setup:
     source: OPTConfig  # as config.json has it
     config: OPTConfig  # to train with, see --dropout
     tokenizer: PreTrainedTokenizerFast
+    tokenizer_said: str  # what it lacked and was given, in words
     weights: weights.Weights
 
 
@@ -62,8 +63,7 @@ def check(flags: Namespace, here: Place) -> Setup:
         max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
     )
     _check_length("--max_length", plan.max_length, config)
-    tokenizer = tokens.load_tokenizer(directory)
-    _check_tokenizer(tokenizer, config, directory)
+    tokenizer, said = load_tokenizer(directory, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
     if plan.lora_r and Path(plan.output_path).resolve() == directory.resolve():
@@ -76,7 +76,7 @@ def check(flags: Namespace, here: Place) -> Setup:
             f"{directory} has no weights, and adapters are trained beside those of a trained "
             "model: give one, or leave out --lora_r"
         )
-    return Setup(plan, directory, source, config, tokenizer, contents)
+    return Setup(plan, directory, source, config, tokenizer, said, contents)
 
 
 def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig, weights.Weights]:
@@ -121,21 +121,21 @@ def with_adapters(
     return plan, lora.Adapted(contents, adapter)
 
 
-def check_first_loss(loss: float, setup: Setup) -> None:
-    """Refuse to train a model whose first loss no model has whose weights are in place. Raises
-    UserError.
+def warning_of_first_loss(loss: float, setup: Setup) -> str | None:
+    """What is to be said of a first loss that is hardly any model's on a text of its kind.
 
-    Without any knowledge of the text the loss is ln(vocabulary); half as much again takes wrong
-    weights.
+    Without any knowledge of the text it is ln(vocabulary). That the weights are those of the file
+    has been checked by then (pieces.Form.check); whether they belong to this tokenizer and these
+    texts cannot be.
     """
     bound = 1.5 * math.log(setup.config.vocab_size)
-    if not loss <= bound:  # nan too
-        raise UserError(
-            f"the first loss is {loss:.3f}, over {bound:.3f} (1.5 x ln {setup.config.vocab_size}): "
-            f"the weights in {setup.directory} "
-            "did not load, are damaged, or belong to another model or tokenizer; download or copy "
-            "it again"
-        )
+    if loss <= bound:
+        return None
+    return (  # nan too
+        f"warning: the first loss is {loss:.3f}, over {bound:.3f} "
+        f"(1.5 x ln {setup.config.vocab_size}), worse than guessing: the weights are as "
+        f"{setup.directory} has them; are the tokenizer and the texts what they were trained with?"
+    )
 
 
 def _check_processes(flags: Namespace, here: Place) -> Namespace:
@@ -181,21 +181,52 @@ def _check_shape(config: OPTConfig, plan: Namespace) -> None:
         )
 
 
-def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, config: OPTConfig, directory: Path
-) -> None:
-    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
-    if tokens > config.vocab_size:
+def load_tokenizer(directory: Path, config: OPTConfig) -> tuple[PreTrainedTokenizerFast, str]:
+    """The tokenizer, and what it lacked and was given, in words. Raises UserError.
+
+    Start and end token that none of its files names are config.json's: its class would add one of
+    its own behind the vocabulary (GPT-2's is <|endoftext|>), or has none.
+    """
+    tokenizer = tokens.load_tokenizer(directory)
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ids = {"bos_token": config.bos_token_id, "eos_token": ends[0] if ends else None}
+    named, vocabulary = tokens.special_tokens(directory), tokenizer.get_vocab()
+    by_id = {number: token for token, number in vocabulary.items()}
+    given = {
+        name: by_id[number]
+        for name, number in ids.items()
+        if name not in named and number in by_id and number < config.vocab_size
+    }
+    said = ""
+    if any(getattr(tokenizer, name) != token for name, token in given.items()):
+        if "unk_token" not in named and tokenizer.unk_token and "eos_token" in given:
+            given["unk_token"] = given["eos_token"]  # as OPT's own has it
+        if not tokenizer.pad_token and config.pad_token_id in by_id:
+            given["pad_token"] = by_id[config.pad_token_id]
+        said = ", ".join(
+            f"{name} {token} ({ids[name]})" for name, token in given.items() if name in ids
+        )
+        said = f"its files name no {said}: it is config.json's"
+        tokenizer = tokens.load_tokenizer(directory, **given)
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if size > config.vocab_size:
         raise UserError(
-            f"the tokenizer in {directory} has {tokens} tokens, its config.json's vocabulary "
+            f"the tokenizer in {directory} has {size} tokens, its config.json's vocabulary "
             f"{config.vocab_size}: they do not belong together"
         )
-    if tokenizer.eos_token_id != config.eos_token_id:
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer in {directory} has no end token, and config.json names none: put "
+            "eos_token into its special_tokens_map.json"
+        )
+    if ends and tokenizer.eos_token_id not in ends:
         raise UserError(
             f"the tokenizer in {directory} ends a text with token {tokenizer.eos_token_id}, its "
             "config.json's eos_token_id is "
             f"{config.eos_token_id!r:.60}: they do not belong together"
         )
+    return tokenizer, said
 
 
 def _check_length(flag: str, length: int, config: OPTConfig) -> None:

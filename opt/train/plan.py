@@ -150,6 +150,7 @@ def describe(run: Run) -> str:
     )
     if getattr(setup.source, "quantization_config", None):
         origin += "; the quantization_config in config.json is left out, they are not quantized"
+    origin += "".join(f"; {note}" for note in setup.weights.notes)
     trained = setup.weights.trained.num_parameters
     memory = memory_bytes(plan, setup.config, setup.weights.num_parameters, trained)
     schedule = f" ({steps.scheduler_type})"
@@ -193,6 +194,8 @@ def describe(run: Run) -> str:
             + f"; from {plan.lora_adapter}" * bool(plan.lora_adapter)
             + ("; saved merged into the whole model" if plan.merge_lora else "; saved alone")
         )
+    if setup.tokenizer_said:
+        lines["tokenizer"] = setup.tokenizer_said
     if kernels:
         lines["kernels"] = kernels
     if run.before:

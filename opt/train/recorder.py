@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from opt.data.batches import Batch, Position
 from opt.measure import mark, seconds_between, seconds_since_launch
-from opt.train.checks import check_first_loss
+from opt.train.checks import warning_of_first_loss
 from opt.train.plan import Run
 
 
@@ -55,7 +55,7 @@ class Recorder:
         train_step gives. All processes call it."""
         dist.all_reduce(share)
         if position.step == 1 and not len(self._run.dataset.held_out):
-            check_first_loss(share.item(), self._run.setup)
+            _warn(self._run, share.item())
         if not self.is_main:
             return
         now, ended = time.perf_counter(), mark()
@@ -109,7 +109,7 @@ class Recorder:
     def evaluation(self, step: int, loss: float) -> float:
         """Record the held-out loss after `step` optimizer steps; returns it."""
         if step == 0:
-            check_first_loss(loss, self._run.setup)
+            _warn(self._run, loss)
         self.flush()
         if self.is_main:
             self._write(_evaluation(step, loss))
@@ -153,7 +153,7 @@ def results_of_evaluation(run: Run, loss: float) -> None:
     """--eval_only: print the held-out loss, and write it into eval_results.json. All processes
     call it."""
     if not run.before:
-        check_first_loss(loss, run.setup)
+        _warn(run, loss)
     if not run.here.is_main:
         return
     rows = run.dataset.held_out
@@ -166,6 +166,12 @@ def results_of_evaluation(run: Run, loss: float) -> None:
     file = run.output / "eval_results.json"
     file.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
     print(f"{_said(run.start.step, loss)}; written to {file}", flush=True)
+
+
+def _warn(run: Run, first_loss: float) -> None:
+    warning = warning_of_first_loss(first_loss, run.setup)
+    if warning and run.here.is_main:
+        tqdm.write(warning)
 
 
 def _evaluation(step: int, loss: float) -> dict:
