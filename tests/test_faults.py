@@ -489,7 +489,7 @@ def test_weights_that_do_not_arrive_are_named(tmp_path):
     done = run(tmp_path / "loses.py", SCRIPT, *given, *flags, nproc=2, env=env)
     assert done.returncode != 0
     assert "weights did not arrive: of model.decoder.layers.1.fc1.weight" in done.stderr
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_weights_of_nan_are_named(models, tmp_path):

@@ -258,7 +258,7 @@ class CheckpointWeights(Weights):
             )
 
     def shape(self, name):
-        path, key = self._names[name]
+        path, key = self._where(name)
         file = self._file(path)
         return tuple(
             file.get_slice(key).get_shape() if path.suffix == ".safetensors" else file[key].shape
@@ -312,7 +312,7 @@ class InitialWeights(Weights):
         return weight
 
     def shape(self, name):
-        return self._shapes[name]
+        return self._shapes[self._where(name)]
 
 
 def _sampled(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -341,7 +341,7 @@ class _Tensors(weights.Weights):
         return file.get_tensor(key)
 
     def shape(self, name):
-        file, key = self._names[name]
+        file, key = self._where(name)
         return tuple(file.get_slice(key).get_shape())
 
 
@@ -423,8 +423,9 @@ def check_same_run(
                 f"{now[flag]}: give the same"
             )
     saved, model = checkpoint.tensors(WEIGHTS), model.trained
+    own = {*saved} & {*model}  # a tied head is in neither
     for name in sorted({*saved, *model}):
-        if name not in saved or name not in model or saved.shape(name) != model.shape(name):
+        if name not in own or saved.shape(name) != model.shape(name):
             raise UserError(
                 f"checkpoint {checkpoint.path} is of another model than {plan.model_name_or_path}, "
                 f"or of other --lora flags: they differ in {name}"
