@@ -1,7 +1,9 @@
 """Several hosts (tests/hosts.py): checked before the start, training the same as one host does, and
 what becomes of the others when one is lost."""
 
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -266,3 +268,114 @@ def test_a_lost_node_is_named_by_all_others(hosts, tmp_path, fault, victim, says
     if fault == "cut":  # it, too, knows what it has lost
         done = finish(started[victim], 60)
         assert "node0 (rank 0) and node2 (rank 2) do not answer" in done.stderr
+
+
+@pytest.mark.long
+def test_a_slow_network_changes_nothing_but_the_time(hosts, tmp_path, two_processes):
+    """20 Mbit/s to one of two hosts, where a step moves 35."""
+    hosts.slow("node1", "20mbit")
+    good(finish(by_hosts(hosts, tmp_path, 2, 1, *SHORT), 240))
+    hosts.slow("node1", "10gbit")
+    assert without_timing(metrics(tmp_path / "out")) == two_processes
+    assert min(line["seconds"] for line in metrics(tmp_path / "out")[2:-1]) > 1
+
+
+@pytest.mark.long
+def test_a_full_disk_that_hosts_share(hosts, tmp_path):
+    """One line on every host, all end, and what was complete stays so: the run goes on from it."""
+    output = hosts.disk / "full"
+    often = (*MODEL, "--output_path", output, *map(str, ENDLESS), "--save_steps", "2")
+    started = torchrun_static(hosts, tmp_path, (*often, "--save_total_limit", "9"))
+    for done in [finish(one, 240) for one in started]:
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+        said = [x for x in done.stderr.splitlines() if x.startswith("opt_train_demo.py: error: ")]
+        assert len(said) == 1 and "could not be written (No space left on device: " in said[0]
+    seen = hosts.seen_by("node1", output / "checkpoints")
+    there = sorted(p.name for p in seen.glob("step-*"))
+    assert there == ["step-00000002", "step-00000004"]
+    hosts.seen_by("node0", Path("/tmp/more")).mkdir()
+    flags = (*MODEL, "--max_length", "32", "--batch_size", "4", "--eval_fraction", "0", "--no_save")
+    way = (*flags, "--num_epoch", 1, "--output_path", tmp_path / "out", "--resume")
+    for one in torchrun_static(hosts, tmp_path, (*way, output / "checkpoints" / there[-1])):
+        done = good(finish(one, 240))
+    assert losses(tmp_path / "out")[:4] == losses(hosts.seen_by("node0", output))[:4]
+
+
+@pytest.mark.long
+def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(hosts, tmp_path):
+    """torchrun --nnodes 1:3: one of three loses its power; the others go on from the last
+    checkpoint, every row of every epoch is trained on once."""
+    output, names = tmp_path / "out", hosts.names[:3]
+    flags = ("--batch_size", "4", "--max_length", "32", "--eval_fraction", "0", "--num_epoch", "4")
+    train(tmp_path / "one", *flags, "--no_save")
+    flags += ("--save_steps", "5", "--resume", "auto", "--timeout_minutes", "0.2")
+    flags = (*MODEL, "--output_path", output, *flags)
+    started = torchrun_c10d(hosts, tmp_path, flags, "1:3", "opt.torchrun", names)
+    until_step(output, 12, *started)
+    hosts.power_off("node2")
+    for one in started[:2]:
+        done = good(finish(one, 240))
+        assert "node2 (rank 2) does not answer" in done.stderr
+    found, expected = metrics(output), metrics(tmp_path / "one")
+    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
+    seen, once = ([0, 0, 0, 0], [0, 0, 0, 0])
+    for lines, tokens in ((found, seen), (expected, once)):
+        for line in lines:
+            tokens[math.ceil(line["epoch"]) - 1] += line["tokens"]
+    assert seen == once
+    assert len(found) > 4 * 35  # more steps than three would have needed
+
+
+@pytest.mark.long
+def test_a_signal_to_run_demo_saves_on_all_hosts_and_the_rest_is_the_same(hosts, tmp_path):
+    """SIGUSR1 and SIGTERM, to the script on a host that does not train; then SIGKILL to its
+    launcher: nothing goes on without it."""
+    flags = ("--batch_size", "4", "--max_length", "32", "--eval_fraction", "0", "--num_epoch", "2")
+    train(tmp_path / "one", *flags, nproc=2)
+    file = hostfile(tmp_path, "node1", "node2")
+    settings = {"HOSTFILE": file, "OUTPUT": tmp_path / "out", "INSTALL": 0, "PYTHON": PYTHON}
+    settings |= {"MODEL": SAMPLE_MODEL, "DATASET": SAMPLE_DATA, "LR": 5e-5}
+    settings |= {"HF_ENDPOINT": "http://[::1]:1"}
+    demo = ("bash", "run_demo.sh", *flags, "--resume", "auto", "--save_steps", "5")
+
+    for step, number in ((12, signal.SIGUSR1), (24, signal.SIGTERM), (36, signal.SIGKILL)):
+        started = begin(hosts, "node0", *demo, **settings)
+        until_step(tmp_path / "out", step, started)
+        if number == signal.SIGKILL:
+            hosts.processes("node0", "opt.hosts")[0].kill()
+        else:
+            hosts.processes("node0", "run_demo.sh")[0].send_signal(number)
+        done = finish(started, 120)
+        assert done.returncode == {signal.SIGUSR1: 0, signal.SIGTERM: 143}.get(number, 137)
+        if number != signal.SIGKILL:
+            assert f"{number.name}: stopped after step" in done.stdout
+        end = time.monotonic() + 30
+        while left := hosts.processes("node1", SCRIPT) + hosts.processes("node2", SCRIPT):
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
+    good(finish(begin(hosts, "node0", *demo, **settings), 240))
+    assert without_timing(metrics(tmp_path / "out")) == without_timing(metrics(tmp_path / "one"))
+
+
+@pytest.mark.long
+def test_each_host_tokenizes_into_its_own_cache_and_two_that_share_one_race_harmlessly(
+    hosts, tmp_path, two_processes
+):
+    """/tmp/cache is each host's own; the other cache both see, and both start at once."""
+
+    def rows(cache):
+        assert all((d / "counts.json").is_file() for d in cache.rglob("opt*/*") if d.is_dir())
+        return sorted((f.name, f.read_bytes()) for f in cache.rglob("*.npy"))
+
+    for name, cache in (("own", Path("/tmp/cache")), ("shared", tmp_path / "cache")):
+        flags = (*MODEL, "--output_path", tmp_path / name, *SHORT)
+        way = (PYTHON, "-m", "opt.torchrun", "--nnodes", "2", "--nproc_per_node", "1")
+        way += ("--master_addr", "node0", "--node_rank")
+        started = [
+            begin(hosts, f"node{i}", *way, i, SCRIPT, *flags, XDG_CACHE_HOME=cache) for i in (0, 1)
+        ]
+        for one in started:
+            good(finish(one, 240))
+        assert without_timing(metrics(tmp_path / name)) == two_processes
+        first, second = (rows(hosts.seen_by(f"node{i}", cache)) for i in (0, 1))
+        assert first == second and len(first) == 4
