@@ -199,6 +199,13 @@ def check(hosts: list[str], output: Path) -> tuple[list[str], int]:
     there = [(h, a) for h, a in zip(hosts, answers, strict=True) if isinstance(a, dict)]
     if there:
         wrong += [line for h, a in there for line in _faults(h, a, *there[0], output)]
+        if len(hosts) > 1 and not os.environ.get("GLOO_SOCKET_IFNAME"):
+            wrong += [
+                f"{host} has the address {a['address']} by its own name, at which the others "
+                "cannot reach it: mend its /etc/hosts, or set GLOO_SOCKET_IFNAME"
+                for host, a in there
+                if a["address"].startswith("127.")
+            ]
         makers = [host for host, a in there if a["folder"] == "new"]
         wrong += [
             f"{host}: --output_path {output} is another folder than on {makers[0]}: choose one "
@@ -245,11 +252,6 @@ def _faults(host: str, own: dict, first: str, its: dict, output: Path) -> list[s
     apart = (own["time"] - own["heard"]) - (its["time"] - its["heard"])
     if abs(apart) > CLOCK_SECONDS:
         wrong.append(f"{host}'s clock is {abs(apart):.0f} s {'ahead' if apart > 0 else 'behind'}")
-    if own["address"].startswith("127.") and not os.environ.get("GLOO_SOCKET_IFNAME"):
-        wrong.append(
-            f"{host} has the address {own['address']} by its own name, at which the others cannot "
-            "reach it: mend its /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-        )
     if own["folder"] not in ("new", "there"):
         wrong.append(f"{host}: --output_path {output} cannot be written ({own['folder']})")
     return wrong
