@@ -196,13 +196,14 @@ class Hosts:
 
     def processes(self, name: str, *parts) -> list[psutil.Process]:
         """A host's processes that have all of these in their command lines."""
-        found = []
-        for process in psutil.Process(self._first[name]).children(recursive=True):
+        found, its = [], os.readlink(f"/proc/{self._first[name]}/ns/pid")
+        for process in psutil.process_iter():
             try:
                 line = process.cmdline()
-                if all(any(str(part) in word for word in line) for part in parts):
+                is_there = os.readlink(f"/proc/{process.pid}/ns/pid") == its
+                if is_there and all(any(str(part) in word for word in line) for part in parts):
                     found.append(process)
-            except psutil.Error:  # over by now
+            except (psutil.Error, OSError):  # over by now
                 pass
         return found
 

@@ -3,6 +3,7 @@ what becomes of the others when one is lost."""
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,7 +255,8 @@ def test_a_lost_node_is_named_by_all_others(hosts, tmp_path, fault, victim, says
     name = hosts.names[victim]
     begun = time.monotonic()
     if fault == "killed":
-        next(iter(hosts.processes(name, SCRIPT, "--model")[-1:])).kill()
+        # torchrun's child; torchrun has the same words in its command line.
+        max(hosts.processes(name, SCRIPT), key=lambda p: p.create_time()).kill()
     else:
         (hosts.power_off if fault == "power" else hosts.cut)(name)
     others = [one for i, one in enumerate(started) if i != victim]
@@ -306,24 +308,23 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(hosts, tmp_path):
     """torchrun --nnodes 1:3: one of three loses its power; the others go on from the last
     checkpoint, every row of every epoch is trained on once."""
     output, names = tmp_path / "out", hosts.names[:3]
-    flags = ("--batch_size", "4", "--max_length", "32", "--eval_fraction", "0", "--num_epoch", "4")
-    train(tmp_path / "one", *flags, "--no_save")
+    flags = ("--batch_size", "2", "--max_length", "32", "--eval_fraction", "0", "--num_epoch", "2")
     flags += ("--save_steps", "5", "--resume", "auto", "--timeout_minutes", "0.2")
     flags = (*MODEL, "--output_path", output, *flags)
     started = torchrun_c10d(hosts, tmp_path, flags, "1:3", "opt.torchrun", names)
     until_step(output, 12, *started)
     hosts.power_off("node2")
-    for one in started[:2]:
-        done = good(finish(one, 240))
-        assert "node2 (rank 2) does not answer" in done.stderr
-    found, expected = metrics(output), metrics(tmp_path / "one")
+    done = [good(finish(one, 240)) for one in started[:2]]
+    for one in done:
+        assert "node2 (rank 2) does not answer" in one.stderr
+    found = metrics(output)
     assert [line["step"] for line in found] == list(range(1, len(found) + 1))
-    seen, once = ([0, 0, 0, 0], [0, 0, 0, 0])
-    for lines, tokens in ((found, seen), (expected, once)):
-        for line in lines:
-            tokens[math.ceil(line["epoch"]) - 1] += line["tokens"]
-    assert seen == once
-    assert len(found) > 4 * 35  # more steps than three would have needed
+    in_all = int(re.search(r"([\d,]+) tokens; ", done[0].stdout)[1].replace(",", ""))
+    for epoch in (1, 2):
+        tokens = [line["tokens"] for line in found if math.ceil(line["epoch"]) == epoch]
+        assert sum(tokens) == in_all
+    # More steps than three processes would have needed.
+    assert len(found) > 2 * 420 / (3 * 2)
 
 
 @pytest.mark.long
@@ -342,9 +343,9 @@ def test_a_signal_to_run_demo_saves_on_all_hosts_and_the_rest_is_the_same(hosts,
         started = begin(hosts, "node0", *demo, **settings)
         until_step(tmp_path / "out", step, started)
         if number == signal.SIGKILL:
-            hosts.processes("node0", "opt.hosts")[0].kill()
+            min(hosts.processes("node0", "opt.hosts", "run_demo"), key=lambda p: p.pid).kill()
         else:
-            hosts.processes("node0", "run_demo.sh")[0].send_signal(number)
+            min(hosts.processes("node0", "run_demo.sh"), key=lambda p: p.pid).send_signal(number)
         done = finish(started, 120)
         assert done.returncode == {signal.SIGUSR1: 0, signal.SIGTERM: 143}.get(number, 137)
         if number != signal.SIGKILL:
