@@ -6,6 +6,7 @@ configuration, the data or the device is checked in opt/train/checks.py.
 
 import argparse
 import json
+import re
 
 from opt.errors import UserError, report_user_error
 from opt.registry import PLUGINS
@@ -88,6 +89,31 @@ def _json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text:.80}' is not a JSON object, {{...}}")
     return value
+
+
+def _text(text: str) -> str:
+    """An argparse type: text that the shell gave in the locale's encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not a text in UTF-8") from None
+    return text
+
+
+def _run_name(text: str) -> str:
+    """An argparse type: a name that is also a folder's, and W&B's at most 128 characters."""
+    if not _text(text).strip() or len(text) > 128 or not text.isprintable():
+        raise argparse.ArgumentTypeError("a name is 1 to 128 printable characters")
+    if text.startswith((".", "/")) or "/." in text:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name of a folder inside another")
+    return text
+
+
+def _repository(text: str) -> str:
+    """An argparse type: the id of a repository on the Hub, with its owner."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", text, re.ASCII) or ".." in text:
+        raise argparse.ArgumentTypeError(f"'{text:.100}' is not a repository, OWNER/NAME")
+    return text
 
 
 def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
@@ -430,6 +456,31 @@ def train_parser() -> argparse.ArgumentParser:
         help="where metrics go beside metrics.jsonl; default none",
     )
     g.add_argument(
+        "--run_name",
+        type=_run_name,
+        help="what TensorBoard and W&B call the run; default W&B's WANDB_NAME, or what it makes up",
+    )
+    g.add_argument(
+        "--prompt",
+        action="append",
+        type=_text,
+        metavar="TEXT",
+        help="print what the trained model writes after this text; may be given several times; "
+        "default three texts from their start",
+    )
+    g.add_argument(
+        "--push_to_hub",
+        type=_repository,
+        metavar="OWNER/NAME",
+        help="upload the trained model to this repository of the Hugging Face Hub, with the token "
+        "in HF_TOKEN or that of huggingface-cli login; made if it is not there; default no upload",
+    )
+    g.add_argument(
+        "--hub_private_repo",
+        action="store_true",
+        help="make that repository a private one; default as the owner's settings say",
+    )
+    g.add_argument(
         "--save_steps",
         type=_number(int, 1),
         help="write a checkpoint after every so many optimizer steps and after each epoch, into "
@@ -663,11 +714,19 @@ def _check_schedule(args: argparse.Namespace) -> None:
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     """Raises UserError for flags that have nothing to do in this run."""
-    needs_model = {"--load_best_model_at_end": args.load_best_model_at_end}
+    needs_model = {
+        "--load_best_model_at_end": args.load_best_model_at_end,
+        "--prompt": args.prompt,
+        "--push_to_hub": args.push_to_hub,
+    }
     for flag, given in needs_model.items():
         if given and (args.no_save or args.eval_only):
             other = "--no_save" if args.no_save else "--eval_only"
             raise UserError(f"{flag} is for a model that is written, and {other} writes none")
+    if args.hub_private_repo and not args.push_to_hub:
+        raise UserError("--hub_private_repo is for --push_to_hub: give that too, or leave it out")
+    if args.run_name and args.report_to == "none":
+        raise UserError("--run_name is for --report_to: give that too, or leave it out")
     if args.eval_only and args.report_to != "none":
         raise UserError(
             f"--eval_only writes eval_results.json alone: leave out --report_to {args.report_to}"

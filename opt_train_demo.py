@@ -28,7 +28,7 @@ from opt.colossal.adam import HybridAdam, decay_groups
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
 from opt.model.opt import expect_varying_lengths
-from opt.train import checks, export, faults, graphs, recorder, samples, schedule
+from opt.train import checks, export, faults, graphs, hub, recorder, samples, schedule
 from opt.train import plan as plans
 from opt.train.checkpoints import Saver
 from opt.train.signals import Control
@@ -52,6 +52,8 @@ def main(flags) -> None:
     processes.stop()
     if is_done and here.is_main:
         samples.show(run)
+        if flags.push_to_hub:
+            hub.push(run.plan)
 
 
 @dataclass

@@ -2,11 +2,12 @@
 repositories.
 
 It answers what huggingface_hub 0.36 and datasets 5.0 ask when they list and download a repository,
-with the Hub's own paths, headers and error codes. Every repository has one commit. Files that the
+and when they make one and upload a folder with the token TOKEN of the user "somebody", with the Hub's own paths, headers and error codes. Every repository has one commit. Files that the
 Hub keeps in LFS are answered as it answers them: by a redirect to another host, with the size and
 the hash in headers of their own.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -22,6 +23,9 @@ _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
+TOKEN = "hf_somebodys"
+
+
 class Hub:
     """What the server serves, `root`/{models,datasets}/owner/name/..., and how it behaves."""
 
@@ -32,6 +36,8 @@ class Hub:
         # the connection and then acts like "hang up".
         self.mode = "serve"
         self.requests: list[str] = []  # "GET /api/models/..."
+        self.role = "write"  # of the token
+        self.uploaded: dict[str, bytes] = {}  # LFS's objects
         self.stopped = threading.Event()
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -59,6 +65,10 @@ class Hub:
             for f in files(folder)
         ]
         return hashlib.sha1(repr((kind, name, content)).encode()).hexdigest()
+
+
+def _mode(name: str, kind: str) -> dict:
+    return {"path": name, "uploadMode": kind, "shouldIgnore": False, "oid": None}
 
 
 def files(folder: Path) -> list[Path]:
@@ -104,11 +114,76 @@ class _Handler(BaseHTTPRequestHandler):
             return self._api(*found.groups(), parse_qs(url.query))
         if found := _FILE.fullmatch(path):
             return self._resolve(*found.groups())
+        if path == "/api/whoami-v2" and self._is_somebody():
+            token = {"accessToken": {"role": self.hub.role}}
+            return self._answer(200, {"name": "somebody", "orgs": [{"name": "lab"}], "auth": token})
+        if path == "/api/whoami-v2":
+            return self._answer(401, {"error": "Invalid username or password."})
         if path.startswith("/cdn/"):
             return self._large(self.hub.root / path.removeprefix("/cdn/"))
         self._answer(404, {"error": "Not Found"})
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        self.hub.requests.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self._is_somebody():
+            return self._answer(401, {"error": "Invalid username or password."})
+        if self.hub.mode != "serve":
+            return self._answer(500, {"error": "Internal Server Error"})
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/validate-yaml":
+            return self._answer(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
+            self.hub.repository("models", name).mkdir(parents=True)
+            return self._answer(200, {"url": f"{self.hub.url}/{name}"})
+        if found := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+            kinds = {True: "lfs", False: "regular"}
+            named = [file["path"] for file in json.loads(body)["files"]]
+            return self._answer(
+                200,
+                {"files": [_mode(name, kinds[Path(name).suffix in LFS]) for name in named]},
+            )
+        if re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
+            objects = [
+                asked | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
+                for asked in json.loads(body)["objects"]
+            ]
+            return self._answer(200, {"transfer": "basic", "objects": objects})
+        if found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+            self._commit(self.hub.repository("models", found[1]), body)
+            commit = self.hub.commit("models", found[1])
+            url = f"{self.hub.url}/{found[1]}/commit/{commit}"
+            return self._answer(200, {"success": True, "commitOid": commit, "commitUrl": url})
+        self._answer(404, {"error": "Not Found"})
+
+    def do_PUT(self):
+        self.hub.requests.append(f"{self.command} {self.path}")
+        oid = self.path.removeprefix("/lfs/")
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.hub.uploaded[oid] = content
+        self._answer(200)
+
+    def _is_somebody(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _commit(self, folder: Path, body: bytes):
+        for line in body.decode().splitlines():
+            action = json.loads(line)
+            value = action["value"]
+            if action["key"] == "deletedFile":
+                (folder / value["path"]).unlink()
+            elif action["key"] in ("file", "lfsFile"):
+                file = folder / value["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                content = value.get("content")
+                file.write_bytes(
+                    base64.b64decode(content) if content else self.hub.uploaded[value["oid"]]
+                )
 
     def log_message(self, *_):
         pass

@@ -88,8 +88,15 @@ def test_the_best_model_is_the_one_that_is_written(nproc, flags, texts, tmp_path
 def through(texts, tmp_path_factory) -> Path:
     """A run that is not stopped, but by its patience; a checkpoint a step, of which two stay."""
     output = tmp_path_factory.mktemp("through") / "output"
-    train(output, *WORSE, "--dataset", texts, "--batch_size", 16, "--save_steps", 1)
+    flags = ("--dataset", texts, "--batch_size", 16, "--save_steps", 1)
+    train(output, *WORSE, *flags, "--report_to", "wandb", env=fake_wandb(output.parent / "wandb"))
     return output
+
+
+def fake_wandb(file: Path) -> dict:
+    """The environment in which a stand-in of wandb writes into `file`."""
+    variables = {"WANDB_PROJECT": "mine", "FAKE_WANDB_FILE": str(file)}
+    return variables | {"PYTHONPATH": str(REPO / "tests" / "fake_wandb")}
 
 
 def test_a_resumed_run_has_the_same_best_and_the_same_patience(through, texts, tmp_path):
@@ -99,11 +106,24 @@ def test_a_resumed_run_has_the_same_best_and_the_same_patience(through, texts, t
     # Into another folder, so that the best one is elsewhere
     newest = through / "checkpoints" / f"step-{last - 1:08d}"
     flags = (*WORSE, "--dataset", texts, "--batch_size", 16, "--save_steps", 1)
-    train(tmp_path / "resumed", *flags, "--resume", newest)
+    flags = (*flags, "--report_to", "wandb", "--run_name", "mine again")
+    train(tmp_path / "resumed", *flags, "--resume", newest, env=fake_wandb(tmp_path / "wandb"))
     assert losses(tmp_path / "resumed") == losses(through)
     assert evaluated(tmp_path / "resumed") == evaluated(through)
     one, other = (load_file(f / "model.safetensors") for f in (through, tmp_path / "resumed"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+    # W&B has the same run, under the user's project, and each step with its number.
+    first, second = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (through.parent / "wandb", tmp_path / "wandb")
+    )
+    assert first[0]["init"] == {"dir": str(through)} and first[0]["seed"] == 42
+    given = {"dir": str(tmp_path / "resumed"), "id": "made-up", "resume": "allow"}
+    assert second[0]["init"] == given | {"name": "mine again"}
+    assert [line["step"] for line in first[1:-1]] == [line["step"] for line in metrics(through)]
+    assert {line["step"] for line in second[1:-1]} == {last}
+    assert second[-1] == {"finish": True} and second[1]["log"]["loss"] == losses(through)[-1]
 
     # Where the best one's checkpoint is gone, what was promised cannot be kept.
     shutil.copytree(newest, tmp_path / "alone" / newest.name)
@@ -145,6 +165,10 @@ def test_what_counts_as_better():
         (["--load_best_model_at_end", "--no_save"], "--no_save writes none"),
         (["--load_best_model_at_end", "--eval_only"], "--eval_only writes none"),
         (["--eval_only", "--report_to", "wandb"], "leave out --report_to wandb"),
+        (["--prompt", "a", "--no_save"], "--prompt is for a model that is written"),
+        (["--push_to_hub", "a/b", "--eval_only"], "--push_to_hub is for a model"),
+        (["--run_name", "a"], "--run_name is for --report_to"),
+        (["--hub_private_repo"], "--hub_private_repo is for --push_to_hub"),
         (["--warmup_steps", "3", "--warmup_ratio", "0.1"], "give one of them"),
         (["--warmup_steps", "3", "--lr_scheduler_type", "constant"], "constant_with_warmup"),
     ],

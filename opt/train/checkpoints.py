@@ -104,7 +104,7 @@ class Saver:
         # The best may come after a step that changed nothing: its weights are those from before.
         if stopped_by or is_best or (is_due and not skipped):
             recorder.flush()
-            self.begin(position, recorder.path)
+            self.begin(position, recorder.path, recorder.tracking)
         elif not everyones["writing"]:
             self.finish()
         return signal.Signals(stopped_by).name if stopped_by else None
@@ -130,9 +130,9 @@ class Saver:
             _set_rng_state(checkpoint.tensors("rng"), self._here)
         self.saved = checkpoint.path
 
-    def begin(self, position: Position, metrics: Path) -> None:
+    def begin(self, position: Position, metrics: Path, tracking: dict | None = None) -> None:
         """Copy the state; its writing goes on in the background. `metrics` is the main process's
-        metrics.jsonl."""
+        metrics.jsonl, `tracking` its Recorder's."""
         self.finish()
         tensors = {
             f"{kind}/{name}": tensor
@@ -152,6 +152,7 @@ class Saver:
                 "world_size": self._here.world_size,
                 "arguments": vars(self._plan),
                 "evaluations": self.evaluations.state(),
+                "tracking": tracking or {},
                 "best": str(self._best) if self._best else None,  # where it is not this one
             }
             texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}

@@ -64,6 +64,7 @@ def check(flags: Namespace, here: Place) -> Setup:
     )
     _check_length("--max_length", plan.max_length, config)
     tokenizer, said = load_tokenizer(directory, config)
+    _check_prompts(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
     if plan.lora_r and Path(plan.output_path).resolve() == directory.resolve():
@@ -227,6 +228,24 @@ def load_tokenizer(directory: Path, config: OPTConfig) -> tuple[PreTrainedTokeni
             f"{config.eos_token_id!r:.60}: they do not belong together"
         )
     return tokenizer, said
+
+
+def _check_prompts(plan: Namespace, tokenizer: PreTrainedTokenizerFast, config: OPTConfig) -> None:
+    """What needs the model's folder, at the end."""
+    for flag, given in (("--prompt", plan.prompt), ("--push_to_hub", plan.push_to_hub)):
+        if given and is_one_file(plan.output_path):
+            raise UserError(
+                f"{flag} needs the model's folder, and --output_path {plan.output_path} is one "
+                "file: name a directory"
+            )
+    for prompt in plan.prompt or []:
+        # And the start token, and one to write
+        number = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + 2
+        if number > config.max_position_embeddings:
+            raise UserError(
+                f"--prompt {prompt:.40} ... takes {number} positions, the model has "
+                f"{config.max_position_embeddings}: shorten it"
+            )
 
 
 def _check_length(flag: str, length: int, config: OPTConfig) -> None:

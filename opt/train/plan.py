@@ -17,7 +17,7 @@ from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
 from opt.registry import plugin_class
-from opt.train import checkpoints
+from opt.train import checkpoints, hub
 from opt.train.checkpoints import Checkpoint
 from opt.train.checks import Setup, check_shared, lock_output
 from opt.train.export import output_directory
@@ -53,6 +53,8 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     if not plan.dry_run:
         node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
         check_shared(plan.output_path, here)
+    if plan.push_to_hub:
+        node_first(here, lambda: hub.check(plan) if here.rank == 0 else None)
     folder = output_directory(plan.output_path)
     before = None
     if plan.resume or not plan.eval_only:
@@ -182,7 +184,9 @@ def describe(run: Run) -> str:
         )
         + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end,
         "memory": f"about {memory / 2**30:.1f} GiB a process (an estimate)",
-        "output": plan.output_path + (" (model not saved)" if plan.no_save else ""),
+        "output": plan.output_path
+        + " (model not saved)" * plan.no_save
+        + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub),
     }
     if plan.eval_only:
         lines["steps"], lines["saved"] = "none: evaluation only", "no model"

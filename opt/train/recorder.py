@@ -3,6 +3,7 @@ step times, FLOPs, memory."""
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from opt.data.batches import Batch, Position
+from opt.errors import UserError
 from opt.measure import mark, seconds_between, seconds_since_launch
 from opt.train.checks import warning_of_first_loss
 from opt.train.plan import Run
@@ -25,7 +27,7 @@ class Recorder:
     """
 
     def __init__(self, run: Run):
-        plan, self._run = run.plan, run
+        self._run = run
         self.is_main, self._pending, self._shown = run.here.is_main, [], time.perf_counter()
         # Steps without an update, up to the last that was written; known to the main process.
         self.skipped_in_a_row = 0
@@ -46,7 +48,12 @@ class Recorder:
             # In a log file, where each refresh is a line of its own, one now and then is enough.
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
-        self._tracker = _tracker(plan.report_to, run.output, vars(plan), run.start.step)
+        self._tracker = _tracker(run)
+
+    @property
+    def tracking(self) -> dict:
+        """What a run that goes on from here has to know to go on in the same place."""
+        return self._tracker.state() if self.is_main else {}
 
     def step(
         self, position: Position, batches: list[Batch], share: torch.Tensor, lr: float, grad_norm
@@ -195,6 +202,9 @@ def perplexity(loss: float) -> float:
 
 
 class _NoTracker:
+    def state(self) -> dict:
+        return {}
+
     def add(self, line: dict) -> None:
         pass
 
@@ -202,13 +212,15 @@ class _NoTracker:
         pass
 
 
-class _TensorBoard:
-    def __init__(self, directory: Path, start_step: int):
+class _TensorBoard(_NoTracker):
+    def __init__(self, run: Run):
         from torch.utils.tensorboard import SummaryWriter
 
         # What an earlier run wrote after the checkpoint that this one goes on from is not shown.
+        start_step = run.start.step
         self._writer = SummaryWriter(
-            directory / "tensorboard", purge_step=start_step + 1 if start_step else None
+            run.output / "tensorboard" / (run.plan.run_name or ""),
+            purge_step=start_step + 1 if start_step else 0,
         )
 
     def add(self, line: dict) -> None:
@@ -220,23 +232,45 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Wandb:
-    def __init__(self, directory: Path, run_arguments: dict):
+class _Wandb(_NoTracker):
+    """The user's own WANDB_ variables hold, where no flag says otherwise."""
+
+    def __init__(self, run: Run):
         import wandb
 
-        self._run = wandb.init(project="opt-colossalai", dir=str(directory), config=run_arguments)
+        before = run.before.state.get("tracking", {}) if run.before else {}
+        given = {}
+        if "WANDB_PROJECT" not in os.environ:
+            given["project"] = before.get("wandb_project", "opt-colossalai")
+        if "wandb_id" in before and "WANDB_RUN_ID" not in os.environ:
+            given["id"] = before["wandb_id"]
+        if before:
+            given["resume"] = "allow"
+        if run.plan.run_name:
+            given["name"] = run.plan.run_name
+        try:
+            self._run = wandb.init(dir=str(run.output), config=vars(run.plan), **given)
+        except Exception as error:  # no login, no network: of wandb's own kinds, and others
+            raise UserError(
+                f"--report_to wandb: {type(error).__name__}: {' '.join(str(error).split()):.200}; "
+                "`wandb login`, or set WANDB_MODE=offline, or leave it out"
+            ) from error
+
+    def state(self) -> dict:
+        return {"wandb_id": self._run.id, "wandb_project": self._run.project}
 
     def add(self, line: dict) -> None:
-        self._run.log(line)
+        # With its step: W&B leaves out steps that are there, of the run that this one goes on from.
+        self._run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _tracker(report_to: str, directory: Path, run_arguments: dict, start_step: int):
-    if report_to == "tensorboard":
-        return _TensorBoard(directory, start_step)
-    return _Wandb(directory, run_arguments) if report_to == "wandb" else _NoTracker()
+def _tracker(run: Run) -> _NoTracker:
+    trackers = {"none": _NoTracker, "tensorboard": _TensorBoard, "wandb": _Wandb}
+    kind = trackers[run.plan.report_to]
+    return kind() if kind is _NoTracker else kind(run)
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:

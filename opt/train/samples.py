@@ -1,5 +1,6 @@
 """What the trained model writes, read from where it was saved as any program would read it."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -11,21 +12,29 @@ from opt.train.plan import Run
 
 
 def show(run: Run, number: int = 3) -> None:
-    """Print descriptions by the saved model, or a line that says why there are none."""
+    """Print what the saved model writes after each --prompt, or `number` descriptions, or a line
+    that says why there is nothing."""
     if run.plan.no_save or is_one_file(run.plan.output_path):
         return
+    prompts = run.plan.prompt
     try:
-        written = _write(run, number)
+        written = _write(run, prompts or [""] * number)
     except Exception as error:  # the model is trained and saved: what it writes is for show
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         print(f"no descriptions that it writes: {reason}", flush=True)
+        return
+    if prompts:
+        print("what it writes after each prompt:")
+        for prompt, text in zip(prompts, written, strict=True):
+            print(f"  - {' '.join(prompt.split())} -> {' '.join(text.split())}", flush=True)
         return
     print("three descriptions that it writes:")
     for text in written:
         print(f"  - {' '.join(text.split())}", flush=True)
 
 
-def _write(run: Run, number: int) -> list[str]:
+def _write(run: Run, prompts: list[str]) -> list[str]:
+    """What comes after each of them. Equal ones are written together, as one batch."""
     tokenizer, device = run.setup.tokenizer, run.here.device
     is_adapter = bool(run.plan.lora_r) and not run.plan.merge_lora
     saved = run.setup.directory if is_adapter else run.plan.output_path
@@ -37,14 +46,18 @@ def _write(run: Run, number: int) -> list[str]:
     # In OPT they are the same.
     no_start = tokenizer.bos_token_id is None
     first = tokenizer.eos_token_id if no_start else tokenizer.bos_token_id
-    start = torch.tensor([[first]] * number, device=device)
-    written = model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        do_sample=True,
-        top_k=50,
-        top_p=0.9,
-        max_new_tokens=min(60, model.config.max_position_embeddings - 1),
-        pad_token_id=model.config.pad_token_id,
-    )
-    return tokenizer.batch_decode(written, skip_special_tokens=True)
+    texts = []
+    for prompt, group in itertools.groupby(prompts):
+        ids = [first, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        start = torch.tensor([ids] * len(list(group)), device=device)
+        written = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=50,
+            top_p=0.9,
+            max_new_tokens=min(60, model.config.max_position_embeddings - len(ids)),
+            pad_token_id=model.config.pad_token_id,
+        )
+        texts += tokenizer.batch_decode(written[:, len(ids) :], skip_special_tokens=True)
+    return texts
