@@ -95,8 +95,7 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
 
 def evaluate_only(run: plans.Run) -> bool:
     """--eval_only. False: there is no new model."""
-    weights = run.before.tensors("weights") if run.before else run.setup.weights
-    boosted = boost(run.plan, run.here, run.setup.config, weights, run.steps)
+    boosted = boost(run.plan, run.here, run.setup.config, run.weights, run.steps)
     boosted.model.unwrap().longest_row = run.dataset.longest
     recorder.results_of_evaluation(run, evaluate(boosted, held_out(run, boosted)))
     return False
@@ -115,8 +114,7 @@ def train(run: plans.Run) -> bool:
     control = Control(here)
     if dataset.train.lengths.min() < dataset.train.lengths.max():
         expect_varying_lengths()
-    weights = setup.weights.taken_up(before.tensors("weights")) if before else setup.weights
-    boosted = boost(plan, here, setup.config, weights, run.steps)
+    boosted = boost(plan, here, setup.config, run.weights, run.steps)
     boosted.model.unwrap().longest_row = dataset.longest
 
     spread, pad_id = boosted.plugin.spread, setup.config.pad_token_id
@@ -124,7 +122,7 @@ def train(run: plans.Run) -> bool:
     train_batches = Batches(dataset.train, *share, plan.seed, plan.padding_free)
     eval_batches = held_out(run, boosted)
 
-    saver = Saver(run, control, boosted, weights)
+    saver = Saver(run, control, boosted, run.weights)
     if before:
         saver.restore(before)
     evaluations, patience = saver.evaluations, plan.early_stopping_patience

@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,6 +40,12 @@ class Run:
     def start(self) -> Position:
         """How far it had come when it starts."""
         return self.before.position if self.before else Position()
+
+    @cached_property
+    def weights(self) -> weights.Weights:
+        """What the model starts with: a checkpoint's, or what was given."""
+        given, before = self.setup.weights, self.before
+        return given.taken_up(before.tensors("weights")) if before else given
 
     @property
     def output(self) -> Path:
