@@ -27,6 +27,7 @@ import torch.distributed as dist
 from opt import measure
 from opt.colossal import processes
 from opt.data.batches import SyntheticBatches
+from opt.model.lora import Lora
 from opt.train import checks, faults
 from opt.train import plan as plans
 from opt.train.schedule import Steps
@@ -123,7 +124,8 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         // (plan.tp_size * plan.pp_size)
     )
     rate = rows * plan.seq_length / median
-    flops = rate / here.world_size * measure.flops_per_token(config, plan.seq_length)
+    a_token = measure.flops_per_token(config, plan.seq_length, Lora.of(plan))
+    flops = rate / here.world_size * a_token
     return {
         "plugin": plan.plugin,
         "model": plan.model_name_or_path,
@@ -141,6 +143,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "fused_loss": plan.fused_loss,
         "fp8": plan.fp8,
         "offload_optim_frac": plan.offload_optim_frac,
+        "lora_r": plan.lora_r,
         "dropout": config.dropout,
         "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},
         "repeats": blocks,

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig
 
+from opt.model.lora import Lora
 
-def flops_per_token(config: OPTConfig, length: int) -> float:
+
+def flops_per_token(config: OPTConfig, length: int, lora: Lora | None = None) -> float:
     """Floating-point operations of forward and backward for a token in a row of `length`;
     recomputation not counted.
 
@@ -24,7 +26,12 @@ def flops_per_token(config: OPTConfig, length: int) -> float:
     scores and their product with the values 2 products of `hidden` multiply-adds for each position
     seen, of which a causal row has (length + 1) / 2 on average. As in PaLM (arXiv:2204.02311,
     appendix B), which counts the whole square of attention.
+
+    With `lora` frozen weights have no gradients, which leaves 4 for each, and what comes before the
+    first adapter has no backward at all.
     """
+    if lora:
+        return _flops_with_adapters(config, length, lora)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     weights = (
         layers * (4 * hidden * hidden + 2 * hidden * config.ffn_dim)
@@ -33,6 +40,27 @@ def flops_per_token(config: OPTConfig, length: int) -> float:
     if config.word_embed_proj_dim != hidden:
         weights += 2 * hidden * config.word_embed_proj_dim
     return 6 * weights + 3 * layers * 2 * 2 * hidden * (length + 1) / 2
+
+
+def _flops_with_adapters(config: OPTConfig, length: int, lora: Lora) -> float:
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    wide = {"fc1": (hidden, config.ffn_dim), "fc2": (config.ffn_dim, hidden)}
+    total = 4 * config.vocab_size * config.word_embed_proj_dim
+    if config.word_embed_proj_dim != hidden:
+        total += (2 + 4) * hidden * config.word_embed_proj_dim  # in, and out
+    for is_first in (True, False):
+        flops, is_reached = 0.0, not is_first  # whether backward goes on through what comes next
+        for block in (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)):
+            for target in block:
+                inputs, outputs = wide.get(target, (hidden, hidden))
+                flops += (2 + 2 * is_reached) * inputs * outputs
+                if target in lora.targets:
+                    flops += 6 * lora.r * outputs + (4 + 2 * is_reached) * lora.r * inputs
+            is_reached = is_reached or any(target in lora.targets for target in block)
+            if "q_proj" in block:
+                flops += (1 + 2 * is_reached) * 2 * 2 * hidden * (length + 1) / 2
+        total += flops if is_first else (layers - 1) * flops
+    return total
 
 
 def matmul_flops(device: torch.device) -> float:

@@ -1,16 +1,24 @@
 """LoRA is PEFT's: the same steps under every plugin, files that either reads; and what it costs."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+from args import train_parser
+from opt.colossal import processes
 from opt.data.batches import collate
+from opt.errors import UserError
+from opt.measure import flops_per_token
+from opt.model.lora import TARGETS, Lora
+from opt.train import checks
 
-from .conftest import REPO, run
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
 from .test_parity import random_model, rows  # noqa: F401  (a fixture)
 
 HYBRID = ("--plugin", "hybrid_parallel")
@@ -116,10 +124,138 @@ def test_twenty_steps_are_pefts(setting, peft, rows, tmp_path):  # noqa: F811
         for key, tensor in tensors.items():
             off = (tensor.float() - peft["tensors"][key]).norm().item()
             assert off < distance * peft["moved"][key], (name, key, off)
-        reads = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(peft["base"]), tmp_path / name
-        )
         with torch.no_grad():
-            after = reads.eval()(**batch_of(peft)).loss.item()
+            after = with_peft(peft["base"], tmp_path / name).eval()(**batch_of(peft)).loss.item()
         # In bf16 the base model that PEFT reads is the more precise one
         assert after == pytest.approx(found["evaluated"], abs=1e-4 if is_fp32 else 0.02), name
+
+
+# ---- as a user runs it
+
+
+# Rows and rate of a step are the same however many processes share it.
+LORA = "--lora_r 4 --lora_alpha 6 --max_train_steps 8 --learning_rate 1e-2 --dropout 0".split()
+LORA += "--eval_steps 8 --padding_free --batch_size 16 --save_total_limit 9".split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model with weights and a tokenizer, and eight steps of LoRA on the sample."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = folder / "base"
+    shutil.copytree(SAMPLE_MODEL, base)
+    torch.manual_seed(0)
+    config = OPTConfig.from_pretrained(base)
+    config.init_std = 0.1
+    OPTForCausalLM(config).save_pretrained(base)
+    output = folder / "output"
+    done = train(output, *LORA, "--model_name_or_path", base, "--save_steps", 4)
+    return {"base": base, "output": output, "said": done.stdout}
+
+
+def loss_of(model, base) -> float:
+    """Of a text, by plain transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("A young chef learns to cook in a small town.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, labels=ids).loss.item()
+
+
+def with_peft(base, adapter):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
+def test_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
+    """Bit for bit; and under tensor parallelism, from there, nearly. What it merges has the loss
+    of what it does not merge. A checkpoint is as small as the adapters."""
+    base, step = trained["base"], "checkpoints/step-00000004"
+    checkpoint = trained["output"] / step
+    tensors = load_file(trained["output"] / "adapter_model.safetensors")
+    elements = sum(t.numel() for t in tensors.values())
+    (saved,) = checkpoint.glob("rank-*.safetensors")
+    # fp32 weights and two moments; names, and 5 KB of random-number state
+    assert 12 * elements < saved.stat().st_size < 12 * elements + 40_000
+    assert f"{elements:,} parameters" in trained["said"] and "descriptions" in trained["said"]
+
+    resume = (*LORA, "--model_name_or_path", base, "--resume", checkpoint)
+    train(tmp_path / "same", *resume)
+    again = load_file(tmp_path / "same" / "adapter_model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+    hybrid = ("--plugin", "hybrid_parallel", "--tp_size", 2, "--merge_lora")
+    other = [flag for flag in resume if flag != "--padding_free"]
+    train(tmp_path / "tp", *other, *hybrid, nproc=2)
+    assert losses(tmp_path / "tp") == pytest.approx(losses(trained["output"]), abs=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "tp")
+    own = loss_of(with_peft(base, trained["output"]), base)
+    assert loss_of(merged, base) == pytest.approx(own, abs=1e-4)
+    assert abs(own - loss_of(AutoModelForCausalLM.from_pretrained(base), base)) > 0.1
+
+
+def refused(*flags) -> str:
+    """What check() says of flags, in this process."""
+    given = ("--dataset", SAMPLE_DATA, *flags)
+    with pytest.raises(UserError) as error:
+        plan = train_parser().parse_args([*map(str, given)])
+        checks.check(plan, processes.Place(0, 1, 0, torch.device("cpu")))
+    return str(error.value)
+
+
+def test_what_is_no_lora_of_this_model_is_refused(trained, tmp_path):
+    model = ("--model_name_or_path", trained["base"], "--output_path", tmp_path / "output")
+    assert "--lora_alpha is for adapters" in refused(*model, "--lora_alpha", 8)
+    assert "--merge_lora is for adapters" in refused(*model, "--merge_lora")
+    one_file = ("--output_path", tmp_path / "a.bin")
+    assert "an adapter is a folder" in refused(*model, "--lora_r", 4, *one_file)
+    from_scratch = ("--model_name_or_path", SAMPLE_MODEL)
+    assert "has no weights" in refused(*model, *from_scratch, "--lora_r", 4)
+    itself = ("--output_path", trained["base"])
+    assert "the model's own folder" in refused(*model, *itself, "--lora_r", 4)
+    adapter = ("--lora_adapter", trained["output"])
+    assert "--lora_r is the adapter's own" in refused(*model, *adapter, "--lora_r", 8)
+    assert "adapter_config.json cannot be read" in refused(*model, "--lora_adapter", tmp_path)
+
+    fields = json.loads((trained["output"] / "adapter_config.json").read_text())
+    changes = {
+        "use_dora": (True, "use_dora is true"),
+        "modules_to_save": (["lm_head"], 'modules_to_save is ["lm_head"]'),
+        "bias": ("all", 'bias is "all"'),
+        "rank_pattern": ({"fc1": 2}, "rank_pattern is"),
+        "init_lora_weights": ("pissa", 'init_lora_weights is "pissa"'),
+        "peft_type": ("IA3", 'peft_type is "IA3"'),
+        "r": (8, "is (4, 128), and in this model (8, 128)"),
+        "lora_alpha": ("much", "r, lora_alpha, lora_dropout or use_rslora"),
+    }
+    tensors = load_file(trained["output"] / "adapter_model.safetensors")
+    for i, (field, (value, said)) in enumerate(changes.items()):
+        folder = tmp_path / f"changed{i}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(fields | {field: value}))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        assert said in refused(*model, "--lora_adapter", folder)
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    lost = tensors.popitem()[0]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert f"lacks {lost}" in refused(*model, "--lora_adapter", folder)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj", "v_proj"], ["fc2"]])
+def test_flops_are_what_pytorch_counts(targets):
+    """Of plain transformers with PEFT: none for weights' gradients, and before the first adapter no
+    backward."""
+    sizes = {"vocab_size": 512, "hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2}
+    narrow = {"word_embed_proj_dim": 32, "do_layer_norm_before": False}
+    config = OPTConfig(**sizes, **narrow, num_attention_heads=4, max_position_embeddings=128)
+    config._attn_implementation = "eager"  # whose products are counted on every device
+    names = [*TARGETS] if targets == "all-linear" else targets
+    model = get_peft_model(OPTForCausalLM(config), LoraConfig(r=8, target_modules=names))
+    length, lora = 128, Lora(8, 8, 0.0, tuple(names), False)
+    ids = torch.randint(4, 512, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    # Eager attention computes the whole square, see tests/test_benchmark.py.
+    counts[torch.ops.aten.bmm] *= (length + 1) / (2 * length)
+    counted = sum(counts.values()) / ids.numel()
+    assert flops_per_token(config, length, lora) == pytest.approx(counted, rel=0.01)
