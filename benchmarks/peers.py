@@ -18,7 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from args import Parser, add_measurement_arguments, add_run_arguments  # noqa: E402
+from args import (  # noqa: E402
+    Parser,
+    add_lora_arguments,
+    add_measurement_arguments,
+    add_run_arguments,
+)
 from opt import installed  # noqa: E402
 
 # engine -> the packages that it needs beside PyTorch and transformers
@@ -29,7 +34,10 @@ ENGINES = {
     "deepspeed_zero2": ["deepspeed"],
     "deepspeed_zero3": ["deepspeed"],
     "deepspeed_offload": ["deepspeed"],
+    "peft": ["peft"],
+    "peft_bf16": ["peft"],
 }
+LORA = ("peft", "peft_bf16")
 
 
 def main() -> None:
@@ -58,6 +66,7 @@ def main() -> None:
     )
     add_measurement_arguments(parser)
     add_run_arguments(parser.add_argument_group("training"), seed=42)
+    add_lora_arguments(parser)
     # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
     parser.set_defaults(
         plugin="torch_ddp",
@@ -75,6 +84,9 @@ def main() -> None:
         parser.error(
             "--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out"
         )
+
+    if bool(args.lora_r) != (args.engine in LORA):
+        parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
     missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
     if missing:
@@ -132,7 +144,8 @@ def measure_engine(args, here, config, contents):
     if args.engine == "hf_trainer":
         measured = hf_trainer(args, here, model, batches)
     else:
-        engine = {"torch_amp": torch_amp, "fsdp2": fsdp2}.get(args.engine, deepspeed_zero)
+        engines = {"fsdp2": fsdp2, **dict.fromkeys(("torch_amp", *LORA), torch_amp)}
+        engine = engines.get(args.engine, deepspeed_zero)
         step, about = engine(args, here, model)
 
         def train_step():
@@ -154,18 +167,23 @@ def measure_engine(args, here, config, contents):
 
 def build_model(args, here, config, contents):
     """transformers' own model on the device, in fp32, with the weights that the plugins start
-    from."""
+    from; with PEFT's adapters beside frozen weights in --precision."""
     import torch
     import transformers
     from transformers.modeling_utils import no_init_weights
 
     config.use_cache = False  # keys and values kept for generation would only cost memory
+    if args.engine in LORA and args.precision == "bf16":
+        torch.set_default_dtype(torch.bfloat16)
     with torch.device(here.device), no_init_weights():
         model = transformers.OPTForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(contents[name])
+    if args.engine in LORA:
+        add_peft_adapters(model, args, contents)
     model.train()
     if args.engine == "hf_trainer":
         return model  # which brings its own checkpointing and compiles the whole model
@@ -183,6 +201,28 @@ def build_model(args, here, config, contents):
     if args.fused_loss:
         use_fused_loss(model, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     return model
+
+
+def add_peft_adapters(model, args, contents) -> None:
+    """PEFT's adapters in place, from the values that ours start from. As PEFT has them by default
+    they are in fp32 and computed under autocast; with peft_bf16 they, and Adam's state, are in
+    bf16."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=list(args.lora_target_modules),
+        use_rslora=args.use_rslora,
+    )
+    get_peft_model(model, settings, autocast_adapter_dtype=args.engine != "peft_bf16")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                place, matrix, _ = name.replace(".default.", ".").rsplit(".", 2)
+                parameter.copy_(contents[f"{place}.adapter.{matrix}.weight"])
 
 
 def use_fused_loss(model, dtype) -> None:
@@ -221,8 +261,8 @@ def adam_numbers(args) -> dict:
 
 
 def torch_amp(args, here, model):
-    """PyTorch alone: fp32 weights, forward under autocast, DistributedDataParallel where there are
-    several processes."""
+    """PyTorch alone: fp32 weights, or with PEFT what they are, forward under autocast,
+    DistributedDataParallel where there are several processes."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
@@ -238,7 +278,8 @@ def torch_amp(args, here, model):
         )
 
     def forward(inputs):
-        with torch.autocast(here.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        is_mixed = args.precision == "bf16" and args.engine != "peft_bf16"
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=is_mixed):
             return model(**inputs)["loss"]
 
     def reducing(is_last):
