@@ -320,7 +320,7 @@ def train_parser() -> argparse.ArgumentParser:
         default="./output_model",
         help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; "
         "a name that ends in .bin "
-        "or .safetensors gives that one file of weights alone, no config.json and no tokenizer, "
+        "or .safetensors gives the weights in that one file, and config.json, the tokenizer, "
         "metrics.jsonl and loss.png beside it; "
         "default ./output_model",
     )

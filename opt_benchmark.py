@@ -10,7 +10,6 @@ run_benchmark.sh sweeps it.
 
 import json
 import statistics
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,7 +158,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "seconds_to_first_step": measured.first_step,
         "device": measure.device_name(here.device),
         "versions": measure.versions(),
-        "commit": commit(),
+        "commit": measure.commit(),
         **measured.more,
     }
 
@@ -198,18 +197,6 @@ def describe(result) -> str:
         f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s "
         f"after launch{kernels}"
     )
-
-
-def commit() -> str:
-    """The commit of this code, "+" behind it where files have changed since; empty outside a git
-    checkout."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from opt.colossal.adam import HybridAdam, decay_groups
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
 from opt.model.opt import expect_varying_lengths
-from opt.train import checks, export, faults, graphs, hub, recorder, samples, schedule
+from opt.train import card, checks, export, faults, graphs, hub, recorder, samples, schedule
 from opt.train import plan as plans
 from opt.train.checkpoints import Saver
 from opt.train.signals import Control
@@ -156,9 +156,9 @@ def train(run: plans.Run) -> bool:
     if plan.load_best_model_at_end and not stopped_by:
         saver.load_best()
     if not stopped_by and not plan.no_save:
-        export.export_model(
-            boosted.plugin, setup.directory, setup.source, setup.tokenizer, plan.output_path
-        )
+        whole = (setup.directory, setup.source, setup.tokenizer, plan.output_path)
+        text = card.text(run) if here.is_main else None
+        export.export_model(boosted.plugin, *whole, card=text)
     if here.is_main and stopped_by:
         print(
             f"{stopped_by}: stopped after step {position.step}, saved in {saver.saved}; go on with "

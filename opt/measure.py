@@ -4,7 +4,9 @@ import os
 import platform
 import re
 import resource
+import shutil
 import statistics
+import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -166,6 +168,20 @@ def memory_limit(device: torch.device) -> int:
         if device.type == "cuda"
         else psutil.virtual_memory().total
     )
+
+
+def commit() -> str:
+    """The commit of this code, "+" behind it where files have changed since; empty outside a git
+    checkout, or without git."""
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:

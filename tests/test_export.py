@@ -11,20 +11,23 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from colossalai.accelerator import get_accelerator, set_accelerator
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from args import resolve, train_parser
+from args import Settings, resolve, train_parser
 from opt.colossal import processes
 from opt.data import tokens
+from opt.errors import UserError
 from opt.model.config import load_config
 from opt.model.opt import meta_model
 from opt.model.weights import open_weights
-from opt.train import export
+from opt.train import card, checks, export
 from opt.train.schedule import Steps
 from opt_train_demo import boost
 
@@ -189,12 +192,78 @@ def test_one_file(name, written_by_four, odd_model):
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], []), "the head is the embedding"
     assert same(dict(model.named_parameters()), tensors_of(odd_model))
-    assert sorted(f.name for f in written_by_four.iterdir()) == [
-        "again",
-        "one.bin",
-        "one.safetensors",
-        "shards",
-    ]
+    tokenizer = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    there = ["again", "config.json", "one.bin", "one.safetensors", "shards", *tokenizer]
+    assert sorted(f.name for f in written_by_four.iterdir()) == there
+
+
+def test_beside_one_file(trained, runs, tmp_path, capsys):
+    """What it takes to load it; what is there and of another stays, and that is told."""
+    write(trained, tmp_path / "new" / "one.bin", card=CARD)
+    model = OPTForCausalLM(OPTConfig.from_pretrained(tmp_path / "new"))
+    model.load_state_dict(torch.load(tmp_path / "new" / "one.bin"), strict=False)
+    assert same(dict(model.named_parameters()), tensors_of(runs.model))
+    assert len(tokens.load_tokenizer(tmp_path / "new")) == len(tokens.load_tokenizer(runs.model))
+    assert (tmp_path / "new" / "README.md").read_text() == CARD
+    assert capsys.readouterr().out == ""
+
+    write(trained, tmp_path / "new" / "one.bin", card=CARD)  # again: all of it is its own
+    assert capsys.readouterr().out == ""
+    for name in ("tokenizer.json", "README.md"):
+        (tmp_path / "new" / name).write_text("{}")
+    write(trained, tmp_path / "new" / "one.safetensors", card=CARD)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "README.md was not written by this script" in said[0]
+    assert "tokenizer.json is another than this model's" in said[1]
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
+    assert not list((tmp_path / "new").glob(".*"))
+
+
+def test_another_models_config_is_not_taken_the_place_of(runs, tmp_path):
+    """Before training."""
+    plan = Settings(output_path=str(tmp_path / "one.bin"), no_save=False)
+    source = load_config(runs.model)
+    checks._check_beside(plan, source)
+    shutil.copy(runs.model / "config.json", tmp_path)
+    checks._check_beside(plan, source)
+    for content in ('{"model_type": "gpt2"}', "{", None):
+        fields = json.loads((runs.model / "config.json").read_text())
+        changed = json.dumps(fields | {"ffn_dim": 64})
+        (tmp_path / "config.json").write_text(content or changed)
+        with pytest.raises(UserError, match="one.bin: .*config.json is of another model"):
+            checks._check_beside(plan, source)
+        checks._check_beside(plan.but(output_path=str(tmp_path)), source)
+
+
+@pytest.mark.parametrize(
+    "base, dataset, wanted",
+    [
+        (
+            "facebook/opt-350m",
+            "hugginglearners/netflix-shows",
+            {
+                "base_model": "facebook/opt-350m",
+                "license": "other",
+                "datasets": ["hugginglearners/netflix-shows"],
+            },
+        ),
+        ("acme/opt", ["acme/shows", "sample/netflix_sample.csv"], {"datasets": ["acme/shows"]}),
+        (".", "./texts.csv", {"license": "mit", "base_model": "acme/base"}),
+    ],
+)
+def test_what_the_hub_reads_of_a_card(base, dataset, wanted, tmp_path):
+    """Of a local model what its own card says."""
+    if base == ".":
+        (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: acme/base\n---\nText\n")
+    plan = Settings(model_name_or_path=base, dataset=dataset)
+    data = card._metadata(
+        SimpleNamespace(plan=plan, setup=SimpleNamespace(directory=tmp_path)), False
+    )
+    parsed = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n").data.to_dict()
+    rest = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert parsed["tags"] == ["opt", "colossalai"]
+    assert {key: parsed.get(key) for key in (*wanted, *rest)} == wanted | rest
+    assert ("license" in parsed) == ("license" in wanted)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +295,13 @@ def trained(runs):
         set_accelerator(accelerator)
 
 
-def write(trained, output_path, shard_bytes=10**9):
+CARD = f"---\ntags: []\n---\n{card.MARK}\n# A model\n"
+
+
+def write(trained, output_path, shard_bytes=10**9, card=None):
     boosted, source, config, tokenizer = trained
-    export.export_model(boosted.plugin, source, config, tokenizer, str(output_path), shard_bytes)
+    given = (source, config, tokenizer, str(output_path), shard_bytes, card)
+    export.export_model(boosted.plugin, *given)
 
 
 @pytest.mark.parametrize("output", ["directory", "shards", "one.safetensors", "one.bin"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from opt.data import tokens
@@ -208,6 +209,11 @@ def test_weights_in_folders_beside_the_model_are_not_its_own(folder, tmp_path, s
     with serving(tmp_path / "hub") as hub:
         done = train("acme/trained", tmp_path, env=hub.environment(tmp_path / "home"))
     assert first_loss(done, tmp_path) == pytest.approx(expected, abs=1e-4)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "acme/trained" and card.data.library_name == "transformers"
+    loss = f"{first_loss(done, tmp_path):.4f}"
+    for part in (loss, "A fine-tune of acme/trained", "torch_ddp", "--dropout 0", "torch 2."):
+        assert part in card.text
     shutil.rmtree(tmp_path / "out")
     done = train(tmp_path / "hub" / "models" / "acme" / "trained", tmp_path)
     assert first_loss(done, tmp_path) == pytest.approx(expected, abs=1e-4)
@@ -245,6 +251,36 @@ def test_a_head_that_is_the_embedding_is(folder, tmp_path, state, expected, dtyp
     assert first_loss(done, tmp_path) == pytest.approx(
         expected, abs=1e-4 if dtype is torch.float32 else 1e-2
     )
+
+
+def test_an_untied_head_is_resumed_on_other_processes(folder, tmp_path, state):
+    """Saved by one process, taken up by two that cut the vocabulary: the same losses."""
+    torch.manual_seed(1)
+    untied = state | {HEAD: torch.randn_like(state["model.decoder.embed_tokens.weight"]) * 0.1}
+    model = folder({"model.safetensors": untied}, tie_word_embeddings=False)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    given = ("--model_name_or_path", model, "--dataset", tmp_path / "texts.txt", "--dropout", 0)
+    given += ("--batch_size", 4, "--num_epoch", 2, "--learning_rate", 1e-2, "--eval_fraction", 0)
+    script, env = REPO / "opt_train_demo.py", {"CUDA_VISIBLE_DEVICES": ""}
+    flags = ("--save_steps", 3, "--output_path", tmp_path / "one")
+    done = run(script, *given, *flags, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    saved = tmp_path / "one" / "checkpoints" / "step-00000003"
+    flags = ("--plugin", "hybrid_parallel", "--tp_size", 2, "--resume", saved)
+    flags += ("--output_path", tmp_path / "two")
+    done = run(script, *given, *flags, nproc=2, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = ([line["loss"] for line in metrics(tmp_path / at)] for at in ("one", "two"))
+    assert len(one) == 6 and one[0] - one[-1] > 0.2
+    assert two == pytest.approx(one, abs=1e-4)
+    heads = [load_file(tmp_path / at / "model.safetensors")[HEAD] for at in ("one", "two")]
+    assert torch.allclose(*heads, atol=1e-3) and not torch.allclose(
+        heads[0], untied[HEAD], atol=1e-2
+    )
+    tied = folder({"model.safetensors": state}, at="tied")
+    flags = ("--resume", saved, "--output_path", tmp_path / "three", "--dry_run")
+    done = run(script, "--model_name_or_path", tied, *given[2:], *flags, env=env)
+    assert_refused(done, "of another model", "lm_head.weight")
 
 
 def test_a_head_that_stands_for_the_embedding(folder, state):

@@ -59,6 +59,7 @@ def check(flags: Namespace, here: Place) -> Setup:
     source = load_config(directory)
     config = with_dropout(source, plan.dropout)
     _check_shape(config, plan)
+    _check_beside(plan, source)
     plan = plan.but(
         max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
     )
@@ -277,6 +278,30 @@ def _check_writable(output_path: str) -> None:
             f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose "
             "another place"
         ) from error
+
+
+# Of config.json, what an export changes
+_OF_A_FILE = ("torch_dtype", "transformers_version", "architectures", "_name_or_path")
+_OF_A_FILE += ("quantization_config", "_attn_implementation_autoset")
+
+
+def _check_beside(plan: Namespace, source: OPTConfig) -> None:
+    """Of a one-file output: that config.json beside it, if there is one, is this model's."""
+    file = output_directory(plan.output_path) / "config.json"
+    if plan.no_save or not is_one_file(plan.output_path) or not file.is_file():
+        return
+    try:
+        there, own = (
+            {k: v for k, v in fields.items() if k not in _OF_A_FILE}
+            for fields in (load_config(file.parent).to_dict(), source.to_dict())
+        )
+    except UserError:
+        there, own = None, {}
+    if there != own:
+        raise UserError(
+            f"--output_path {plan.output_path}: {file} is of another model, and this one's belongs "
+            "there: choose a folder of its own"
+        )
 
 
 def lock_output(output_path: str) -> None:

@@ -38,10 +38,11 @@ def export_model(
     tokenizer,
     output_path: str,
     shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Write a boosted model in Hugging Face layout; with LoRA its adapters alone in PEFT's, or with
     --merge_lora the whole model that they make. To be called by all processes. `source`: the
-    directory that it came from, `config` what its config.json says.
+    directory that it came from, `config` what its config.json says; `card` its README.md.
 
     With pipeline stages each stage writes its own shards, so on several nodes output_path must be a
     folder that they share. Everything is written aside and moved into place at the end, the file
@@ -92,6 +93,7 @@ def export_model(
         for shard in aside.glob("stage*"):
             shard.unlink()
         tokenizer.save_pretrained(aside)
+        _add_card(card, aside, target)
         (target / "config.json").unlink(missing_ok=True)  # of a whole model that was there
         _publish(aside, target)
         shutil.rmtree(aside)
@@ -110,15 +112,47 @@ def export_model(
         fields.pop("quantization_config", None)
         config = OPTConfig.from_dict(fields)
         if one_file:
-            os.replace(next(aside.glob("one_file*")), output_path)
+            for shard in aside.glob("stage*"):
+                shard.unlink()
+        config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if (source / GENERATION).is_file():
+            shutil.copyfile(source / GENERATION, aside / GENERATION)
+        _add_card(card, aside, target)
+        if one_file:
+            weights = next(aside.glob("one_file*"))
+            _put_beside([file for file in sorted(aside.iterdir()) if file != weights], target)
+            os.replace(weights, output_path)
+            flush_to_disk(target)
         else:
-            config.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            if (source / GENERATION).is_file():
-                shutil.copyfile(source / GENERATION, aside / GENERATION)
             _publish(aside, target)
         shutil.rmtree(aside)
     dist.barrier()
+
+
+CARD = "README.md"
+
+
+def _add_card(card: str | None, aside: Path, target: Path) -> None:
+    """Unless the README.md that is there was written by somebody else."""
+    if card is None:
+        return
+    mark = next(line for line in card.splitlines() if line.startswith("<!-- "))
+    before = target / CARD
+    if before.is_file() and mark not in before.read_text(encoding="utf-8", errors="replace"):
+        print(f"{before} was not written by this script: it is left as it is", flush=True)
+        return
+    (aside / CARD).write_text(card, encoding="utf-8")
+
+
+def _put_beside(files: list[Path], target: Path) -> None:
+    """Move what belongs to a weights file beside it; what is there and of another model stays."""
+    for file in files:
+        there = target / file.name
+        if there.exists() and file.name != CARD and there.read_bytes() != file.read_bytes():
+            print(f"{there} is another than this model's: it is left as it is", flush=True)
+        else:
+            file.rename(there)
 
 
 def _write_shard(

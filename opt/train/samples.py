@@ -1,6 +1,7 @@
 """What the trained model writes, read from where it was saved as any program would read it."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import torch
@@ -19,18 +20,23 @@ def show(run: Run, number: int = 3) -> None:
     prompts = run.plan.prompt
     try:
         written = _write(run, prompts or [""] * number)
+        if prompts:
+            _say("what it writes after each prompt:")
+            for prompt, text in zip(prompts, written, strict=True):
+                _say(f"  - {' '.join(prompt.split())} -> {' '.join(text.split())}")
+        else:
+            _say("three descriptions that it writes:")
+            for text in written:
+                _say(f"  - {' '.join(text.split())}")
     except Exception as error:  # the model is trained and saved: what it writes is for show
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        print(f"no descriptions that it writes: {reason}", flush=True)
-        return
-    if prompts:
-        print("what it writes after each prompt:")
-        for prompt, text in zip(prompts, written, strict=True):
-            print(f"  - {' '.join(prompt.split())} -> {' '.join(text.split())}", flush=True)
-        return
-    print("three descriptions that it writes:")
-    for text in written:
-        print(f"  - {' '.join(text.split())}", flush=True)
+        _say(f"no descriptions that it writes: {reason}")
+
+
+def _say(line: str) -> None:
+    """Print it, of a terminal's or a file's characters those that it has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _write(run: Run, prompts: list[str]) -> list[str]:

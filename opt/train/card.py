@@ -1,0 +1,124 @@
+"""The model card: README.md of an exported model, with the metadata that the Hub reads."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from opt import measure
+from opt.model import weights
+from opt.train.export import is_one_file
+from opt.train.plan import Run
+from opt.train.recorder import perplexity
+
+FILE = "README.md"
+MARK = "<!-- written by opt_train_demo.py: changes are lost with the next run into this folder -->"
+_LICENSE = "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md"
+# What holds for a model that was fine-tuned from another as it does for that one
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def text(run: Run) -> str | None:
+    """README.md of the model that `run` has trained; None, and a line that says why, where that
+    fails: no reason to lose the model."""
+    try:
+        return _text(run)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        print(f"no model card ({FILE}): {reason}", flush=True)
+        return None
+
+
+def _text(run: Run) -> str:
+    plan, steps, dataset = run.plan, run.steps, run.dataset
+    base = plan.model_name_or_path
+    is_adapter = bool(plan.lora_r) and not plan.merge_lora
+    data = ModelCardData(**_metadata(run, is_adapter))
+    trained = [line for line in _lines(run) if line.get("loss") is not None]
+    evaluated = [line for line in _lines(run) if line.get("eval_loss") is not None]
+    losses = [f"| {line['step']} | | {line['loss']:.4f} | |" for line in trained[:1] + trained[-1:]]
+    losses += [
+        f"| {line['step']} | {line['eval_loss']:.4f} | | {perplexity(line['eval_loss']):.2f} |"
+        for line in evaluated[:1] + evaluated[1:][-1:]
+    ]
+    from_scratch = not weights.weight_files(run.setup.directory)
+    name = Path(plan.output_path).resolve()
+    settings = {
+        "plugin": plan.plugin,
+        "processes": f"{run.here.world_size} (data {plan.dp_size}, tensor {plan.tp_size}, "
+        f"pipeline {plan.pp_size})",
+        "precision": plan.precision,
+        "rows a step": plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size,
+        "tokens a row, at most": plan.max_length,
+        "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch)",
+        "learning rate": f"{steps.learning_rate:g}",
+        "weight decay": plan.weight_decay,
+        "seed": plan.seed,
+        "device": measure.device_name(run.here.device),
+        "commit": measure.commit() or "unknown",
+        "versions": ", ".join(f"{k} {v}" for k, v in measure.versions().items()),
+    }
+    table = "\n".join(f"| {what} | {value} |" for what, value in settings.items())
+    what = (
+        "An adapter (LoRA) of"
+        if is_adapter
+        else "OPT trained from scratch, as"
+        if from_scratch
+        else "A fine-tune of"
+    )
+    return f"""---
+{data.to_yaml()}
+---
+{MARK}
+
+# {name.stem if is_one_file(plan.output_path) else name.name}
+
+{what} {base}, by ColossalAI: {run.setup.weights.num_parameters / 1e6:,.1f} M parameters.
+
+Data: {dataset.source}; {dataset.counts.rows:,} rows, {dataset.counts.tokens:,} tokens, of which
+{len(dataset.train):,} rows were trained on and {len(dataset.held_out):,} held out.
+
+| step | held-out loss | training loss | perplexity |
+|---|---|---|---|
+{chr(10).join(sorted(losses, key=lambda line: int(line.split()[1])))}
+
+Losses are in nats a token; `metrics.jsonl` has every step.
+
+| | |
+|---|---|
+{table}
+
+```bash
+python {shlex.join(sys.argv)}
+```
+"""
+
+
+def _metadata(run: Run, is_adapter: bool) -> dict:
+    base, found = run.plan.model_name_or_path, {}
+    source = run.setup.directory / FILE
+    if source.is_file():
+        card = ModelCard(source.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        found = {k: v for k, v in card.data.to_dict().items() if k in _INHERITED}
+    if not os.path.isdir(base):
+        found["base_model"] = base
+        if base.startswith("facebook/opt-"):
+            found |= {"license": "other", "license_link": _LICENSE}
+    named = run.plan.dataset
+    names = [named] if isinstance(named, str) else list(named)
+    datasets = [
+        n for n in names if n.count("/") == 1 and not os.path.exists(n) and n[0] not in "./~"
+    ]
+    if datasets:
+        found["datasets"] = datasets
+    tags = ["opt", "colossalai", *(["lora"] if is_adapter else [])]
+    library = "peft" if is_adapter else "transformers"
+    return found | {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+
+
+def _lines(run: Run) -> list[dict]:
+    file = run.output / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
