@@ -193,7 +193,8 @@ def test_one_file(name, written_by_four, odd_model):
     assert (missing, unexpected) == (["lm_head.weight"], []), "the head is the embedding"
     assert same(dict(model.named_parameters()), tensors_of(odd_model))
     tokenizer = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
-    there = ["again", "config.json", "one.bin", "one.safetensors", "shards", *tokenizer]
+    config = ["config.json", "generation_config.json"]
+    there = ["again", *config, "one.bin", "one.safetensors", "shards", *tokenizer]
     assert sorted(f.name for f in written_by_four.iterdir()) == there
 
 

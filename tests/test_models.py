@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
+from args import Settings
 from opt.data import tokens
 from opt.errors import UserError
 from opt.model import weights
 from opt.model.config import load_config
 from opt.model.opt import meta_model
 from opt.model.weights import HEAD
-from opt.train import checks
+from opt.train import checkpoints, checks
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .hub import serving
@@ -278,9 +280,12 @@ def test_an_untied_head_is_resumed_on_other_processes(folder, tmp_path, state):
         heads[0], untied[HEAD], atol=1e-2
     )
     tied = folder({"model.safetensors": state}, at="tied")
-    flags = ("--resume", saved, "--output_path", tmp_path / "three", "--dry_run")
-    done = run(script, "--model_name_or_path", tied, *given[2:], *flags, env=env)
-    assert_refused(done, "of another model", "lm_head.weight")
+    checkpoint = checkpoints.find(str(saved), tmp_path)
+    rows = SimpleNamespace(checksum=lambda: checkpoint.state["data"])
+    plan = Settings(**checkpoint.state["arguments"])
+    checkpoints.check_same_run(checkpoint, plan, opened(model), rows)
+    with pytest.raises(UserError, match="of another model.*lm_head.weight"):
+        checkpoints.check_same_run(checkpoint, plan, opened(tied), rows)
 
 
 def test_a_head_that_stands_for_the_embedding(folder, state):
