@@ -180,7 +180,7 @@ def tell(host: subprocess.Popen, line: str) -> None:
     """Send a line to a host, which may have gone."""
     try:
         host.stdin.write(f"{line}\n")
-    except OSError:
+    except (OSError, ValueError):
         pass
 
 
@@ -258,8 +258,8 @@ def _faults(host: str, own: dict, first: str, its: dict, output: Path) -> list[s
 
 
 def launch(hosts: list[str], port: int, processes: str, script: list[str]) -> int:
-    """Run torchrun on all hosts. Returns the exit code: that of the host whose failure is not only
-    the others'."""
+    """Run torchrun on all hosts. Returns the exit code: of the host that failed first, and by
+    itself."""
     environment = {k: v for k, v in os.environ.items() if k.startswith(HANDED_ON)}
     arguments = ["--nnodes", str(len(hosts)), "--nproc_per_node", processes]
     arguments += ["--master_addr", hosts[0].split("@")[-1], "--master_port", str(port)]
@@ -277,23 +277,26 @@ def launch(hosts: list[str], port: int, processes: str, script: list[str]) -> in
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: [tell(h, name) for h in started.values()])
-    failed_at, ended = None, {}
-    while len(ended) < len(hosts):
+    codes, failed_at = {}, None  # by host, in the order in which they end
+    while len(codes) < len(hosts):
         time.sleep(0.1)
         for host in hosts:
-            if host in ended or (code := started[host].poll()) is None:
+            if host in codes or (code := started[host].poll()) is None:
                 continue
-            ended[host] = code
-            if code == 255:
-                print(f"{sys.argv[0]}: error: {host} is lost: ssh has ended", file=sys.stderr)
+            # ssh's own failure, and what is killed below for not having ended.
+            if is_lost := code in (255, -signal.SIGKILL):
+                line = f"{host} is lost: it does not answer, or has not ended"
+                print(f"{sys.argv[0]}: error: {line}", file=sys.stderr, flush=True)
+            codes[host] = 1 if is_lost else code
             failed_at = failed_at or (code and time.monotonic())
         for seconds, end in ((GRACE_SECONDS, _hang_up), (KILL_SECONDS, subprocess.Popen.kill)):
             if failed_at and time.monotonic() - failed_at > seconds:
-                for host in hosts:
-                    if host not in ended:
-                        end(started[host])
-    codes = [1 if code == 255 else 128 - code if code < 0 else code for code in ended.values()]
-    return next((code for code in codes if code > 1), max(codes))
+                for host in set(hosts) - set(codes):
+                    end(started[host])
+    failures = [code for code in codes.values() if code]
+    # 1 is what those end with that were only left by others, 143 those that were told to end.
+    own = [code for code in failures if code not in (1, 128 + signal.SIGTERM)]
+    return [*own, *failures, 0][0]
 
 
 def _hang_up(host: subprocess.Popen) -> None:

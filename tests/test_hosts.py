@@ -273,6 +273,25 @@ def test_a_lost_node_is_named_by_all_others(hosts, tmp_path, fault, victim, says
 
 
 @pytest.mark.long
+def test_a_host_that_is_lost_ends_what_was_started_by_a_list_of_hosts(hosts, tmp_path):
+    """The others say which, and so does what has started them, which waits for it no longer than a
+    minute."""
+    flags = (*map(str, ENDLESS), "--timeout_minutes", "0.2")
+    started = by_hosts(hosts, tmp_path, 3, 1, *flags)
+    until_step(tmp_path / "out", 5, started)
+    hosts.power_off("node2")
+    begun = time.monotonic()
+    done = finish(started, 150)
+    assert done.returncode == 1, done.stderr
+    assert "run_demo: error: node2 is lost: it does not answer" in done.stderr
+    says = "node2 (rank 2) does not answer: the node's power or network is gone"
+    assert done.stderr.count(says) == 2, done.stderr[-4000:]
+    assert time.monotonic() - begun < 120
+    for name in ("node0", "node1"):
+        assert not hosts.processes(name, SCRIPT)
+
+
+@pytest.mark.long
 def test_a_slow_network_changes_nothing_but_the_time(hosts, tmp_path, two_processes):
     """20 Mbit/s to one of two hosts, where a step moves 35."""
     hosts.slow("node1", "20mbit")

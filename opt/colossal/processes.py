@@ -232,8 +232,9 @@ def _ask_all() -> list[str]:
                 family = socket.AF_INET6 if ":" in process.address else socket.AF_INET
                 s = socket.socket(family, socket.SOCK_STREAM)
                 s.setblocking(False)
-                s.connect_ex((process.address, process.port))
-                asked.register(s, selectors.EVENT_WRITE, rank)
+                # Known at once to be out of reach, it would say so here alone.
+                if s.connect_ex((process.address, process.port)) in (0, errno.EINPROGRESS):
+                    asked.register(s, selectors.EVENT_WRITE, rank)
         end = time.monotonic() + 2
         while asked.get_map() and (left := end - time.monotonic()) > 0:
             for key, _ in asked.select(left):
