@@ -105,7 +105,9 @@ def lost_process(error: Exception, timeout_minutes: float) -> str | None:
     [F34] gloo, and the store at times, raise bare RuntimeErrors, NCCL subclasses of dist.DistError.
     """
     text = str(error)
-    marks = ("gloo", "Connection closed by peer", "EADDRINUSE")
+    # The second is gloo's too, without its name: the same pair is asked again after it timed out.
+    marks = ("gloo", "Application timeout caused pair closure", "Connection closed by peer")
+    marks += ("EADDRINUSE",)
     if not isinstance(error, dist.DistError) and not (
         isinstance(error, RuntimeError) and any(mark in text for mark in marks)
     ):
