@@ -226,6 +226,13 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         action="store_true",
         help="scale adapters by alpha / sqrt(r) instead; default off",
     )
+    g.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="keep the layers' frozen matrices in 4 bits (nf4, double quantization, by "
+        "bitsandbytes): a quarter of the memory, more arithmetic; with --lora_r, not with gemini, "
+        "--tp_size over 1, --fp8 or --merge_lora; default off",
+    )
     return g
 
 
@@ -748,13 +755,27 @@ def _resolve_lora(args: argparse.Namespace) -> None:
             f"{given} is the adapter's own where --lora_adapter is given: leave one of them out"
         )
     if not adapter and not args.lora_r:
-        more = {"--lora_dropout": args.lora_dropout is not None, "--merge_lora": merge}
+        more = {
+            "--lora_dropout": args.lora_dropout is not None,
+            "--merge_lora": merge,
+            "--load_in_4bit": args.load_in_4bit,
+        }
         given = given or next((flag for flag, value in more.items() if value), None)
         if given:
             raise UserError(
                 f"{given} is for adapters, and without --lora_r or --lora_adapter there are none: "
                 "give one of these, or leave it out"
             )
+    if args.load_in_4bit:
+        cannot = {
+            "--plugin gemini": args.plugin == "gemini",
+            "--tp_size over 1": args.tp_size > 1,
+            "--fp8": args.fp8,
+            "--merge_lora": merge,
+        }
+        other = next((flag for flag, value in cannot.items() if value), None)
+        if other:
+            raise UserError(f"--load_in_4bit does not go with {other}: leave one of them out")
     if getattr(args, "output_path", "").endswith((".bin", ".safetensors")) and not merge:
         if adapter or args.lora_r:
             raise UserError(

@@ -143,6 +143,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "fp8": plan.fp8,
         "offload_optim_frac": plan.offload_optim_frac,
         "lora_r": plan.lora_r,
+        "load_in_4bit": plan.load_in_4bit,
         "dropout": config.dropout,
         "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},
         "repeats": blocks,

@@ -88,6 +88,9 @@ def main() -> None:
     if bool(args.lora_r) != (args.engine in LORA):
         parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
+    if args.load_in_4bit:
+        parser.error("--load_in_4bit is not for peers: leave it out")
+
     missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
     if missing:
         not_installed(args, missing)

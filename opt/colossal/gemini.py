@@ -120,8 +120,8 @@ def _init_frozen_chunks(self, param_order, **flags) -> None:
     """With LoRA: chunks for the adapters, as ColossalAI makes them, and of several processes chunks
     for what is frozen too, which are spread alike, and have no gradients and no fp32 copies.
 
-    ColossalAI 0.5.0 keeps frozen parameters whole on each process; it counts them all the same
-    when it looks for a size of chunks, which a few adapters then would not fill.
+    [C25] ColossalAI 0.5.0 keeps frozen parameters whole on each process; it counts them all the
+    same when it looks for a size of chunks, which a few adapters then would not fill.
     """
     manager, size = self.chunk_manager, dist.get_world_size(self.zero_group)
     trained, sizes = OrderedParamGenerator(), []

@@ -256,7 +256,7 @@ class OPTPolicy(OPTForCausalLMPolicy):
         return policy
 
     def get_shared_params(self):
-        """The tied embedding, whose gradients ColossalAI adds up; a frozen one has none."""
+        """The tied embedding, whose gradients ColossalAI adds up; [F53] a frozen one has none."""
         is_frozen = not self.model.lm_head.weight.requires_grad
         return [] if is_frozen else super().get_shared_params()
 

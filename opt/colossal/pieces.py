@@ -18,6 +18,8 @@ from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
 from opt.colossal.adam import MOMENTS, adam_state
 from opt.colossal.processes import Spread
+from opt.model.four_bits import FourBits
+from opt.model.linear import Linear
 from opt.model.weights import HEAD, Weights
 
 # Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are
@@ -69,7 +71,11 @@ class Form:
         """[F10] Fill the model, and [F11] the fp32 copies of 16-bit weights in the precision that
         `weights` have."""
         pieces = {piece.name: piece for piece in self.pieces()}
+        packed = self._packed()
         for name, working in self.model.unwrap().named_parameters():
+            if working in packed:
+                packed[working].fill(working, weights[name])
+                continue
             part = _part(weights[name], working.shape, spread.tp_rank)
             working.data.copy_(part)
             piece = pieces.get(name)
@@ -77,12 +83,23 @@ class Form:
                 own = part.flatten()[piece.start : piece.start + piece.size]
                 piece.weights[: own.numel()].copy_(own)
 
+    def _packed(self) -> dict[torch.Tensor, FourBits]:
+        """Frozen weights in 4 bits, and what packs them."""
+        return {
+            module.weight: module.product
+            for module in self.model.unwrap().modules()
+            if isinstance(module, Linear) and isinstance(module.product, FourBits)
+        }
+
     def held(self) -> Iterator[tuple[str, torch.Size, int, torch.Tensor]]:
         """What this process holds of each parameter: its name, its shape on this tensor-parallel
         rank, and elements of that, flat, from a position on. As they compute and, where Adam
         updates others, as these."""
         pieces = {piece.name: piece for piece in self.pieces()}
+        packed = self._packed()
         for name, working in self.model.unwrap().named_parameters():
+            if working in packed:  # no longer what was read
+                continue
             yield name, working.shape, 0, working.data.flatten()
             piece = pieces.get(name)
             if piece and piece.size:

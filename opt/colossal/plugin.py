@@ -26,7 +26,7 @@ from transformers.modeling_utils import no_init_weights
 
 from opt.colossal.pieces import Form
 from opt.colossal.processes import Spread, seed_everything
-from opt.model import linear, lora
+from opt.model import four_bits, linear, lora
 from opt.model.config import DTYPES
 from opt.model.opt import OPTForCausalLM, compile_layers
 from opt.model.weights import Weights
@@ -108,9 +108,15 @@ class Plugin:
     def _new_frozen_model(self, config: OPTConfig) -> OPTForCausalLM:
         """With LoRA: frozen weights are in the precision of the products from the start, the
         adapters in that of weights that are trained."""
+        dtype, packs = DTYPES[self.plan.precision], self.plan.load_in_4bit
         device = nullcontext() if self.is_lazy else torch.device(self.device)
-        with device, _default_dtype(DTYPES[self.plan.precision]):
+        # Of matrices that will be packed nothing else ever takes memory
+        with torch.device("meta") if packs and not self.is_lazy else device, _default_dtype(dtype):
             model = OPTForCausalLM(config)
+            if packs:
+                four_bits.prepare(model, dtype, is_kept=self.plan.grad_checkpoint)
+        if packs and not self.is_lazy:
+            model.to_empty(device=self.device).tie_weights()
         with device, _default_dtype(self.weights_dtype):
             lora.add_adapters(model, self.adapters)
         return model

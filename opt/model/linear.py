@@ -1,6 +1,6 @@
 """The one linear map of the decoder layers, put together of parts: how matrices are multiplied, an
 adapter (LoRA) beside the product, and what goes over a tensor-parallel group before and after.
-Weights in 4 bits would be another product.
+Weights in 4 bits (four_bits) are another product.
 
 `attach` puts it in the place of PyTorch's, and of what a plugin has cut, around the same
 parameters: after the plugin, and before the layers are compiled.
@@ -87,7 +87,9 @@ def attach(
         for name, child in list(parent.named_children()):
             parts = cut(child)
             if isinstance(child, nn.Linear) or parts is not None:
-                given = {"product": product, "adapter": adapters.get(child)} | (parts or {})
+                # One that it has already is of its weight's own form
+                own_product = getattr(child, "product", product)
+                given = {"product": own_product, "adapter": adapters.get(child)} | (parts or {})
                 linear = Linear(child.weight, child.bias, **given)
                 linear.is_cut = parts is not None
                 setattr(parent, name, linear)

@@ -120,6 +120,11 @@ def with_adapters(
         adapter = lora.InitialAdapter(lora.Lora.of(plan), config, plan.seed)
     else:
         return plan, contents
+    if plan.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "--load_in_4bit needs a package that is not installed: pip install bitsandbytes, or "
+            "leave it out"
+        )
     return plan, lora.Adapted(contents, adapter)
 
 

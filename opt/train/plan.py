@@ -14,7 +14,7 @@ from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
 from opt.data.tokens import Dataset
 from opt.errors import UserError
-from opt.model import kernel_probe, weights
+from opt.model import four_bits, kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
 from opt.registry import plugin_class
@@ -167,7 +167,9 @@ def describe(run: Run) -> str:
     lines = {
         "device": device,
         "plugin": plan.plugin + f" ({about})" * bool(about),
-        "precision": plan.precision + ", the layers' matrix products in fp8" * plan.fp8,
+        "precision": plan.precision
+        + ", the layers' matrix products in fp8" * plan.fp8
+        + ", the layers' frozen matrices in 4 bits" * plan.load_in_4bit,
         "model": f"{plan.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M "
         "parameters",
         "weights": origin,
@@ -256,5 +258,9 @@ def memory_bytes(
     layers = config.num_hidden_layers / plan.pp_size * min(plan.pp_size, plan.num_microbatches or 1)
     plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
     state = plugin.state_bytes(plan, trained, plan.dp_size)
-    state += plugin.frozen_bytes(plan, parameters - trained, plan.dp_size)
+    frozen = parameters - trained
+    if plan.load_in_4bit:
+        matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
+        frozen -= (1 - four_bits.BYTES / width) * matrices * config.num_hidden_layers
+    state += plugin.frozen_bytes(plan, frozen, plan.dp_size)
     return state + tokens * (kept * layers + config.vocab_size * (width + 8) / plan.tp_size)

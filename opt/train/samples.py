@@ -17,6 +17,13 @@ def show(run: Run, number: int = 3) -> None:
     that says why there is nothing."""
     if run.plan.no_save or is_one_file(run.plan.output_path):
         return
+    if run.plan.load_in_4bit:
+        print(
+            "no descriptions that it writes: the base model, of which there was never more than "
+            "4 bits here, may not fit",
+            flush=True,
+        )
+        return
     prompts = run.plan.prompt
     try:
         written = _write(run, prompts or [""] * number)
