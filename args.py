@@ -138,9 +138,13 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
     )
     g.add_argument(
         "--grad_checkpoint",
-        action="store_true",
-        help="recompute each layer's activations in backward: less memory, about a third more "
-        "arithmetic; default off",
+        nargs="?",
+        type=_number(int, 1),
+        const=1,
+        default=0,
+        metavar="N",
+        help="recompute the activations of every N-th layer in backward: less memory, with N 1 "
+        "about a third more arithmetic; default off, N 1 if it is not given",
     )
     g.add_argument(
         "--fused_loss",

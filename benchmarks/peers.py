@@ -88,6 +88,8 @@ def main() -> None:
     if bool(args.lora_r) != (args.engine in LORA):
         parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
+    if args.grad_checkpoint > 1:
+        parser.error("--grad_checkpoint of peers is of all layers: leave the number out")
     if args.load_in_4bit:
         parser.error("--load_in_4bit is not for peers: leave it out")
 
@@ -458,7 +460,7 @@ def hf_trainer(args, here, model, batches):
             optim="adamw_torch_fused",
             bf16=args.precision == "bf16",
             torch_compile=args.compile,
-            gradient_checkpointing=args.grad_checkpoint,
+            gradient_checkpointing=bool(args.grad_checkpoint),
             gradient_checkpointing_kwargs={"use_reentrant": False}
             if args.grad_checkpoint
             else None,

@@ -4,9 +4,11 @@ linear maps."""
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import OPTConfig
 
 from opt.model import linear
 from opt.model.attention import attend, locate
+from opt.model.opt import OPTForCausalLM
 
 LENGTHS = [31, 5, 40, 1, 0, 22, 63, 14]
 
@@ -115,3 +117,24 @@ def test_linear_map_is_pytorchs(device, dtype, near):
             assert torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) < (
                 8e-3 if autocast else near
             )
+
+
+def test_every_nth_layer_is_recomputed():
+    """Runs a second time in backward; the gradients stay what they are, dropout included."""
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(**sizes, vocab_size=64, word_embed_proj_dim=32)).train()
+    runs = [0] * 5
+    for i, layer in enumerate(model.model.decoder.layers):
+        layer.fc1.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    ids = torch.randint(4, 64, (2, 16))
+    found = {}
+    for every, expected in {0: [1, 1, 1, 1, 1], 1: [2, 2, 2, 2, 2], 2: [2, 1, 2, 1, 2]}.items():
+        model.recompute_every, runs[:] = every, [0] * 5
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(input_ids=ids, labels=ids)["loss"].backward()
+        assert runs == expected
+        found[every] = [p.grad.clone() for p in model.parameters()]
+    for every in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[every], strict=True))

@@ -99,7 +99,7 @@ class Plugin:
                     model = OPTForCausalLM(config).to(self.weights_dtype)
         is_tied = model.lm_head.weight is model.model.decoder.embed_tokens.weight
         assert is_tied == config.tie_word_embeddings
-        model.recompute_activations, model.fused_loss = (
+        model.recompute_every, model.fused_loss = (
             self.plan.grad_checkpoint,
             self.plan.fused_loss,
         )
@@ -114,7 +114,7 @@ class Plugin:
         with torch.device("meta") if packs and not self.is_lazy else device, _default_dtype(dtype):
             model = OPTForCausalLM(config)
             if packs:
-                four_bits.prepare(model, dtype, is_kept=self.plan.grad_checkpoint)
+                four_bits.prepare(model, dtype, self.plan.grad_checkpoint)
         if packs and not self.is_lazy:
             model.to_empty(device=self.device).tie_weights()
         with device, _default_dtype(self.weights_dtype):

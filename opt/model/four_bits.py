@@ -7,6 +7,7 @@ from torch import nn
 
 from opt.model.linear import product_dtype
 from opt.model.lora import TARGETS
+from opt.model.opt import recomputes
 
 BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: itself, its part of a scale, of that one's
 
@@ -60,11 +61,11 @@ class _UnpackedProduct(torch.autograd.Function):
         return grad @ whole, None, None, None
 
 
-def prepare(model: nn.Module, dtype: torch.dtype, is_kept: bool) -> None:
+def prepare(model: nn.Module, dtype: torch.dtype, recompute_every: int) -> None:
     """Give the matrices of a new OPTForCausalLM's layers packed weights, still to be filled, and
     products of their own, which linear.attach finds. In the place of weights that need no memory
-    yet."""
-    for layer in model.model.decoder.layers:
+    yet. `recompute_every`: see opt.recomputes."""
+    for number, layer in enumerate(model.model.decoder.layers):
         for place in TARGETS.values():
             linear = layer.get_submodule(place)
             packed = torch.empty(
@@ -74,4 +75,4 @@ def prepare(model: nn.Module, dtype: torch.dtype, is_kept: bool) -> None:
                 device=linear.weight.device,
             )
             linear.weight = nn.Parameter(packed, requires_grad=False)
-            linear.product = FourBits(dtype, is_kept)
+            linear.product = FourBits(dtype, recomputes(number, recompute_every))

@@ -42,7 +42,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.tie_weights()  # [F40] transformers' own __init__ leaves it out under no_init_weights
         self.stage = Stage(0, config.num_hidden_layers)
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
-        self.recompute_activations = False
+        self.recompute_every = 0  # see recomputes
         self.fused_loss = False
         # Called before, between and behind the decoder layers with (the one that has just run or
         # None, the one that runs next or None, the hidden states between them). Backward comes by
@@ -102,12 +102,11 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # [F22] Gemini's embedding gives a ColoTensor, which no kernel takes for one
         hidden_states = hidden_states.as_subclass(torch.Tensor)
         before = None
-        for layer in self.own_layers:
+        for number, layer in enumerate(self.own_layers, self.stage.start):
             if self.between_layers:
                 self.between_layers(before, layer, hidden_states)
-            hidden_states = run_layer(
-                layer, self.recompute_activations and self.training, hidden_states, rows
-            )
+            recompute = self.training and recomputes(number, self.recompute_every)
+            hidden_states = run_layer(layer, recompute, hidden_states, rows)
             before = layer
         if self.between_layers:
             self.between_layers(before, None, hidden_states)
@@ -138,6 +137,12 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # padding.
         first = dist.get_rank(self.tp_group) * self.lm_head.weight.shape[0]
         return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
+
+
+def recomputes(number: int, every: int) -> bool:
+    """Whether the layer `number` (from 0) recomputes its activations in backward: every `every`-th
+    does, with 0 none."""
+    return every > 0 and number % every == 0
 
 
 def run_layer(

@@ -254,7 +254,9 @@ def memory_bytes(
     """
     width = 4 if plan.precision == "fp32" else 2
     tokens = plan.batch_size / (plan.num_microbatches or 1) * plan.max_length
-    kept = (2 if plan.grad_checkpoint else 34 / plan.tp_size) * config.hidden_size * width / 2
+    recomputed = 1 / plan.grad_checkpoint if plan.grad_checkpoint else 0.0  # share of the layers
+    kept = 2 * recomputed + 34 / plan.tp_size * (1 - recomputed)
+    kept *= config.hidden_size * width / 2
     layers = config.num_hidden_layers / plan.pp_size * min(plan.pp_size, plan.num_microbatches or 1)
     plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
     state = plugin.state_bytes(plan, trained, plan.dp_size)
