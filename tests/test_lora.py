@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -11,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from args import train_parser
+from args import Settings, train_parser
 from opt.colossal import processes
 from opt.data.batches import collate
 from opt.errors import UserError
 from opt.measure import flops_per_token
-from opt.model.lora import TARGETS, Lora
+from opt.model.lora import TARGETS, Adapted, Lora
+from opt.model.weights import CheckpointWeights
 from opt.train import checks
+from opt.train.checkpoints import Checkpoint, check_same_run
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
 from .test_parity import random_model, rows  # noqa: F401  (a fixture)
@@ -28,7 +31,6 @@ FOUR_BITS = ("--load_in_4bit",)
 SETTINGS = {
     1: {
         "gemini": ("--plugin", "gemini"),
-        "hybrid_parallel": HYBRID,
         "torch_ddp, bf16": ("--precision", "bf16"),
         "torch_ddp, 4 bits": FOUR_BITS,
         "low_level_zero, 4 bits": (*ZERO, *FOUR_BITS, "--grad_checkpoint"),
@@ -38,12 +40,12 @@ SETTINGS = {
         "low_level_zero": ZERO,
         "low_level_zero, bf16": (*ZERO, "--precision", "bf16"),
         "gemini": ("--plugin", "gemini"),
-        "gemini for accumulation": ("--plugin", "gemini", "--gradient_accumulation_steps", 2),
         "tp=2": (*HYBRID, "--tp_size", 2),
         "pp=2": (*HYBRID, "--pp_size", 2),
         "pp=2, 4 bits": (*HYBRID, "--pp_size", 2, *FOUR_BITS),
     },
     4: {
+        "gemini for accumulation": ("--plugin", "gemini", "--gradient_accumulation_steps", 2),
         "tp=2 x pp=2": (*HYBRID, "--tp_size", 2, "--pp_size", 2),
         "tp=2 x dp=2, ZeRO": (*HYBRID, "--tp_size", 2, "--zero_stage", 1, "--precision", "bf16"),
         "tp=2 x dp=2, bf16": (*HYBRID, "--tp_size", 2, "--precision", "bf16"),
@@ -221,6 +223,23 @@ def test_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
     own = loss_of(with_peft(base, trained["output"]), base)
     assert loss_of(merged, base) == pytest.approx(own, abs=1e-4)
     assert abs(own - loss_of(AutoModelForCausalLM.from_pretrained(base), base)) > 0.1
+
+
+def test_adapters_beside_other_weights_are_not_taken_up(trained, tmp_path):
+    checkpoint = Checkpoint.read(trained["output"] / "checkpoints/step-00000004")
+    plan = Settings(**checkpoint.state["arguments"])
+    data = SimpleNamespace(checksum=lambda: checkpoint.state["data"])
+
+    def check(base):
+        model = Adapted(CheckpointWeights(base), checkpoint.tensors("weights"))
+        check_same_run(checkpoint, plan, model, data)
+
+    check(trained["base"])
+    other = load_file(trained["base"] / "model.safetensors")
+    other["model.decoder.layers.1.fc1.weight"] *= 1.1
+    save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="adapters to other weights"):
+        check(tmp_path)
 
 
 def refused(*flags) -> str:

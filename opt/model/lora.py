@@ -131,10 +131,21 @@ class Adapted(Weights):
         return self._names.get(name, self.base).sample(name)
 
     @property
+    def frozen_checksum(self) -> str:
+        """See Weights."""
+        digest = hashlib.sha256()
+        for name in sorted(self.base):
+            _, values = self.base.sample(name)
+            digest.update(name.encode() + values.cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
     def trained(self) -> Weights:
+        """The adapter's."""
         return self._adapter
 
     def taken_up(self, saved: Weights) -> "Adapted":
+        """The same frozen weights, with another adapter's."""
         return Adapted(self.base, saved)
 
 

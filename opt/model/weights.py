@@ -142,6 +142,11 @@ class Weights(Mapping):
         return sum(math.prod(self.shape(name)) for name in self)
 
     @property
+    def frozen_checksum(self) -> str | None:
+        """Of a sample of those that are not trained; None where all are."""
+        return None
+
+    @property
     def trained(self) -> "Weights":
         """Those that are trained."""
         return self

@@ -63,6 +63,7 @@ class Saver:
         self.evaluations = run.before.evaluations if run.before else Evaluations()
         self._best = run.before.best if run.before else None  # the checkpoint of the best one
         self._checksum: str | None = None  # of the rows
+        self._frozen_checksum = model.frozen_checksum if run.here.is_main else None
         shapes = {name: torch.Size(model.shape(name)) for name in model}
         self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
         self._thread: threading.Thread | None = None
@@ -151,6 +152,7 @@ class Saver:
                 "scaler": scaler_state(self._optimizer),
                 "world_size": self._here.world_size,
                 "arguments": vars(self._plan),
+                "frozen": self._frozen_checksum,
                 "evaluations": self.evaluations.state(),
                 "tracking": tracking or {},
                 "best": str(self._best) if self._best else None,  # where it is not this one
@@ -417,7 +419,17 @@ def check_same_run(
             f"checkpoint {checkpoint.path} was made with other training data "
             f"({changed or 'same flags, other texts or tokenizer'}): give the same"
         )
-    for flag in ("lora_alpha", "use_rslora"):  # the others show in names and shapes below
+    frozen = model.frozen_checksum
+    if frozen and checkpoint.state.get("frozen") not in (None, frozen):
+        raise UserError(
+            f"checkpoint {checkpoint.path} has adapters to other weights than those of "
+            f"{plan.model_name_or_path}: give the model that they were trained beside"
+        )
+    for flag in (
+        "lora_alpha",
+        "use_rslora",
+        "load_in_4bit",
+    ):  # the others show in names and shapes below
         if plan.lora_r and before.get(flag) != now[flag]:
             raise UserError(
                 f"checkpoint {checkpoint.path} was made with --{flag} {before.get(flag)}, not "
