@@ -5,9 +5,11 @@ configuration, the data or the device is checked in opt/train/checks.py.
 """
 
 import argparse
+import codecs
 import json
 import re
 
+from opt.data.texts import parse_template
 from opt.errors import UserError, report_user_error
 from opt.registry import PLUGINS
 
@@ -353,20 +355,57 @@ def train_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("data")
     g.add_argument(
         "--dataset",
-        default="hugginglearners/netflix-shows",
-        help="Hub id, wikitext-2-raw, or a local csv, tsv, json, jsonl, txt or parquet file; "
-        "default hugginglearners/netflix-shows",
+        nargs="+",
+        default=["hugginglearners/netflix-shows"],
+        help="Hub ids, wikitext-2-raw, local files (csv, tsv, json, jsonl, txt, parquet, also .gz, "
+        ".bz2, .xz, .zst), globs or folders, in this order; default hugginglearners/netflix-shows",
+    )
+    g.add_argument("--dataset_config_name", help="configuration of a data set on the Hub")
+    g.add_argument("--train_split", help="split to train on; default train, or the only one")
+    g.add_argument(
+        "--validation_split",
+        help="split to evaluate on, none to hold texts out instead; default validation, where a "
+        "data set has it",
+    )
+    g.add_argument(
+        "--validation_file",
+        nargs="+",
+        help="files, folders or Hub ids to evaluate on; default: what is held out",
     )
     g.add_argument(
         "--text_column",
-        default="description",
-        help="column that holds the text; default description (a txt file is one text a line)",
+        help="column that holds the text, a nested one by dots (answer.text); default description, "
+        "text, or the only column (a txt file is one text a line)",
     )
+    g.add_argument(
+        "--prompt_column", help="column before --response_column; it is read and has no loss"
+    )
+    g.add_argument("--response_column", help="column with the text to learn, after --prompt_column")
+    g.add_argument(
+        "--template",
+        help="text with columns in braces, such as 'Q: {question}\\nA: {answer}': what stands "
+        "before the last one, or before --response_column, has no loss",
+    )
+    g.add_argument("--csv_delimiter", help="what stands between a csv's fields; default: found out")
+    g.add_argument("--encoding", help="of text files; default UTF-8, or what their mark says")
     g.add_argument(
         "--max_length",
         type=_number(int, 2),
         help="longest row in tokens, start and end tokens included; default 512 or the model's "
         "positions if fewer",
+    )
+    g.add_argument(
+        "--long_texts",
+        choices=("continue", "cut"),
+        default="continue",
+        help="what becomes of a text over --max_length: it goes on in a next row, or its rest is "
+        "cut away; default continue",
+    )
+    g.add_argument(
+        "--block_size",
+        type=_number(int, 2),
+        help="join all texts, an end token between them, and cut them into rows of so many tokens; "
+        "default: a row is a text, but of wikitext-2-raw a block of --max_length",
     )
     g.add_argument(
         "--padding_free",
@@ -381,6 +420,12 @@ def train_parser() -> argparse.ArgumentParser:
         type=_number(float, 0, 0.9),
         default=0.05,
         help="held-out share of the texts, 0 to 0.9; default 0.05; 0 for no evaluation",
+    )
+    g.add_argument(
+        "--max_train_samples", type=_number(int, 1), help="texts to train on at most; default all"
+    )
+    g.add_argument(
+        "--max_eval_samples", type=_number(int, 1), help="texts to evaluate on; default all"
     )
 
     g = parser.add_argument_group("schedule")
@@ -668,6 +713,8 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
 
     _resolve_lora(args)
 
+    if hasattr(args, "dataset"):  # the benchmark has no data
+        _check_data(args)
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0
     if zero and args.zero_stage == 0:
@@ -794,3 +841,43 @@ def _resolve_lora(args: argparse.Namespace) -> None:
     args.lora_target_modules = [
         name for name in LORA_TARGETS if name in names or "all-linear" in names
     ]
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    """Refuse flags of the data that say two things at once. Raises UserError."""
+    if args.template:
+        parse_template(args.template, args.response_column)
+        if args.prompt_column:
+            raise UserError(
+                "--template and --prompt_column both say what the prompt is: leave one out"
+            )
+    elif bool(args.prompt_column) != bool(args.response_column):
+        raise UserError(
+            "--prompt_column and --response_column go together: give both, or --template"
+        )
+    has_prompt = args.template or args.response_column
+    if has_prompt and args.text_column:
+        raise UserError(
+            "--text_column does not go with --template or --prompt_column: leave one out"
+        )
+    if has_prompt and args.block_size:
+        raise UserError(
+            "--block_size joins whole texts, which have no prompt: leave it out, or the prompt"
+        )
+    if args.validation_file and args.validation_split:
+        raise UserError(
+            "--validation_file and --validation_split both say what is held out: leave one out"
+        )
+    if args.csv_delimiter:
+        args.csv_delimiter = args.csv_delimiter.replace("\\t", "\t")
+        if len(args.csv_delimiter) != 1 or args.csv_delimiter in '\n\r"':
+            raise UserError(f"--csv_delimiter is one character, not '{args.csv_delimiter:.20}'")
+    if args.encoding:
+        try:
+            is_text = codecs.lookup(args.encoding)._is_text_encoding
+        except (LookupError, ValueError):
+            is_text = False
+        if not is_text:
+            raise UserError(f"--encoding {args.encoding:.40}: no such encoding; utf-8, cp1252, ...")
+        if codecs.lookup(args.encoding).name == "utf-8":
+            args.encoding = None  # read with or without a mark, as by default

@@ -112,7 +112,7 @@ def train(run: plans.Run) -> bool:
     """From the model to the saved model. False if a signal has stopped it."""
     plan, here, setup, dataset, before = run.plan, run.here, run.setup, run.dataset, run.before
     control = Control(here)
-    if dataset.train.lengths.min() < dataset.train.lengths.max():
+    if dataset.train.shortest < dataset.train.longest:
         expect_varying_lengths()
     boosted = boost(plan, here, setup.config, run.weights, run.steps)
     boosted.model.unwrap().longest_row = dataset.longest

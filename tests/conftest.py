@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from args import Settings
+from args import train_parser
 from opt.data import tokens
 
 REPO = Path(__file__).resolve().parent.parent
@@ -131,10 +131,12 @@ def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env
     return done
 
 
-def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer) -> tokens.Dataset:
+def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer, *flags) -> tokens.Dataset:
     """What opt_train_demo.py makes of a data set before it trains."""
-    given = {"dataset": str(dataset), "text_column": column, "max_length": max_length}
-    plan = Settings(**given, eval_fraction=eval_fraction, seed=seed)
+    given = ["--dataset", *(dataset if isinstance(dataset, list) else [dataset])]
+    given += ["--text_column", column] if column else []
+    given += ["--max_length", max_length, "--eval_fraction", eval_fraction, "--seed", seed, *flags]
+    plan = train_parser().parse_args(list(map(str, given)))
     return tokens.open_dataset(tokens.tokenize(plan, tokenizer))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import os
 import random
 import selectors
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -121,6 +123,8 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
         max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     )
 
+    global _timeout
+    _timeout = 60 * timeout_minutes
     timeout = timedelta(minutes=timeout_minutes)
     if here.device.type == "cuda":
         dist.init_process_group("nccl", device_id=here.device, timeout=timeout)
@@ -148,6 +152,7 @@ class _Process:
 _processes: list[_Process] = []
 # A socket that nobody ever accepts from: the kernel answers for it as long as this process lives.
 _ear: list[socket.socket] = []
+_timeout = 600.0  # seconds that a collective waits
 
 
 def _introduce(world_size: int) -> None:
@@ -306,17 +311,18 @@ def seed_everything(seed: int) -> None:
 
 def node_first(here: Place, work):
     """Run `work()` on the first process of each node; every process of the node gets its result, or
-    its exception.
+    its exception. The others wait for it as long as it takes.
 
     The result travels between processes, so it should be small: a path, not the data.
     """
     outcome = None
-    if here.local_rank == 0 or not dist.is_initialized():
-        try:
-            outcome = (work(), None)
-        except Exception as error:
-            # Handed to the node's other processes, which would wait for ever otherwise
-            outcome = (None, error)
+    with _at_work(here.world_size):
+        if here.local_rank == 0 or not dist.is_initialized():
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                # Handed to the node's other processes, which would wait for ever otherwise
+                outcome = (None, error)
     if dist.is_initialized():  # a dry run is one process, whatever the number that it plans for
         outcomes = [None] * here.world_size
         dist.all_gather_object(outcomes, outcome)
@@ -326,3 +332,47 @@ def node_first(here: Place, work):
     if error is not None:
         raise error
     return result
+
+
+_BEAT = 5.0  # seconds between signs of life of a process at work
+_works = itertools.count()
+
+
+@contextmanager
+def _at_work(world_size: int):
+    """Within it this process gives signs of life; behind it, it has waited for all others: for
+    hours, if they give such signs, and no longer than a collective waits if they do not. Then the
+    collective that follows says what is wrong."""
+    if world_size == 1 or not dist.is_initialized():
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    name, done = f"opt_work/{next(_works)}", threading.Event()
+
+    def beat():
+        with suppress(RuntimeError):  # the process that keeps the store is gone
+            while not done.wait(_BEAT):
+                store.add(f"{name}/beats", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    with suppress(RuntimeError):
+        store.add(f"{name}/done", 1)
+        _wait_for_all(store, name, world_size)
+
+
+def _wait_for_all(store, name: str, world_size: int) -> None:
+    beats, heard, pause = 0, time.monotonic(), 0.002
+    while time.monotonic() - heard < _timeout and store.add(f"{name}/done", 0) < world_size:
+        now = store.add(f"{name}/beats", 0)
+        if now != beats:
+            beats, heard = now, time.monotonic()
+        elif pause == 0.5 and "gone" in _ask_all():
+            return  # nobody has to wait for one that was killed
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)

@@ -57,23 +57,24 @@ class Batches:
         order = np.arange(len(self.rows))
         if self.seed is not None:
             np.random.default_rng((self.seed, number)).shuffle(order)
-        lengths = self.rows.lengths
+        longest = self.rows.longest
         per_step = self.batch_size * self.dp_size
         for start in range(done, len(order), per_step):
-            everyone = order[start : start + per_step]
-            # Dealt out in turn, so that a last step with few rows gives every rank its share.
-            own = [self.rows[j] for j in everyone[self.dp_rank :: self.dp_size]]
             # Every rank knows every row's length: no rank has to ask the others what they hold.
-            tokens = int(lengths[everyone].sum())
+            everyone = order[start : start + per_step]
+            lengths, contexts = self.rows.lengths[everyone], self.rows.contexts[everyone]
+            ranks = deal(lengths, self.dp_size)
+            own = ranks[self.dp_rank]
+            rows = [self.rows[j] for j in everyone[own]]
             if self.padding_free:
-                inputs = pack(own, self.batch_size, int(lengths.max()), self.pad_id)
+                most = max(int(lengths[rank].sum()) for rank in ranks)
+                inputs = pack(rows, contexts[own], self.batch_size, longest, self.pad_id, most)
             else:
                 # No pads beyond the longest row of all: the model may have no positions there.
-                length = min(
-                    -(-int(lengths[everyone].max()) // PAD_TO) * PAD_TO, int(lengths.max())
-                )
-                inputs = collate(own, self.batch_size, length, self.pad_id)
-            yield Batch(inputs, targets=tokens - len(everyone), tokens=tokens, rows=len(everyone))
+                length = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, longest)
+                inputs = collate(rows, contexts[own], self.batch_size, length, self.pad_id)
+            tokens = int(lengths.sum())
+            yield Batch(inputs, tokens - int(contexts.sum()), tokens, len(everyone))
 
     def steps(
         self, start: "Position", total_steps: int, accumulated: int
@@ -110,7 +111,8 @@ class Batch:
     """One rank's rows of a step, and what the rows of all ranks hold together."""
 
     inputs: dict[str, torch.Tensor]  # what collate or pack gives, on the host
-    # Tokens that the loss is summed over: all but each row's first, over all data-parallel ranks
+    # Tokens that the loss is summed over, over all data-parallel ranks: of each row all but its
+    # context, which is its first token or its prompt
     targets: int
     tokens: int  # real tokens, over all data-parallel ranks
     rows: int  # over all data-parallel ranks
@@ -120,38 +122,63 @@ class Batch:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
 
 
+def deal(lengths: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """The rows of a step for each of `ranks`, by their places in `lengths`: as many for each, and
+    about as many tokens, since the slowest decides.
+
+    The longest first, from the first rank to the last and back again.
+    """
+    if ranks == 1:
+        return [np.arange(len(lengths))]
+    order = np.argsort(-lengths, kind="stable")
+    turn = np.arange(len(order)) % (2 * ranks)
+    rank = np.minimum(turn, 2 * ranks - 1 - turn)
+    return [order[rank == i] for i in range(ranks)]
+
+
 def collate(
-    rows: list[np.ndarray], batch_size: int, length: int, pad_id: int
+    rows: list[np.ndarray], contexts: np.ndarray, batch_size: int, length: int, pad_id: int
 ) -> dict[str, torch.Tensor]:
     """Rows as a batch {input_ids, labels}, both (batch_size, length), padded on the right; labels
-    of pads are -100."""
+    of pads, and of the first `contexts` tokens of each row, are -100."""
     input_ids = np.full((batch_size, length), pad_id)
     labels = np.full((batch_size, length), IGNORE)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = labels[i, : len(row)] = row
+    for i, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+        input_ids[i, : len(row)] = row
+        labels[i, context : len(row)] = row[context:]
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
 def pack(
-    rows: list[np.ndarray], batch_size: int, longest: int, pad_id: int
+    rows: list[np.ndarray],
+    contexts: np.ndarray,
+    batch_size: int,
+    longest: int,
+    pad_id: int,
+    tokens: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Rows one after the other: {input_ids, labels}, both (1, tokens), and cu_seqlens, (batch_size
     + 2,) int32, where rows begin.
 
-    The first token of a row has the label -100, as no token before it predicts it. A last row of
-    pads, shorter than `longest`, rounds `tokens` up so that few different shapes occur: to a
-    multiple of up to an eighth of them.
+    The first `contexts` tokens of a row have the label -100. A last row of pads, shorter than
+    `longest`, rounds up `tokens`, by default those of these rows, so that few different shapes
+    occur: to a multiple of up to an eighth of them. Given those of the rank that has most, all
+    ranks have the same shape, and a new one holds up all of them at once.
     """
-    tokens = sum(map(len, rows))
+    own = sum(map(len, rows))
+    tokens = max(tokens or own, 1)
     # 16: what the products in fp8 take
     unit = min(1 << int(np.log2(max(tokens // 8, 1))), longest // 16 * 16 or longest)
-    input_ids = np.full((1, -(-max(tokens, 1) // unit) * unit), pad_id)
-    cu_seqlens = np.full(batch_size + 2, tokens, np.int32)
+    length = -(-tokens // unit) * unit
+    length -= max(0, -(-(length - own - longest) // unit)) * unit  # the pads are one row
+    input_ids = np.full((1, length), pad_id)
+    labels = np.full_like(input_ids, IGNORE)
+    cu_seqlens = np.full(batch_size + 2, own, np.int32)
     cu_seqlens[-1] = input_ids.shape[1]
     np.cumsum([0, *map(len, rows)], out=cu_seqlens[: len(rows) + 1])
-    input_ids[0, :tokens] = np.concatenate([np.empty(0, np.int32), *rows])
-    labels = np.where(np.arange(input_ids.shape[1]) < tokens, input_ids, IGNORE)
-    labels[0, cu_seqlens[: len(rows)]] = IGNORE
+    for row, start, context in zip(rows, cu_seqlens, contexts):  # noqa: B905
+        input_ids[0, start : start + len(row)] = row
+        labels[0, start + context : start + len(row)] = row[context:]
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),

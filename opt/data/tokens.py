@@ -1,62 +1,77 @@
-"""Text -> tokens -> batches.
+"""Texts -> rows of tokens on disk, in bounded memory.
 
-One process a node reads the texts, tokenizes them once and writes two flat arrays into a cache;
-every process maps those into memory. A batch is a set of rows, one after the other, or padded on
-the right to its own longest row.
+One process a node reads the texts, tokenizes them once and appends the tokens to flat files in a
+cache; every process maps those into memory. Killed on the way, the next start reads the texts again
+and tokenizes what is left.
+
+A text is the start token, its prompt if it has one, itself, the end token. A text of more than
+--max_length tokens goes on in a next row, which begins with the last token of the row before, so
+that each token but a text's first is a target once. With --block_size all texts are joined, an end
+token between them, and cut into blocks.
 """
 
 import hashlib
+import itertools
 import json
+import os
+import re
 import shutil
-import tempfile
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from opt.data import texts
+from opt.data.files import PART
 from opt.errors import UserError
 
-_CACHE_VERSION = 3  # count up when the tokens of the same text change
+_CACHE_VERSION = 4  # count up when the tokens of the same text, or the files, change
+_BATCH = 2 * PART  # characters that are tokenized at a time, by all cores
+_SAVED_EVERY = 64 * PART  # characters after which a killed run need not tokenize again
+_TEXT = np.dtype([("end", np.int64), ("context", np.int32)])  # of a text: in the split's tokens
+_ROW = np.dtype([("start", np.int64), ("length", np.int32), ("context", np.int32)])
+_CHUNK = 2**20  # texts, rows or tokens that are worked on at a time
 
 
 @dataclass
 class Counts:
     """What became of a data set's texts."""
 
-    rows: int = 0  # kept
-    empty: int = 0  # skipped: empty or missing
-    truncated: int = 0  # cut at max_length
-    tokens: int = 0
+    texts: int = 0  # kept
+    empty: int = 0  # skipped: empty or missing, or without a response
+    tokens: int = 0  # in rows
+    long: int = 0  # over --max_length
+    cut: int = 0  # tokens of those that were cut away
+    unanswered: int = 0  # rows left out: their response was cut away, or they are prompt alone
     # What else was not as it should be, in words, and how often
     notes: dict[str, int] = field(default_factory=dict)
 
 
 class Rows:
-    """Token rows of unequal length: one flat array and the offsets of its rows."""
+    """Token rows of unequal length, mapped into memory."""
 
     def __init__(self, directory: Path, split: str):
-        self.tokens = np.load(directory / f"{split}.tokens.npy", mmap_mode="r")
-        self.offsets = np.load(directory / f"{split}.offsets.npy")
+        """`directory`: one that tokenize() gave; `split`: train or held_out."""
+        self._tokens = _mapped(directory / f"{split}.tokens", np.int32)
+        rows = _mapped(directory / f"{split}.rows", _ROW)
+        self._start = rows["start"]
+        self.lengths = rows["length"]  # tokens of each row
+        self.contexts = rows["context"]  # leading tokens of each row that are no targets
+        facts = json.loads((directory / "counts.json").read_text())["splits"][split]
+        self.shortest: int = facts["shortest"]  # tokens of the shortest row
+        self.longest: int = facts["longest"]
+        self.num_tokens: int = facts["tokens"]  # of all rows
+        self.checksum: str = facts["checksum"]  # SHA-256 of all rows and where they end
 
     def __len__(self):
-        return len(self.offsets) - 1
+        return len(self._start)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return np.diff(self.offsets)
-
-    def checksum(self) -> str:
-        """SHA-256 of all rows and where they end."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64))
-        digest.update(self.tokens)
-        return digest.hexdigest()
+        return self._tokens[self._start[i] : self._start[i] + self.lengths[i]]
 
 
 @dataclass
@@ -71,7 +86,7 @@ class Dataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest row of all."""
-        return int(max(rows.lengths.max(initial=0) for rows in (self.train, self.held_out)))
+        return max(self.train.longest, self.held_out.longest)
 
 
 def load_tokenizer(directory: Path, **special_tokens: str):
@@ -109,132 +124,473 @@ def special_tokens(directory: Path) -> set[str]:
     return named
 
 
+def open_dataset(directory: Path) -> Dataset:
+    """The data set in a directory that tokenize() gave."""
+    facts = json.loads((directory / "counts.json").read_text())
+    rows = Rows(directory, "train"), Rows(directory, "held_out")
+    return Dataset(*rows, Counts(**facts["counts"]), facts["source"])
+
+
 def tokenize(plan: Namespace, tokenizer) -> Path:
     """Tokenize what --dataset names, or find it tokenized: the directory in the cache that Dataset
     is read from.
 
-    To be run by one process a node. A row is BOS, the text, EOS; of wikitext-2-raw, a block of
-    --max_length tokens of the whole text. Raises UserError.
+    To be run by one process a node; another run with the same texts waits for it. Raises UserError.
     """
-    dataset, max_length, eval_fraction = plan.dataset, plan.max_length, plan.eval_fraction
-    source = texts.find(dataset, plan.text_column)
+    source = texts.find(plan)
+    settings = (
+        "template",
+        "prompt_column",
+        "response_column",
+        "max_length",
+        "block_size",
+        "long_texts",
+        "eval_fraction",
+        "max_train_samples",
+        "max_eval_samples",
+        "seed",
+    )
     key = [
         _CACHE_VERSION,
         source.identity(),
         source.said,
-        plan.text_column,
-        max_length,
-        eval_fraction,
-        plan.seed,
+        [getattr(plan, name) for name in settings],
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     ]
     directory = texts.cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    if (directory / "counts.json").is_file():
-        return directory
-
-    counts, notes = Counts(), Counter()
-    cut = _blocks if dataset == texts.WIKITEXT else _one_row_a_text
-    rows = {
-        split: cut(list(source.texts(split, notes)), tokenizer, max_length, counts)
-        for split in source.files
-    }
-    counts.notes = dict(notes)
-    if "held_out" not in rows:
-        rows["train"], rows["held_out"] = _hold_out(rows["train"], eval_fraction, plan.seed)
-    elif not eval_fraction:
-        rows["held_out"] = []
-    if not counts.rows:
-        if not counts.empty:
-            raise UserError(f"--dataset {dataset} has no rows")
-        raise UserError(
-            f"--dataset {dataset} has no text to train on: {counts.empty} of its texts are empty"
-        )
-    if not rows["train"] or (eval_fraction and not rows["held_out"]):
-        raise UserError(
-            f"--dataset {dataset} has {counts.rows} texts, too few to train on and hold out "
-            f"{eval_fraction:g} of them: change --eval_fraction, or set it to 0"
-        )
-    counts.tokens = sum(map(len, rows["train"])) + sum(map(len, rows["held_out"]))
-
     try:
-        _store(rows, asdict(counts) | {"source": source.said}, directory)
+        if not _is_whole(directory):
+            with _alone(directory) as part:
+                if not _is_whole(directory):  # which another run may have made meanwhile
+                    _prepare(source, plan, tokenizer, part)
+                    _move(part, directory)
     except OSError as error:
+        shutil.rmtree(directory.with_suffix(".part"), ignore_errors=True)
         raise UserError(
             f"the tokens cannot be cached ({error}): choose another folder with XDG_CACHE_HOME"
         ) from error
     return directory
 
 
-def _store(rows: dict[str, list], counts: dict, directory: Path) -> None:
-    """Write the tokens, complete or absent: aside, then renamed."""
+def _is_whole(directory: Path) -> bool:
+    return (directory / "counts.json").is_file()
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[Path]:
+    """The folder to prepare `directory` in, which no other run has until this one is done or
+    dead. Where files cannot be locked, a folder of this process's own."""
+    import filelock
+
     directory.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=directory.parent))
+    lock = filelock.FileLock(directory.with_suffix(".lock"))
+    part = directory.with_suffix(".part")
     try:
-        for split, split_rows in rows.items():
-            np.save(
-                new / f"{split}.tokens.npy",
-                np.concatenate(
-                    [np.asarray(r, np.int32) for r in split_rows] or [np.empty(0, np.int32)]
-                ),
-            )
-            np.save(new / f"{split}.offsets.npy", np.cumsum([0, *map(len, split_rows)]))
-        (new / "counts.json").write_text(json.dumps(counts))
-        new.rename(directory)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print("waiting for another run, which tokenizes the same texts", flush=True)
+            lock.acquire()
+    except (NotImplementedError, OSError):
+        part = directory.with_suffix(f".part-{os.uname().nodename}-{os.getpid()}")
+    part.mkdir(exist_ok=True)
+    try:
+        yield part
+    finally:
+        lock.release()
+
+
+def _move(part: Path, directory: Path) -> None:
+    try:
+        part.rename(directory)
     except OSError:
-        shutil.rmtree(new)
-        if not directory.is_dir():  # otherwise another run was here first
+        if not _is_whole(directory):  # otherwise another run was here first
             raise
+        shutil.rmtree(part)
 
 
-def open_dataset(directory: Path) -> Dataset:
-    """The data set in a directory that tokenize() gave."""
-    counts = json.loads((directory / "counts.json").read_text())
-    source = counts.pop("source")
-    return Dataset(Rows(directory, "train"), Rows(directory, "held_out"), Counts(**counts), source)
+def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> None:
+    """Everything that Dataset is read from, into the folder `part`. Raises UserError."""
+    encoder, notes, counts = _Encoder(tokenizer, bool(plan.block_size)), Counter(), Counts()
+    own = "held_out" in source.splits
+    fraction = 0.0 if own else plan.eval_fraction
+    limits = {
+        "train": _texts_to_read(plan.max_train_samples, fraction),
+        "held_out": plan.max_eval_samples,
+    }
+    number = {}
+    for split in source.splits:
+        done = _tokenize_split(source, split, encoder, limits[split], notes, part)
+        number[split], counts.empty = done.texts, counts.empty + done.empty
+    counts.texts, counts.notes = sum(number.values()), dict(notes)
+    _check_enough(plan, counts, number, fraction)
+
+    held_out = _held_out(number["train"], fraction, plan.seed)
+    if own:
+        _select(part, "train", "train", None, plan, tokenizer)
+        _select(part, "held_out", "held_out", None, plan, tokenizer)
+    elif plan.block_size and fraction and not held_out.any():
+        # Too few texts to hold any out: the end of the stream
+        _select(part, "train", "train", None, plan, tokenizer)
+        _hold_out_the_end(part, fraction)
+        counts.notes["texts, too few to hold any out: the last tokens are"] = counts.texts
+    else:
+        evaluated = _first(held_out, plan.max_eval_samples)
+        _select(part, "train", "held_out", evaluated, plan, tokenizer)
+        _select(part, "train", "train", ~held_out if fraction else None, plan, tokenizer)
+    splits = {}
+    for split in ("train", "held_out"):
+        splits[split] = _cut(part, split, plan, counts)
+        counts.tokens += splits[split]["tokens"]
+    if not splits["train"]["rows"]:
+        raise UserError(
+            f"--dataset {' '.join(plan.dataset)} leaves nothing to train on: {counts.unanswered} "
+            "rows have no response within --max_length"
+        )
+    for path in part.glob("*.all*"):
+        path.unlink()
+    facts = {"counts": asdict(counts), "source": source.said, "splits": splits}
+    (part / "counts.json").write_text(json.dumps(facts))
 
 
-def _one_row_a_text(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
-    kept = [t for t in texts if t and t.strip()]
-    counts.empty += len(texts) - len(kept)
-    counts.rows += len(kept)
-    rows = []
-    # What is left of a text of megabytes needs no more than this: no token is longer than the
-    # longest.
-    enough = max_length * max(map(len, tokenizer.get_vocab()))
-    kept = [t[:enough] for t in kept]
-    # Special tokens are added here, once: OPT's tokenizers differ in whether they add a BOS, and
-    # none adds an EOS.
-    encoded = (
-        tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        if kept
-        else []
-    )
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    for ids in encoded:
-        row = [*start, *ids, tokenizer.eos_token_id]
-        counts.truncated += len(row) > max_length
-        rows.append(row[:max_length])
-    return rows
+def _check_enough(plan: Namespace, counts: Counts, number: dict, fraction: float) -> None:
+    name = f"--dataset {' '.join(plan.dataset)}"
+    if not counts.texts and not counts.empty:
+        raise UserError(f"{name} has no rows")
+    if not number["train"]:
+        raise UserError(f"{name} has no text to train on: {counts.empty} of its texts are empty")
+    if "held_out" in number and not number["held_out"]:
+        raise UserError(f"{name}: what is to be held out has no texts: give --eval_fraction 0")
+    out = round(number["train"] * fraction)
+    if fraction and not plan.block_size and not 0 < out < number["train"]:
+        raise UserError(
+            f"{name} has {number['train']} texts, too few to train on and hold out {fraction:g} of "
+            "them: change --eval_fraction, or set it to 0"
+        )
 
 
-def _blocks(texts: list, tokenizer, max_length: int, counts: Counts) -> list[list[int]]:
-    texts = [t or "" for t in texts]
-    counts.empty += sum(not t.strip() for t in texts)
-    # Tokenized line by line, batched, as the fast tokenizer runs in parallel; the lines keep their
-    # newlines.
-    lines = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    stream = np.concatenate([np.asarray(ids, np.int32) for ids in (start, *lines)])
-    # No last block of one token: it would have no target.
-    rows = [stream[i : i + max_length].tolist() for i in range(0, len(stream) - 1, max_length)]
-    counts.rows += len(rows)
-    return rows
+def _texts_to_read(wanted: int | None, fraction: float) -> int | None:
+    """How many texts are to be read for `wanted` to be left when `fraction` of them is held out."""
+    if wanted is None:
+        return None
+    number = int(wanted / (1 - fraction))
+    while number - round(number * fraction) < wanted:
+        number += 1
+    return number
 
 
-def _hold_out(rows: list, fraction: float, seed: int) -> tuple[list, list]:
-    held_out = set(
-        np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * fraction)].tolist()
-    )
-    return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+# ---- texts to tokens
+
+
+class _Encoder:
+    """A tokenizer, for texts in which nothing is a control token."""
+
+    def __init__(self, tokenizer, joined: bool):
+        self.joined = joined
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._backend = type(tokenizer.backend_tokenizer).from_str(
+            tokenizer.backend_tokenizer.to_str()
+        )
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        # "</s>" in a text is four characters. Special tokens are added here, once: OPT's tokenizers
+        # differ in whether they add a BOS, and none adds an EOS.
+        self._backend.encode_special_tokens = True
+        model = json.loads(self._backend.to_str())
+        before = model["pre_tokenizer"] or {}
+        self.can_cut = before.get("type") == "ByteLevel" and not model["normalizer"]
+
+    def __call__(self, batch: list[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        found = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+
+# Between these two characters no token of a byte-level BPE lies (its words are ` ?\p{L}+` and the
+# like): the tokens of what is before and of what is behind are those of the whole.
+_BOUNDARY = re.compile(r"(?<=\S) (?=[^\W\d_])|(?<=[^\w\s'])(?=[^\W\d_])")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of PART characters or little more, as few tokenizers take a book at once."""
+    start = 0
+    while len(text) - start > 2 * PART and (found := _BOUNDARY.search(text, start + PART)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
+
+
+@dataclass
+class _Piece:
+    text: str
+    is_prompt: bool
+    starts: bool  # the text that it belongs to
+    ends: bool
+
+
+def _in_pieces(source: Iterator[texts.Text], can_cut: bool, empty: list[int]) -> Iterator[_Piece]:
+    """The texts in pieces that can be tokenized one by one. Counts in `empty` what has no text."""
+    parts, length, starts = [], 0, True
+    for text in source:
+        if starts and text.ends and not parts and not (text.text and text.text.strip()):
+            empty[0] += 1
+            continue
+        if text.prompt:
+            for prompt in _pieces(text.prompt) if can_cut else [text.prompt]:
+                yield _Piece(prompt, True, starts, False)
+                starts = False
+        parts.append(text.text or "")
+        length += len(parts[-1])
+        if not text.ends and (length <= 2 * PART or not can_cut):
+            continue
+        *pieces, rest = _pieces("".join(parts)) if can_cut else ["".join(parts)]
+        for piece in pieces:
+            yield _Piece(piece, False, starts, False)
+            starts = False
+        if text.ends:
+            yield _Piece(rest, False, starts, True)
+            parts, length, starts = [], 0, True
+        else:
+            parts, length = [rest], len(rest)
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    batch, length = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece.text) + 8
+        if length > _BATCH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Done:
+    """How far a split has come: what a killed run need not do again."""
+
+    batches: int = 0
+    characters: int = 0
+    tokens: int = 0
+    texts: int = 0
+    context: int = 0  # tokens of the text in the making that have no loss
+    empty: int = 0  # counted anew, as the texts are read again
+
+
+def _tokenize_split(
+    source: texts.Source,
+    split: str,
+    encoder: _Encoder,
+    limit: int | None,
+    notes: Counter,
+    part: Path,
+) -> _Done:
+    """Append a split's tokens to `part`/SPLIT.all, its texts' ends to SPLIT.all.texts; at most
+    `limit` texts."""
+    from tqdm import tqdm
+
+    progress = part / f"{split}.all.json"
+    done = _Done(**json.loads(progress.read_text())) if progress.is_file() else _Done()
+    if done.batches:
+        print(f"{done.texts:,} texts were tokenized before: going on from there", flush=True)
+    empty, saved = [0], done.characters
+    with (
+        open(part / f"{split}.all", "ab") as tokens,
+        open(part / f"{split}.all.texts", "ab") as ends,
+        tqdm(
+            total=source.size(split), unit="B", unit_scale=True, desc="tokenizing", delay=2
+        ) as bar,
+    ):
+        tokens.truncate(done.tokens * 4)
+        ends.truncate(done.texts * _TEXT.itemsize)
+        read = source.texts(split, notes, lambda position: bar.update(position - bar.n))
+        batches = _batches(_in_pieces(read, encoder.can_cut, empty))
+        for batch in itertools.islice(batches, done.batches, None):
+            if limit and done.texts >= limit:
+                break
+            _append(batch, encoder, done, limit, tokens, ends)
+            if done.characters - saved > _SAVED_EVERY:
+                tokens.flush()
+                ends.flush()
+                new = progress.with_suffix(".new")
+                new.write_text(json.dumps(asdict(done)))
+                new.replace(progress)
+                saved = done.characters
+    done.empty = empty[0]
+    return done
+
+
+def _append(batch: list[_Piece], encoder: _Encoder, done: _Done, limit, tokens, ends) -> None:
+    flat, finished = [], []
+    for piece, ids in zip(batch, encoder([piece.text for piece in batch]), strict=True):
+        if limit and done.texts + len(finished) >= limit:
+            break
+        if piece.starts:
+            start = [] if encoder.joined or encoder.bos is None else [encoder.bos]
+            flat += start
+            done.context = len(start)
+        if piece.is_prompt:
+            done.context += len(ids)
+        flat += ids
+        if piece.ends:
+            flat.append(encoder.eos)
+            # Nothing stands before the first token that could tell it.
+            finished.append((done.tokens + len(flat), max(done.context, 1)))
+    done.batches += 1
+    done.characters += sum(len(piece.text) for piece in batch)
+    done.tokens += len(flat)
+    done.texts += len(finished)
+    tokens.write(np.array(flat, np.int32))
+    ends.write(np.array(finished, _TEXT))
+
+
+# ---- tokens to rows
+
+
+def _held_out(number: int, fraction: float, seed: int) -> np.ndarray:
+    """Which of `number` texts are held out: (number,) of bool."""
+    held_out = np.zeros(number, bool)
+    chosen = np.random.default_rng(seed).permutation(number)[: round(number * fraction)]
+    held_out[chosen] = True
+    return held_out
+
+
+def _first(mask: np.ndarray, number: int | None) -> np.ndarray:
+    """The first `number` of those that `mask` has; all if None."""
+    return mask if number is None else mask & (np.cumsum(mask) <= number)
+
+
+def _select(part: Path, source: str, split: str, mask: np.ndarray | None, plan, tokenizer) -> None:
+    """SPLIT.tokens and SPLIT.all.chosen, of the texts of `source` that `mask` has, or of all."""
+    tokens = _mapped(part / f"{source}.all", np.int32)
+    whole = _mapped(part / f"{source}.all.texts", _TEXT)
+    first = start = total = 0
+    with (
+        open(part / f"{split}.tokens", "wb") as tokens_out,
+        open(part / f"{split}.all.chosen", "wb") as texts_out,
+    ):
+        if plan.block_size and tokenizer.bos_token_id is not None:
+            tokens_out.write(np.array([tokenizer.bos_token_id], np.int32))
+        while first < len(whole):
+            own = whole[first : first + 2**16]
+            own = own[: max(1, np.searchsorted(own["end"], start + _CHUNK))]
+            lengths = np.diff(own["end"], prepend=start)
+            there, start = tokens[start : own["end"][-1]], int(own["end"][-1])
+            chosen = None if mask is None else mask[first : first + len(own)]
+            first += len(own)
+            if chosen is not None and not chosen.all():
+                there = there[np.repeat(chosen, lengths)] if chosen.any() else there[:0]
+                own, lengths = own[chosen], lengths[chosen]
+            tokens_out.write(there)
+            texts_out.write(_texts(total + np.cumsum(lengths), own["context"]))
+            total += int(lengths.sum())
+        if plan.block_size and total:  # an end token between texts
+            tokens_out.truncate(tokens_out.tell() - 4)
+
+
+def _texts(ends: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    table = np.empty(len(ends), _TEXT)
+    table["end"], table["context"] = ends, contexts
+    return table
+
+
+def _hold_out_the_end(part: Path, fraction: float) -> None:
+    tokens = _mapped(part / "train.tokens", np.int32)
+    keep = len(tokens) - round(len(tokens) * fraction)
+    with open(part / "held_out.tokens", "wb") as out:
+        out.write(tokens[keep:])
+    os.truncate(part / "train.tokens", 4 * keep)
+
+
+def _cut(part: Path, split: str, plan: Namespace, counts: Counts) -> dict:
+    """Write SPLIT.rows; what is to be known of them without a look at each."""
+    if plan.block_size:
+        size = (part / f"{split}.tokens").stat().st_size // 4
+        chunks = _blocks(size, plan.block_size)
+    else:
+        found = _mapped(part / f"{split}.all.chosen", _TEXT)
+        chunks = _rows_of_texts(found, plan.max_length, plan.long_texts == "cut", counts)
+    with open(part / f"{split}.rows", "wb") as out:
+        for chunk in chunks:
+            out.write(chunk)
+    rows = _mapped(part / f"{split}.rows", _ROW)
+    lengths = rows["length"]
+    return {
+        "rows": len(rows),
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "shortest": int(lengths.min(initial=plan.block_size or plan.max_length)),
+        "longest": int(lengths.max(initial=0)),
+        "checksum": _checksum(rows, _mapped(part / f"{split}.tokens", np.int32)),
+    }
+
+
+def _blocks(size: int, length: int) -> Iterator[np.ndarray]:
+    """Blocks of `length` of a stream of `size` tokens; no last one of one token, which would have
+    no target."""
+    for first in range(0, max(size - 1, 0), length * _CHUNK):
+        starts = np.arange(first, min(first + length * _CHUNK, size - 1), length)
+        rows = np.empty(len(starts), _ROW)
+        rows["start"], rows["context"] = starts, 1
+        rows["length"] = np.minimum(size - starts, length)
+        yield rows
+
+
+def _rows_of_texts(
+    whole: np.ndarray, length: int, cut: bool, counts: Counts
+) -> Iterator[np.ndarray]:
+    """Rows of at most `length` tokens; what goes on begins with the last token before it."""
+    start = 0
+    for first in range(0, len(whole), _CHUNK):
+        own = whole[first : first + _CHUNK]
+        starts = np.concatenate([[start], own["end"][:-1]])
+        sizes, start = own["end"] - starts, own["end"][-1]
+        is_long = sizes > length
+        counts.long += int(is_long.sum())
+        if cut:
+            counts.cut += int((sizes[is_long] - length).sum())
+            number = np.ones(len(own), np.int64)
+        else:
+            number = -(-(sizes - 1) // (length - 1))
+        text = np.repeat(np.arange(len(own)), number)
+        skipped = (np.arange(len(text)) - np.repeat(np.cumsum(number) - number, number)) * (
+            length - 1
+        )
+        rows = np.empty(len(text), _ROW)
+        rows["start"] = starts[text] + skipped
+        rows["length"] = np.minimum(sizes[text] - skipped, length)
+        rows["context"] = np.clip(own["context"][text] - skipped, 1, length)
+        answered = rows["length"] > rows["context"]
+        counts.unanswered += int((~answered).sum())
+        yield rows[answered]
+
+
+def _checksum(rows: np.ndarray, tokens: np.ndarray) -> str:
+    """SHA-256 of all rows and where they end."""
+    digest, end = hashlib.sha256(np.zeros(1, np.int64)), 0
+    for first in range(0, len(rows), _CHUNK):
+        ends = end + np.cumsum(rows["length"][first : first + _CHUNK], dtype=np.int64)
+        digest.update(ends)
+        end = ends[-1]
+    has_context = False
+    for first in range(0, len(rows), _CHUNK // 64):
+        own = rows[first : first + _CHUNK // 64]
+        has_context |= bool((own["context"] != 1).any())
+        starts, ends = own["start"], own["start"] + own["length"]
+        if (starts[1:] == ends[:-1]).all():
+            digest.update(tokens[starts[0] : ends[-1]])
+            continue
+        for start, stop in zip(starts, ends, strict=True):
+            digest.update(tokens[start:stop])
+    if has_context:
+        digest.update(np.ascontiguousarray(rows["context"]))
+    return digest.hexdigest()
+
+
+def _mapped(file: Path, dtype) -> np.ndarray:
+    """A file of numbers, mapped into memory."""
+    if not file.is_file() or not file.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(file, dtype, "r").view(np.ndarray)

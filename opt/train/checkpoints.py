@@ -62,7 +62,6 @@ class Saver:
         self._boosted, self._model = boosted, model
         self.evaluations = run.before.evaluations if run.before else Evaluations()
         self._best = run.before.best if run.before else None  # the checkpoint of the best one
-        self._checksum: str | None = None  # of the rows
         self._frozen_checksum = model.frozen_checksum if run.here.is_main else None
         shapes = {name: torch.Size(model.shape(name)) for name in model}
         self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
@@ -238,9 +237,8 @@ class Saver:
         name = f"rank-{self._here.rank:05d}.safetensors"
         self._written[name] = _write(self._aside / name, safetensors_parts(tensors))
         if texts:
-            self._checksum = self._checksum or self._rows.checksum()
             texts["state.json"] = json.dumps(
-                texts["state.json"] | {"data": self._checksum}, indent=1
+                texts["state.json"] | {"data": self._rows.checksum}, indent=1
             ).encode()
         for name, text in texts.items():
             self._written[name] = _write(self._aside / name, [text])
@@ -408,7 +406,7 @@ def check_same_run(
             f"checkpoint {checkpoint.path} was made with --seed {before['seed']}, not {plan.seed}: "
             "give the same"
         )
-    if checkpoint.state["data"] != rows.checksum():
+    if checkpoint.state["data"] != rows.checksum:
         flags = ("dataset", "text_column", "max_length", "eval_fraction")
         changed = ", ".join(
             f"--{flag} was {before[flag]}, not {now[flag]}"

@@ -21,6 +21,7 @@ from transformers import OPTConfig, PreTrainedTokenizerFast
 from args import resolve
 from opt.colossal.processes import Place
 from opt.data import tokens
+from opt.data.texts import WIKITEXT
 from opt.errors import UserError
 from opt.model import lora, weights
 from opt.model.config import load_config, with_dropout
@@ -64,6 +65,10 @@ def check(flags: Namespace, here: Place) -> Setup:
         max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
     )
     _check_length("--max_length", plan.max_length, config)
+    if WIKITEXT in plan.dataset:
+        plan = plan.but(block_size=plan.block_size or plan.max_length)
+    if plan.block_size:
+        _check_length("--block_size", plan.block_size, config)
     tokenizer, said = load_tokenizer(directory, config)
     _check_prompts(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)

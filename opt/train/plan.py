@@ -12,7 +12,7 @@ from transformers import OPTConfig
 
 from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
-from opt.data.tokens import Dataset
+from opt.data.tokens import Counts, Dataset
 from opt.errors import UserError
 from opt.model import four_bits, kernel_probe, weights
 from opt.model.config import DTYPES
@@ -100,7 +100,7 @@ def is_padding_free(plan: Namespace, here: Place, dataset: Dataset) -> bool:
     """
     if plan.padding_free is not None:
         return plan.padding_free
-    fill = float(dataset.train.lengths.mean()) / dataset.longest
+    fill = dataset.train.num_tokens / len(dataset.train) / dataset.longest
     return plan.pp_size == 1 and fill < 0.9 and (fill > 0.4 or here.device.type == "cuda")
 
 
@@ -173,10 +173,7 @@ def describe(run: Run) -> str:
         "model": f"{plan.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M "
         "parameters",
         "weights": origin,
-        "data": f"{dataset.source}: {counts.rows:,} rows, {counts.tokens:,} tokens; "
-        f"{counts.empty:,} empty texts skipped, "
-        f"{counts.truncated:,} cut at {plan.max_length} tokens"
-        + "".join(f"; {number:,} {what}" for what, number in counts.notes.items()),
+        "data": f"{dataset.source}: {_described(counts, plan)}",
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
         "batch": f"{plan.batch_size} rows x {plan.gradient_accumulation_steps} accumulated x "
         f"{plan.dp_size} data-parallel = "
@@ -242,6 +239,27 @@ def _other_course(run: Run) -> list[str]:
     ]
 
 
+def _described(counts: Counts, plan: Namespace) -> str:
+    """What became of the texts."""
+    said = [
+        f"{counts.texts:,} texts, {counts.tokens:,} tokens",
+        f"{counts.empty:,} empty texts skipped",
+    ]
+    if plan.block_size:
+        said.append(f"joined and cut into blocks of {plan.block_size:,} tokens")
+    elif plan.long_texts == "cut":
+        share = counts.cut / max(counts.tokens + counts.cut, 1)
+        said.append(
+            f"{counts.long:,} cut at {plan.max_length:,} tokens, {counts.cut:,} tokens "
+            f"({share:.1%}) lost"
+        )
+    else:
+        said.append(f"{counts.long:,} over {plan.max_length:,} tokens go on in a next row")
+    if counts.unanswered:
+        said.append(f"{counts.unanswered:,} rows of prompt alone left out")
+    return "; ".join(said + [f"{number:,} {what}" for what, number in counts.notes.items()])
+
+
 def memory_bytes(
     plan: Namespace, config: OPTConfig, parameters: int, trained: int | None = None
 ) -> float:
@@ -253,7 +271,8 @@ def memory_bytes(
     dtype and twice in fp32.
     """
     width = 4 if plan.precision == "fp32" else 2
-    tokens = plan.batch_size / (plan.num_microbatches or 1) * plan.max_length
+    length = plan.block_size or plan.max_length
+    tokens = plan.batch_size / (plan.num_microbatches or 1) * length
     recomputed = 1 / plan.grad_checkpoint if plan.grad_checkpoint else 0.0  # share of the layers
     kept = 2 * recomputed + 34 / plan.tp_size * (1 - recomputed)
     kept *= config.hidden_size * width / 2
