@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -138,6 +139,23 @@ def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer, *flags
     given += ["--max_length", max_length, "--eval_fraction", eval_fraction, "--seed", seed, *flags]
     plan = train_parser().parse_args(list(map(str, given)))
     return tokens.open_dataset(tokens.tokenize(plan, tokenizer))
+
+
+def stored(lengths: list[int], directory: Path, values=None, contexts=None) -> tokens.Rows:
+    """Rows of these lengths in the files that Rows maps: of `values`, or each of its own tokens: row
+    i holds 10 + i."""
+    directory = Path(directory)
+    if values is None:
+        values = np.repeat(np.arange(len(lengths)) + 10, lengths)
+    np.asarray(values, np.int32).tofile(directory / "train.tokens")
+    lengths = list(map(int, lengths))
+    ends = np.cumsum(lengths)
+    rows = zip(ends - lengths, lengths, contexts or [1] * len(lengths), strict=True)
+    np.array(list(rows), tokens._ROW).tofile(directory / "train.rows")
+    facts = {"shortest": min(lengths), "longest": max(lengths), "tokens": int(ends[-1])}
+    facts = {"splits": {"train": facts | {"checksum": "0"}}}
+    (directory / "counts.json").write_text(json.dumps(facts))
+    return tokens.Rows(directory, "train")
 
 
 def metrics(output) -> list[dict]:

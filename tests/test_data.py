@@ -1,6 +1,7 @@
 """Texts to rows to batches: what every token of a data set becomes, and where it goes."""
 
 import csv
+import itertools
 import json
 import os
 import tempfile
@@ -15,13 +16,13 @@ from transformers import OPTConfig
 
 from args import train_parser
 from opt.colossal.processes import Place
-from opt.data import tokens
+from opt.data import files, tokens
 from opt.data.batches import PAD_TO, Batches, collate, pack
 from opt.errors import UserError
 from opt.model.opt import OPTForCausalLM
 from opt.train import plan
 
-from .conftest import REPO, SAMPLE_MODEL, run, tokenize, train
+from .conftest import REPO, SAMPLE_MODEL, run, stored, tokenize, train
 from .hub import save_opt_tokenizer
 
 TEXTS = [
@@ -84,9 +85,9 @@ def write(file: Path, texts: list, column="description") -> Path:
 
 
 def read(
-    file, tokenizer, max_length=256, eval_fraction=0.0, seed=1, column="description"
+    file, tokenizer, *flags, max_length=256, eval_fraction=0.0, seed=1, column="description"
 ) -> tokens.Dataset:
-    return tokenize(file, column, max_length, eval_fraction, seed, tokenizer)
+    return tokenize(file, column, max_length, eval_fraction, seed, tokenizer, *flags)
 
 
 def as_lists(rows: tokens.Rows) -> list[list[int]]:
@@ -121,7 +122,7 @@ def test_empty_and_missing_texts_are_skipped_and_counted(plain, cache, tmp_path,
         "Two.",
         "Three.",
     ]
-    assert (dataset.counts.rows, dataset.counts.empty) == (3, 4)
+    assert (dataset.counts.texts, dataset.counts.empty) == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -145,33 +146,113 @@ def test_a_data_set_too_small_to_split_is_refused(plain, cache, tmp_path):
             read(file, plain, eval_fraction=fraction)
 
 
+def test_long_texts_go_on_in_a_next_row(plain, cache, tmp_path):
+    """Each token but a text's first is a target once, whatever the length of rows."""
+    file = write(tmp_path / "d.csv", TEXTS)
+    whole = read(file, plain)
+    assert whole.counts.long == 0
+    targets = sorted(sum((row[1:] for row in as_lists(whole.train)), []))
+    for length in (2, 3, 12, 30):
+        dataset = read(file, plain, max_length=length)
+        rows = as_lists(dataset.train)
+        assert dataset.counts.long == sum(whole.train.lengths > length) > 0
+        assert max(map(len, rows)) <= length and min(map(len, rows)) >= 2
+        assert sorted(sum((row[1:] for row in rows), [])) == targets
+        for before, row in itertools.pairwise(rows):
+            assert row[0] == (
+                plain.bos_token_id if before[-1] == plain.eos_token_id else before[-1]
+            )
+        assert dataset.counts.tokens == sum(dataset.train.lengths) == dataset.train.num_tokens
+
+
 def test_long_texts_are_cut_and_counted(plain, cache, tmp_path):
     file = write(tmp_path / "d.csv", TEXTS)
-    whole, cut = read(file, plain), read(file, plain, max_length=12)
+    whole, cut = read(file, plain), read(file, plain, "--long_texts", "cut", max_length=12)
     assert as_lists(cut.train) == [row[:12] for row in as_lists(whole.train)]
-    assert whole.counts.truncated == 0
-    assert cut.counts.truncated == sum(whole.train.lengths > 12) > 0
+    assert cut.counts.long == sum(whole.train.lengths > 12) > 0
+    assert cut.counts.cut == sum(np.maximum(whole.train.lengths - 12, 0))
     assert cut.counts.tokens == sum(cut.train.lengths)
 
 
-def test_wikitext_is_one_text_in_blocks(plain):
-    texts = [
-        "",
-        " = The Ferry = \n",
-        "",
-        " It crosses the river .\n",
-        *(f" {text}\n" for text in TEXTS),
+def test_texts_are_joined_to_blocks(plain, cache, tmp_path):
+    """An end token between them; of a txt its line breaks too. No last block of one token, which
+    would have no target, and so a step no loss."""
+    end = plain.eos_token_id
+
+    def ids(text):
+        return plain(text, add_special_tokens=False)["input_ids"]
+
+    joined = [plain.bos_token_id, *sum(([*ids(text), end] for text in TEXTS), [])[:-1]]
+    text = "\n\n".join(TEXTS) + "\n"
+    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "other.txt").write_text(text.replace("\n", "\r\n"))
+    book = [plain.bos_token_id, *ids(text)]
+    for found, whole in (
+        ([write(tmp_path / "d.jsonl", TEXTS)], joined),
+        ([tmp_path / "book.txt"], book),
+        ([tmp_path / "book.txt", tmp_path / "other.txt"], [*book, end, *book[1:]]),
+    ):
+        for length in (2, 7, 50, len(whole) - 1, len(whole), len(whole) + 1):
+            blocks = as_lists(read(found, plain, "--block_size", length).train)
+            left_out = len(whole) % length == 1
+            assert sum(blocks, []) == whole[: len(whole) - left_out]
+            assert all(len(block) == length for block in blocks[:-1]) and len(blocks[-1]) >= 2
+
+    # Texts, or of a single one the end, are held out: no token is lost or in both.
+    single = read(tmp_path / "book.txt", plain, "--block_size", 16, eval_fraction=0.1)
+    rows = as_lists(single.train) + as_lists(single.held_out)
+    assert sum(rows, []) == book and len(single.held_out) == -(-round(0.1 * len(book)) // 16)
+    split = read(tmp_path / "d.jsonl", plain, "--block_size", 16, eval_fraction=0.2)
+    both = [sum(as_lists(rows), []) for rows in (split.train, split.held_out)]
+    assert sum(map(len, both)) == len(joined) and min(map(len, both)) > 0.1 * len(joined)
+    assert all(
+        sum(text in plain.decode(ids).split("</s>") for ids in both) == 1 for text in TEXTS[:5]
+    )
+
+
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(plain, cache, tmp_path, monkeypatch):
+    """As long ones are tokenized; whatever is in them. In one row, and joined."""
+    monkeypatch.setattr(tokens, "PART", 5)
+    monkeypatch.setattr(files, "PART", 7)
+    monkeypatch.setattr(tokens, "_BATCH", 40)
+    rng = np.random.default_rng(0)
+    alphabet = [
+        *"ab 'st12.,!-_\t",
+        "  ",
+        " a",
+        "é",
+        "́",
+        "中",
+        "。",
+        "🙂",
+        "½",
+        "I'll ",
+        "</s>",
+        "\n",
     ]
-    whole = [plain.bos_token_id, *plain("".join(texts), add_special_tokens=False)["input_ids"]]
-    for length in (2, 7, 50, len(whole) - 1, len(whole), len(whole) + 1):
-        counts = tokens.Counts()
-        blocks = tokens._blocks(texts, plain, length, counts)
-        assert all(len(block) == length for block in blocks[:-1])
-        # A last block of one token would have no target, and so a step no loss.
-        left_out = len(whole) % length == 1
-        assert sum(blocks, []) == whole[: len(whole) - left_out]
-        assert len(blocks[-1]) >= 2
-        assert (counts.rows, counts.empty) == (len(blocks), 2)
+    found = ["x" + "".join(rng.choice(alphabet, 60)) for _ in range(150)]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"description": text}) + "\n" for text in found))
+    backend = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    expected = [backend.encode(text, add_special_tokens=False).ids for text in found]
+    assert [row[1:-1] for row in as_lists(read(file, plain).train)] == expected
+    (tmp_path / "d.txt").write_text("".join(found))
+    blocks = as_lists(read(tmp_path / "d.txt", plain, "--block_size", 64).train)
+    whole = backend.encode("".join(found), add_special_tokens=False).ids
+    assert sum(blocks, [])[1:] == whole[: len(sum(blocks, [])) - 1]
+
+
+def test_samples(plain, cache, tmp_path):
+    """--max_train_samples texts are left when others are held out; no more is read than that."""
+    file = write(tmp_path / "d.csv", TEXTS)
+    everything = as_lists(read(file, plain).train)
+    dataset = read(file, plain, "--max_train_samples", 8, eval_fraction=0.2)
+    rows = as_lists(dataset.train), as_lists(dataset.held_out)
+    assert tuple(map(len, rows)) == (8, 2)
+    assert sorted(rows[0] + rows[1]) == sorted(everything[:10])
+    few = read(file, plain, "--max_train_samples", 8, "--max_eval_samples", 1, eval_fraction=0.2)
+    assert (as_lists(few.train), as_lists(few.held_out)) == (rows[0], rows[1][:1])
 
 
 def test_held_out_rows_are_not_trained_on(plain, cache, tmp_path):
@@ -189,16 +270,6 @@ def test_held_out_rows_are_not_trained_on(plain, cache, tmp_path):
 
 
 # ---- batches
-
-
-def stored(lengths: list[int], directory: str) -> tokens.Rows:
-    """Rows of these lengths, each of its own tokens: row i holds 10 + i."""
-    np.save(
-        Path(directory) / "train.tokens.npy",
-        np.repeat(np.arange(len(lengths), dtype=np.int32) + 10, lengths),
-    )
-    np.save(Path(directory) / "train.offsets.npy", np.cumsum([0, *lengths]))
-    return tokens.Rows(Path(directory), "train")
 
 
 PAD = 1
@@ -225,7 +296,8 @@ def test_an_epoch_is_every_row_once(lengths, batch_size, dp_size, seed):
                 assert batch.targets == sum(int((y[:, 1:] != -100).sum()) for y in labels) > 0
             for x, y, r in zip(ids, labels, real, strict=True):
                 assert len(x) == batch_size
-                assert torch.equal(y, torch.where(r, x, -100))
+                assert torch.equal(y[:, 1:], torch.where(r, x, -100)[:, 1:])
+                assert (y[:, 0] == -100).all()
                 own = [int(row[0]) - 10 for row in x if row[0] != PAD]
                 seen += own
                 # Padded on the right, to a multiple of PAD_TO that the longest row of all ranks
@@ -250,6 +322,31 @@ def test_no_rank_is_idle_while_another_has_two_rows_more(lengths, dp_size):
         ):
             held = [int((b.inputs["input_ids"][:, 0] != PAD).sum()) for b in batches]
             assert max(held) - min(held) <= 1
+
+
+def test_ranks_have_about_as_many_tokens_and_the_same_shapes(tmp_path):
+    """The slowest decides, and a shape that one rank meets first holds up the others."""
+    lengths = np.random.default_rng(0).integers(20, 61, 32 * 100)
+    rows = stored(lengths, tmp_path)
+    most = []
+    for batches in zip(*(Batches(rows, 8, rank, 4, PAD, 0, True).epoch() for rank in range(4))):  # noqa: B905
+        assert len({b.inputs["input_ids"].shape for b in batches}) == 1
+        own = [int(b.inputs["cu_seqlens"][8]) for b in batches]
+        most.append(max(own) / np.mean(own))
+    assert np.mean(most) < 1.03  # dealt out in turn: 1.11
+
+
+def test_a_prompt_has_no_loss(tmp_path):
+    """Of a row, packed or padded, the targets are those behind its context."""
+    contexts = [3, 1, 4, 2]
+    rows = stored([5, 4, 7, 3], tmp_path, contexts=contexts)
+    for packed in (False, True):
+        (batch,) = Batches(rows, 4, 0, 1, PAD, None, packed).epoch()
+        ids, labels = (batch.inputs[name] for name in ("input_ids", "labels"))
+        assert batch.targets == sum([5, 4, 7, 3]) - sum(contexts)
+        counts = [int((labels[ids == 10 + i] != -100).sum()) for i in range(4)]
+        assert counts == [2, 3, 3, 1]
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
 
 
 def test_each_epoch_has_its_own_order_which_stays(tmp_path):
@@ -282,9 +379,11 @@ def test_pads_are_in_no_loss(tmp_path):
         np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)
     ]
     with torch.no_grad():
-        alone = sum(model(**collate([row], 1, len(row), PAD))["loss"] for row in rows)
+        alone = sum(model(**collate([row], [1], 1, len(row), PAD))["loss"] for row in rows)
         for pad in (PAD, 33):
-            together = model(**collate(rows, 4, 9, pad))["loss"]  # and a fourth row of pads alone
+            together = model(**collate(rows, [1] * 3, 4, 9, pad))[
+                "loss"
+            ]  # and a fourth row of pads alone
             assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
@@ -353,7 +452,7 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
     ]
 
     def loss(rows, of):
-        inputs = pack(rows, 3, 9, PAD)
+        inputs = pack(rows, [1] * 3, 3, 9, PAD)
         start, end = inputs["cu_seqlens"][of : of + 2]
         inputs["labels"][0, :start] = inputs["labels"][0, end:] = -100
         with torch.no_grad():
@@ -361,7 +460,7 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
 
     for i, row in enumerate(rows):
         with torch.no_grad():
-            alone = model(**collate([row], 1, len(row), PAD))["loss"].item()
+            alone = model(**collate([row], [1], 1, len(row), PAD))["loss"].item()
         assert loss(rows, i) == pytest.approx(alone, rel=1e-5)
         assert loss(
             [row if j == i else (other + 7) % 60 for j, other in enumerate(rows)], i
@@ -398,14 +497,11 @@ def test_tokenized_once(tmp_path):
     root = tmp_path / "xdg" / "opt-colossalai"
     flags = ("--max_train_steps", 1, "--no_save", "--batch_size", 4, "--eval_fraction", 0.01)
     train(tmp_path / "out", *flags, nproc=2, env=env)
-    (entry,) = root.iterdir()  # one, complete, and nothing half written beside it
+    # One, complete, and nothing half written beside it
+    (entry,) = (f for f in root.iterdir() if f.suffix != ".lock")
     assert {f.name for f in entry.iterdir()} == {
         "counts.json",
-        *(
-            f"{split}.{part}.npy"
-            for split in ("train", "held_out")
-            for part in ("tokens", "offsets")
-        ),
+        *(f"{split}.{part}" for split in ("train", "held_out") for part in ("tokens", "rows")),
     }
     # A folder's time changes with every file made or removed in it: new tokens are written aside,
     # in `root`.
@@ -425,10 +521,10 @@ def test_other_settings_are_other_tokens(plain, cache, tmp_path):
     ]
     for i, settings_ in enumerate(variants, 1):
         read(file, plain, **settings_)
-        assert len(list(cache.iterdir())) == i
+        assert len([f for f in cache.iterdir() if f.is_dir()]) == i
     write(file, TEXTS[1:])  # another content under the same name
     assert len(read(file, plain).train) == len(TEXTS) - 1
-    assert len(list(cache.iterdir())) == len(variants) + 1
+    assert len([f for f in cache.iterdir() if f.is_dir()]) == len(variants) + 1
     # The same content: its tokens are not said to come from elsewhere
     other = file.rename(tmp_path / "other.csv")
     assert read(other, plain).source == f"local file {other}"

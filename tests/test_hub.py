@@ -187,7 +187,8 @@ def test_wikitext(hub, home, root):
     assert f"Hub, {WIKITEXT}, wikitext-2-raw-v1" in done.stdout
 
     newest = max(
-        (home / "xdg" / "opt-colossalai").iterdir(), key=lambda entry: entry.stat().st_mtime_ns
+        (f for f in (home / "xdg" / "opt-colossalai").iterdir() if f.is_dir()),
+        key=lambda entry: entry.stat().st_mtime_ns,
     )
     dataset = tokens.open_dataset(newest)
     tokenizer = tokens.load_tokenizer(root / "models" / MODEL)

@@ -14,7 +14,7 @@ from opt.data.batches import collate
 from opt.data.tokens import Rows
 from opt.model.weights import HEAD, InitialWeights
 
-from .conftest import REPO, SAMPLE_MODEL, run, train
+from .conftest import REPO, SAMPLE_MODEL, run, stored, train
 
 HYBRID = ("--plugin", "hybrid_parallel")
 # By number of processes. The batch's rows are shared out over the data-parallel ranks.
@@ -138,9 +138,7 @@ def rows(tmp_path_factory) -> Rows:
     """Token rows of unequal length, in the files that opt.data.Rows reads."""
     directory = tmp_path_factory.mktemp("rows")
     tokens = np.random.default_rng(0).integers(3, 1000, sum(LENGTHS))
-    np.save(directory / "train.tokens.npy", tokens.astype(np.int32))
-    np.save(directory / "train.offsets.npy", np.cumsum([0, *LENGTHS]))
-    rows = Rows(directory, "train")
+    rows = stored(LENGTHS, directory, tokens)
     rows.directory = directory
     return rows
 
@@ -161,10 +159,11 @@ def checkpoints(tmp_path_factory) -> dict:
 
 def plain_loss(model, rows: Rows) -> float:
     batch = collate(
-        [rows[i] for i in range(len(rows))], len(rows), int(rows.lengths.max()), pad_id=1
+        [rows[i] for i in range(len(rows))], rows.contexts, len(rows), rows.longest, pad_id=1
     )
     with torch.no_grad():
-        return model.eval()(**batch, attention_mask=(batch["labels"] != -100).long()).loss.item()
+        real = torch.arange(rows.longest) < torch.tensor(rows.lengths).unsqueeze(1)
+        return model.eval()(**batch, attention_mask=real.long()).loss.item()
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opt.data import texts, tokens
+from args import train_parser
+from opt.data import files, texts, tokens
 from opt.errors import UserError
 
 from .conftest import REPO, SAMPLE_MODEL, metrics, run
 from .test_bad_input import assert_refused
 
 
-def read(file, content: bytes | str, column="description") -> tuple[list, dict]:
+def source(file, *flags) -> texts.Source:
+    """What --dataset `file` and other flags name."""
+    return texts.find(train_parser().parse_args(["--dataset", str(file), *flags]))
+
+
+def read(file, content: bytes | str, *flags) -> tuple[list, dict]:
     """The texts of a file with this content, and what is noted of it."""
     Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     notes = Counter()
-    return list(texts.find(str(file), column).texts("train", notes)), dict(notes)
+    return [text.text for text in source(file, *flags).texts("train", notes)], dict(notes)
 
 
 TWO = ["One, two.", "Three."]
@@ -203,7 +209,7 @@ REFUSED = {
     "a comma missing.json": ('[{"description": "x"}\n{"description": "y"}]', ["line 2", "comma"]),
     "not closed.json": ('[{"description": "x"}\n', ["not closed"]),
     "over several lines.json": ('{\n"description": "x"\n}\n', ["line 1", "one a line"]),
-    "no such column.jsonl": ('{"plot": "x"}\n', ["no column 'description'", "plot"]),
+    "no such column.jsonl": ('{"plot": "x", "id": 1}\n', ["no column 'description'", "plot"]),
     "empty.txt": ("", ["empty file"]),
 }
 
@@ -226,10 +232,15 @@ def test_parquet_is_read_by_column(tmp_path):
     pandas.DataFrame(
         {"description": ["NA", None, "x"], "n": [1, 2, 3], "c": pandas.Categorical(["a", "b", "a"])}
     ).to_parquet(file)
-    assert list(texts.find(str(file), "description").texts("train", Counter())) == ["NA", None, "x"]
-    assert list(texts.find(str(file), "c").texts("train", Counter())) == ["a", "b", "a"]
+
+    def column(name):
+        found = source(file, "--text_column", name).texts("train", Counter())
+        return [text.text for text in found]
+
+    assert column("description") == ["NA", None, "x"]
+    assert column("c") == ["a", "b", "a"]
     with pytest.raises(UserError, match="'n' holds int64, not text.*--text_column"):
-        list(texts.find(str(file), "n").texts("train", Counter()))
+        column("n")
 
 
 FIELDS = st.lists(
@@ -299,13 +310,13 @@ def test_a_json_list_is_read_in_parts(tmp_path, found, part, indent):
         [{"n": i * 10**6, "description": text} for i, text in enumerate(found)], indent=indent
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "PART", part)
+        patch.setattr(files, "PART", part)
         read_back, _ = read(tmp_path / "d.json", content)
         assert read_back == [
             re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")) for text in found
         ]
         lines = [
-            line for line, _ in texts._list(open(tmp_path / "d.json", encoding="utf-8", newline=""))
+            line for line, _ in files._list(open(tmp_path / "d.json", encoding="utf-8", newline=""))
         ]
     starts = [
         content.count("\n", 0, match.start()) + 1 for match in re.finditer(r'\{\s*"n": ', content)
@@ -384,10 +395,10 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     """Its texts would be kept under a checksum that is not theirs."""
     file = tmp_path / "d.txt"
     file.write_text("One.\nTwo.\n")
-    source = texts.find(str(file), "description")
-    source.identity()
-    reading = source.texts("train", Counter())
-    assert next(reading) == "One."
+    found = source(file)
+    found.identity()
+    reading = found.texts("train", Counter())
+    assert next(reading).text == "One."
     time = file.stat().st_mtime_ns
     file.write_text("Six.\nTen.\n")
     os.utime(file, ns=(time, time))

@@ -336,30 +336,27 @@ def _text(value, file: File, column: str, line: int | None) -> str | None:
 
 def _json(opened: _Opened, notes: Counter) -> Iterator[Row]:
     """Fields of JSON objects, one a line or in a list."""
-    file, columns, names, seen = opened.file, opened.file.columns, None, set()
-    for line, row in _objects(opened):
+    file, objects = opened.file, _objects(opened)
+    head = list(itertools.islice(objects, 1000))
+    names = list(dict.fromkeys(name for _, row in head if isinstance(row, dict) for name in row))
+    columns = file.columns or _usual(names) or (tuple(names) if len(names) == 1 else ())
+    if columns:
+        _chosen(file, columns, notes)
+    missing = dict.fromkeys(columns or USUAL_COLUMNS)
+    for line, row in itertools.chain(head, objects):
         if not isinstance(row, dict):
             kind = {"Number": "a number", "NoneType": "null"}.get(
                 type(row).__name__, type(row).__name__
             )
             raise Fault(f"it holds {kind}, not a JSON object", line)
-        if names is None:
-            names = list(row)
-            if not columns:
-                columns = _usual(names) or (tuple(names) if len(names) == 1 else ())
-                if not columns:
-                    raise _no_column(file, names)
-                _chosen(file, columns, notes)
+        if not columns:
+            break
         values = [_value(row, column) for column in columns]
-        if len(seen) < len(columns):
-            seen |= {c for c, value in zip(columns, values, strict=True) if value is not _ABSENT}
-        yield Row(
-            tuple(
-                _text(value, file, column, line)
-                for column, value in zip(columns, values, strict=True)
-            )
-        )
-    if names is not None and len(seen) < len(set(columns)):
+        for column, value in zip(columns, values, strict=True) if missing else ():
+            if value is not _ABSENT:
+                missing.pop(column, None)
+        yield Row(tuple(_text(v, file, c, line) for c, v in zip(columns, values, strict=True)))
+    if head and missing:
         raise _no_column(file, names)
 
 
