@@ -407,7 +407,10 @@ def check_same_run(
             "give the same"
         )
     if checkpoint.state["data"] != rows.checksum:
-        flags = ("dataset", "text_column", "max_length", "eval_fraction")
+        flags = (
+            *("dataset", "text_column", "template", "prompt_column", "response_column"),
+            *("max_length", "long_texts", "block_size", "eval_fraction", "max_train_samples"),
+        )
         changed = ", ".join(
             f"--{flag} was {before[flag]}, not {now[flag]}"
             for flag in flags
