@@ -33,7 +33,7 @@ from opt_train_demo import boost
 
 from .conftest import SAMPLE_MODEL, metrics
 from .test_parity import HYBRID, run_worker
-from .test_training import Runs, runs_in
+from .test_training import Runs, all_rows, runs_in
 
 EXPORTED = ("torch_ddp", "low_level_zero", "gemini", "tp=2", "pp=2", "tp=2 x pp=2")
 SMALL = 300_000  # bytes: the sample model's embedding is 1 MB, each of its layers 0.8 MB
@@ -48,7 +48,10 @@ rows, found = json.load(open(sys.argv[1])), {}
 for directory in sys.argv[2:]:
     model, info = AutoModelForCausalLM.from_pretrained(directory, torch_dtype="auto", output_loading_info=True)
     with torch.no_grad():
-        losses = [(model(torch.tensor([row]), labels=torch.tensor([row])).loss.item(), len(row) - 1) for row in rows]
+        losses = [
+            (model(torch.tensor([row]), labels=torch.tensor([labels])).loss.item(), sum(x != -100 for x in labels))
+            for row, labels in rows
+        ]
     generator = pipeline("text-generation", model=directory)
     found[directory] = {
         "loss": sum(loss * targets for loss, targets in losses) / sum(targets for _, targets in losses),
@@ -71,10 +74,8 @@ def runs(tmp_path_factory) -> Runs:
 def loaded(runs, tmp_path_factory) -> dict:
     """{run: what a program that only has transformers finds in its output directory}"""
     folder = tmp_path_factory.mktemp("elsewhere")
-    rows = [
-        row.tolist()
-        for row in (runs.dataset.held_out[i] for i in range(len(runs.dataset.held_out)))
-    ]
+    rows = [row.tolist() for row in all_rows(runs.dataset.held_out)]
+    rows = [[row, runs.labels[tuple(row)]] for row in rows]
     (folder / "rows.json").write_text(json.dumps(rows))
     outputs = {name: str(runs.output(name)) for name in EXPORTED}
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
