@@ -329,6 +329,13 @@ def train_parser() -> argparse.ArgumentParser:
         "scratch; default facebook/opt-350m",
     )
     parser.add_argument(
+        "--model_revision",
+        help="branch, tag or commit of a model on the Hub; default its main branch",
+    )
+    parser.add_argument(
+        "--tokenizer_name", help="Hub id or directory of the tokenizer; default the model's"
+    )
+    parser.add_argument(
         "--output_path",
         default="./output_model",
         help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; "

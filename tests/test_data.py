@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from opt.errors import UserError
 from opt.model.opt import OPTForCausalLM
 from opt.train import plan
 
-from .conftest import REPO, SAMPLE_MODEL, run, stored, tokenize, train
+from .conftest import REPO, SAMPLE_MODEL, finish, run, start, stored, tokenize, train
 from .hub import save_opt_tokenizer
 
 TEXTS = [
@@ -534,18 +535,19 @@ def test_one_process_a_node_works_and_all_get_its_result(tmp_path):
     """Its exception too."""
     script = tmp_path / "worker.py"
     script.write_text(f"""
-import sys
+import sys, time
 sys.path.insert(0, {str(REPO)!r})
-import torch.distributed as dist
 from opt.colossal import processes
 
 def say(what):
     sys.stdout.write(what + "\\n")
 
-dist.init_process_group("gloo")
 here = processes.place()
+processes.start(here, timeout_minutes=0.05)
+processes._BEAT = 0.5
 
 def work(fails):
+    time.sleep(5)  # longer than a collective waits
     say(f"worked {{here.rank}}")
     if fails:
         raise KeyError("broken")
@@ -564,6 +566,52 @@ processes.stop()
         sorted(done.stdout.splitlines())
         == ["error 'broken'"] * 2 + ["result 10"] * 2 + ["worked 0"] * 2
     )
+
+
+def test_killed_while_it_tokenizes(plain, cache, tmp_path):
+    """Another run of the same texts waits, takes over when the first is killed, and goes on where
+    that one was; what it leaves is what one run alone leaves."""
+    file = tmp_path / "d.jsonl"
+    words = " ".join(TEXTS)
+    rows = ({"description": f"{i} {words[i % 900 :]}"} for i in range(1500))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset", str(file), "--max_length", "64", "--eval_fraction", "0.1"]
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import sys, time
+sys.path.insert(0, {str(REPO)!r})
+from args import train_parser
+from opt.data import tokens
+tokens._BATCH, tokens._SAVED_EVERY, pause = 30_000, 100_000, float(sys.argv[1])
+one, done = tokens._Encoder.__call__, [0]
+def encode(self, batch):
+    time.sleep(pause)
+    done[0] += sum(map(len, batch))
+    return one(self, batch)
+tokens._Encoder.__call__ = encode
+tokenizer = tokens.load_tokenizer({str(SAMPLE_MODEL)!r})
+print(tokens.tokenize(train_parser().parse_args({flags!r}), tokenizer), done[0], flush=True)
+""")
+    env = {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    first = start(script, 0.2, env=env)
+    deadline = time.monotonic() + 90
+    while not list(cache.glob("*.part/train.all.json")):
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = start(script, 0, env=env)
+    assert second.stdout.readline() == "waiting for another run, which tokenizes the same texts\n"
+    first.kill()
+    finish(first, 10)
+    done = finish(second, 60)
+    assert done.returncode == 0 and "going on from there" in done.stdout, done.stderr
+    directory, characters = done.stdout.splitlines()[-1].split()
+    assert 0 < int(characters) < 0.9 * file.stat().st_size
+    # Where no other run is, and nothing was begun
+    alone = finish(start(script, 0, env={"XDG_CACHE_HOME": str(tmp_path / "other")}), 60)
+    other = Path(alone.stdout.split()[0])
+    assert {f.name: f.read_bytes() for f in Path(directory).iterdir()} == {
+        f.name: f.read_bytes() for f in other.iterdir()
+    }
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(plain, cache, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Models and data sets by Hub id, against a stand-in for the Hub: there, missing, out of order, and
 cached."""
 
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -146,7 +147,7 @@ def test_the_defaults(hub, home, root, tmp_path, monkeypatch):
     )
     done = start(hub, home, MODEL, NETFLIX, *flags, output=tmp_path / "out")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"Hub, {NETFLIX}, split train: 420 rows" in done.stdout
+    assert f"Hub, {NETFLIX}, split train: 420 texts" in done.stdout
     assert "pytorch_model.bin" in done.stdout
     # Gigabytes that nobody reads
     assert not [r for r in hub.requests if r.endswith((".msgpack", ".h5"))]
@@ -200,6 +201,92 @@ def test_wikitext(hub, home, root):
         assert set(rows.lengths[:-1]) == {24}
         left_out = len(whole) % 24 == 1
         assert np.concatenate(as_lists(rows)).tolist() == whole[: len(whole) - left_out]
+
+
+def test_splits_configurations_and_what_else_the_hub_has(tmp_path):
+    """In one process: each line is what --dataset and other flags come to."""
+    data = {
+        "shows/train.csv": ["a", "b"],
+        "shows/validation.csv": ["c"],
+        "shows/test.csv": ["d"],
+        "two/north/train.csv": ["n"],
+        "two/south/train.csv": ["s"],
+    }
+    root = tmp_path / "root"
+    for name, texts in data.items():
+        file = root / "datasets" / "acme" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("description\n" + "".join(f"{text}\n" for text in texts))
+    card = "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.csv\n" for name in ("north", "south")
+    )
+    (root / "datasets/acme/two/README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    shutil.copytree(SAMPLE_MODEL, root / "models/acme/tiny")
+    (root / "models/acme/tiny/config.json").unlink()
+    (tmp_path / "own.csv").write_text("description\no\n")
+    with serving(root) as hub:
+        commit = hub.commit("models", "acme/tiny")
+        asked = [
+            "--dataset acme/shows",
+            "--dataset acme/shows --validation_split none",
+            "--dataset acme/shows --validation_split test --train_split validation",
+            "--dataset acme/shows --eval_fraction 0",
+            f"--dataset acme/two {tmp_path}/own.csv acme/shows --dataset_config_name south",
+            f"--dataset acme/shows --validation_file {tmp_path}/own.csv",
+            "--dataset acme/two",
+            "--dataset acme/two --dataset_config_name east",
+            "--dataset acme/shows --train_split dev",
+        ]
+        script = f"""
+import json, sys
+sys.path.insert(0, {str(REPO)!r})
+from collections import Counter
+from args import train_parser
+from opt.data import texts
+from opt.errors import UserError
+from opt.model import weights
+for flags in {asked!r}:
+    try:
+        found = texts.find(train_parser().parse_args(flags.split()))
+        splits = {{s: [t.text for t in found.texts(s, Counter())] for s in found.splits}}
+        print(json.dumps([splits, found.said]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+for revision in ({commit!r}, "gone"):
+    try:
+        folder = weights.locate("acme/tiny", revision, tokenizer_alone=True)
+        print(json.dumps(sorted(f.name for f in folder.iterdir())))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+        (tmp_path / "ask.py").write_text(script)
+        done = run(tmp_path / "ask.py", env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found[0] == [
+        {"train": ["a", "b"], "held_out": ["c"]},
+        "Hub, acme/shows, split train, held out: split validation, left aside: test",
+    ]
+    assert found[1] == [
+        {"train": ["a", "b"]},
+        "Hub, acme/shows, split train, left aside: validation, test",
+    ]
+    assert found[2][0] == {"train": ["c"], "held_out": ["d"]}
+    assert found[3][0] == {"train": ["a", "b"]}
+    assert found[4][0] == {"train": ["s", "o", "a", "b"], "held_out": ["c"]}
+    assert found[5][0] == {"train": ["a", "b"], "held_out": ["o"]}
+    for said, says in zip(
+        found[6:9],
+        [
+            "several configurations: choose one of north, south",
+            "'east': choose one of north, south",
+            "no split 'dev': its splits are train, validation, test",
+        ],
+        strict=True,
+    ):
+        assert says in said
+    assert "tokenizer.json" in found[9] and "model.safetensors" not in found[9]
+    assert "--tokenizer_name acme/tiny" in found[10] and "not to be had from the Hub" in found[10]
 
 
 def test_what_the_hub_does_not_have(hub, home):
@@ -263,7 +350,7 @@ def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
         done = start(hub, home, MODEL, NETFLIX, "--dry_run", output=tmp_path / "out")
         assert done.returncode == 0, done.stderr[-4000:]
         assert "pytorch_model.bin" in done.stdout
-        assert "split train: 420 rows" in done.stdout
+        assert "split train: 420 texts" in done.stdout
     assert "cached from the Hub, which does not answer" in done.stdout
 
     (half,) = (home / "hub").glob("models--*/snapshots/*/pytorch_model.bin")

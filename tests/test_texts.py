@@ -1,20 +1,25 @@
 """What texts a file has: read as they were meant, or refused by a line that names the file and the
 line in it. Never another column's."""
 
+import bz2
 import csv
+import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from args import train_parser
+from args import resolve, train_parser
 from opt.data import files, texts, tokens
 from opt.errors import UserError
 
@@ -322,6 +327,179 @@ def test_a_json_list_is_read_in_parts(tmp_path, found, part, indent):
         content.count("\n", 0, match.start()) + 1 for match in re.finditer(r'\{\s*"n": ', content)
     ]
     assert lines == starts
+
+
+# ---- compressed, in other encodings, nested, as prompt and response
+
+
+COMPRESSORS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: _zstd(content[:5]) + _zstd(content[5:]),  # as pzstd writes it
+}
+
+
+def _zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt", "parquet", "TSV"])
+def test_compressed(tmp_path, kind, suffix):
+    compress = COMPRESSORS[suffix]
+    plain = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"description": TWO}), plain)
+    else:
+        texts = {"csv": "plain.csv", "jsonl": "plain.jsonl", "txt": "plain.txt", "TSV": "tabs.tsv"}
+        plain.write_text(READ[texts[kind]][0])
+    whole = compress(plain.read_bytes())
+    assert read(tmp_path / f"e.{kind}{suffix}", whole) == (TWO, {})
+    with pytest.raises(UserError, match=f"e.{kind}{suffix}.*(damaged|cut off|cannot be read)"):
+        read(tmp_path / f"e.{kind}{suffix}", whole[:-9])
+
+
+def test_encodings(tmp_path):
+    content = 'id,description\n1,"Zürich, für €2"\n'
+    for encoding in ("cp1252", "utf-16-le", "latin-1", "utf-8", "UTF8"):
+        text = content.replace("€", "e") if encoding == "latin-1" else content
+        found, _ = read(tmp_path / "d.csv", text.encode(encoding), "--encoding", encoding)
+        assert found == ["Zürich, für €2" if encoding != "latin-1" else "Zürich, für e2"]
+    with pytest.raises(UserError, match="line 2: byte 0xfc is not UTF-8.*--encoding"):
+        read(tmp_path / "d.csv", content.encode("cp1252"))
+    for name, content in (("zip", b"PK\x03\x04" + b"x" * 99), ("gzip", gzip.compress(b"x" * 99))):
+        with pytest.raises(UserError, match=f"is binary, a {name} file"):
+            read(tmp_path / "d.txt", content)
+
+
+def test_the_column_that_was_not_named(tmp_path):
+    """description, text, or the only one: said, where it is not the first."""
+    for content, column in (
+        ("id,text\n1,x\n", "text"),
+        ("plot\nx\n", "plot"),
+        ("id;text\n1;x\n", "text"),
+    ):
+        found, notes = read(tmp_path / "d.csv", content)
+        assert found == ["x"] and notes[f"file whose texts are its column '{column}'"] == 1
+    for name, content in (
+        ("d.csv", "id,plot\n1,x\n"),
+        ("d.jsonl", '{"id": 1, "plot": "x"}\n'),
+    ):
+        with pytest.raises(
+            UserError, match="no column 'description' and no column 'text'.*id, plot"
+        ):
+            read(tmp_path / name, content)
+
+
+def test_nested_fields(tmp_path):
+    """By dots, through objects and lists; a column of that very name first."""
+    rows = [
+        {"answer": {"text": "x", "all": ["y", "z"]}, "a.b": "w"},
+        {"answer": None, "a.b": None},
+        {"answer": {"text": None, "all": []}},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "n.parquet")
+    expected = {"answer.text": ["x", None, None], "answer.all.1": ["z", None, None]}
+    for column, wanted in (expected | {"a.b": ["w", None, None]}).items():
+        assert read(tmp_path / "n.jsonl", lines, "--text_column", column)[0] == wanted
+        found = source(tmp_path / "n.parquet", "--text_column", column).texts("train", Counter())
+        assert [text.text for text in found] == wanted
+    for column, says in (("answer", "an object|struct"), ("answer.x", "no column 'answer.x'")):
+        with pytest.raises(UserError, match=says):
+            read(tmp_path / "n.jsonl", lines, "--text_column", column)
+        with pytest.raises(UserError, match=says):
+            list(source(tmp_path / "n.parquet", "--text_column", column).texts("train", Counter()))
+
+
+def test_prompt_and_response(tmp_path):
+    """Columns, or a template; numbers as they are spelled; without a response there is no text."""
+    lines = (
+        '{"q": "One?", "a": "1.", "n": 1e5, "b": true}\n'
+        '{"q": null, "a": "2.", "n": 1.50}\n{"q": "Three?", "a": " "}\n'
+    )
+
+    def found(*flags):
+        (tmp_path / "d.jsonl").write_text(lines)
+        of = source(tmp_path / "d.jsonl", *flags).texts("train", Counter())
+        return [(text.prompt, text.text) for text in of]
+
+    columns = ("--prompt_column", "q", "--response_column", "a")
+    assert found(*columns) == [("One?", "1."), ("", "2."), ("", None)]
+    assert found("--template", r"Q: {q}\nA: {a}") == [
+        ("Q: One?\nA: ", "1."),
+        ("Q: \nA: ", "2."),
+        ("", None),
+    ]
+    assert found("--template", "{n} {{x}} {b}: {a}!")[:2] == [
+        ("1e5 {x} true: ", "1.!"),
+        ("1.50 {x} : ", "2.!"),
+    ]
+    assert found("--template", "{q}|{a}|{n}", "--response_column", "a")[0] == ("One?|", "1.|1e5")
+    numbers = ("--prompt_column", "q", "--response_column", "n")
+    assert found(*numbers)[:2] == [("One?", "1e5"), ("", "1.50")]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--template", "no field"], "names no column"),
+        (["--template", "{"], "cannot be read"),
+        (["--template", "{}"], "columns in braces"),
+        (["--template", "{a:>3}"], "columns in braces"),
+        (["--template", "{a}", "--response_column", "b"], "--response_column b is not in"),
+        (["--template", "{a}", "--text_column", "b"], "--text_column does not go with"),
+        (["--prompt_column", "a"], "go together"),
+        (["--template", "{a}", "--block_size", "8"], "--block_size joins whole texts"),
+        (["--csv_delimiter", "ab"], "one character"),
+        (["--encoding", "utf-99"], "no such encoding"),
+        (["--encoding", "hex"], "no such encoding"),
+        (["--validation_file", "x.csv", "--validation_split", "test"], "both say"),
+    ],
+)
+def test_flags_that_contradict_one_another(flags, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        resolve(train_parser().parse_args(flags), "cpu", False)
+
+
+# ---- several files
+
+
+def test_files_globs_and_folders_in_their_order(tmp_path):
+    for name, content in {"b.csv": "x", "a.jsonl": "y", "f/one.txt": "z", "f/two.txt": "w"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        line = {"csv": "description\n{}\n", "jsonl": '{{"text": "{}"}}\n', "txt": "{}\n"}
+        (tmp_path / name).write_text(line[name.split(".")[1]].format(content))
+    (tmp_path / "f" / "notes.csv").write_text("description\nv\n")
+
+    def found(*names, split="train", flags=()):
+        names = [str(tmp_path / name) for name in names]
+        of = texts.find(train_parser().parse_args(["--dataset", *names, *flags]))
+        return [text.text for text in of.texts(split, Counter())], of.said
+
+    assert found("b.csv", "a.jsonl")[0] == ["x", "y"]
+    assert found("a.jsonl", "b.csv", "f/*.txt")[0] == ["y", "x", "z", "w"]
+    read_back, said = found("f")
+    assert read_back == ["z", "w"] and "1 of another form or split left aside, notes.csv" in said
+    assert found("**/*.txt")[0] == ["z", "w"]
+    flags = ("--validation_file", str(tmp_path / "a.jsonl"))
+    assert found("b.csv", split="held_out", flags=flags)[0] == ["y"]
+    for name, says in (("g", "no such file"), ("*.parquet", "no file has such a name")):
+        with pytest.raises(UserError, match=says):
+            found(name)
+    (tmp_path / "f" / "train.csv").write_text("description\nt\n")
+    (tmp_path / "f" / "test.csv").write_text("description\nu\n")
+    for name in ("one.txt", "two.txt", "notes.csv"):
+        (tmp_path / "f" / name).unlink()
+    assert found("f") == (["t"], f"folder {tmp_path}/f, 2 files, split train, left aside: test")
+    assert found("f", flags=("--train_split", "test"))[0] == ["u"]
+    assert found("f", split="held_out", flags=("--validation_split", "test"))[0] == ["u"]
+    with pytest.raises(UserError, match="no split 'dev': its splits are train, test"):
+        found("f", flags=("--train_split", "dev"))
 
 
 # ---- as a user meets it

@@ -178,6 +178,9 @@ def find(plan: Namespace) -> Source:
     """The texts that the flags name; those on the Hub are downloaded. Raises UserError."""
     form = Form(plan)
     found = [_find(f"--dataset {name}", name, plan) for name in plan.dataset]
+    config = plan.dataset_config_name
+    if config and not any(one.config == config for one in found):
+        raise UserError(f"--dataset_config_name {config} is of none of the data sets: leave it out")
     said, train, held_out = [], [], []
     for one in found:
         split = _train_split(one, plan.train_split)
@@ -209,6 +212,7 @@ class _Found:
     said: str
     splits: dict[str, list[Path]]
     commit: str = ""
+    config: str | None = None
     delimiter: str = ""
     column: str = ""  # where it is known whatever the flags say
     is_one_text: bool = False
@@ -287,10 +291,10 @@ def _find(asked_for: str, name: str, plan: Namespace) -> _Found:
             f"{asked_for}: no such file; give a csv, json, jsonl, txt or parquet file, a folder, a "
             f"Hub id, or {WIKITEXT}"
         )
-    return _on_the_hub(asked_for, name, plan.dataset_config_name)
+    return _on_the_hub(asked_for, name, plan.dataset_config_name, others=len(plan.dataset) > 1)
 
 
-def _builder(asked_for: str, name: str, config: str | None):
+def _builder(asked_for: str, name: str, config: str | None, others: bool = False):
     """What `datasets` makes of a README and the names of files: configurations, splits, formats."""
     import datasets
 
@@ -304,6 +308,8 @@ def _builder(asked_for: str, name: str, config: str | None):
             configs = datasets.get_dataset_config_names(name)
         except Exception:  # it is the first that says what is wrong
             configs = []
+        if len(configs) == 1 and config and others:
+            return _builder(asked_for, name, None)
         if len(configs) > 1 and config not in configs:
             wrong = f"has no configuration '{config}'" if config else "has several configurations"
             raise UserError(
@@ -341,7 +347,10 @@ def _separator(builder) -> str:
     return (getattr(builder.config, "sep", None) or "").replace(",", "")
 
 
-def _on_the_hub(asked_for: str, repository: str, config: str | None) -> _Found:
+def _on_the_hub(
+    asked_for: str, repository: str, config: str | None, others: bool = False
+) -> _Found:
+    """`others`: the configuration may be that of another data set; this one has it or has none."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
 
@@ -363,8 +372,9 @@ def _on_the_hub(asked_for: str, repository: str, config: str | None) -> _Found:
             ) from error
         origin, found = "cached from the Hub, which does not answer", json.loads(note.read_text())
     else:
-        remote = _builder(asked_for, repository, config)
+        remote = _builder(asked_for, repository, config, others)
         found = {
+            "config": config if config == remote.config.name else None,
             "commit": remote.hash,
             # hf://datasets/OWNER/NAME@COMMIT/PATH
             "splits": {
@@ -391,9 +401,10 @@ def _on_the_hub(asked_for: str, repository: str, config: str | None) -> _Found:
             ) from error
         return Path(folder)
 
+    config = found["config"]
     said = f"{origin}, {repository}" + f", {config}" * bool(config)
     splits = _Downloads(found["splits"], download)
-    return _Found(asked_for, said, splits, found["commit"], found["delimiter"])
+    return _Found(asked_for, said, splits, found["commit"], config, found["delimiter"])
 
 
 class _Downloads(dict):

@@ -427,21 +427,25 @@ def _refuse_unread(files: Iterable[str], place: str) -> None:
             )
 
 
-def locate(model_name_or_path: str) -> Path:
+def locate(name: str, revision: str | None = None, tokenizer_alone: bool = False) -> Path:
     """The local directory of a model: itself, or the Hub's snapshot of it, downloaded once a node
     (by a file lock).
 
-    Raises UserError.
+    `revision`: a branch, tag or commit on the Hub; by default its main branch. `tokenizer_alone`:
+    leave its weights there. Raises UserError.
     """
-    if os.path.isdir(model_name_or_path):
-        return Path(model_name_or_path)
-    looks_local = (
-        model_name_or_path.startswith((".", "/", "~")) or model_name_or_path.count("/") != 1
-    )
-    if looks_local or os.path.exists(model_name_or_path):
+    said = f"--{'tokenizer_name' if tokenizer_alone else 'model_name_or_path'} {name}"
+    if os.path.isdir(name):
+        if revision:
+            raise UserError(
+                f"--model_revision {revision} is for a model on the Hub, and {name} is a directory "
+                "here: leave it out"
+            )
+        return Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local or os.path.exists(name):
         raise UserError(
-            f"--model_name_or_path {model_name_or_path}: no such directory; give one, or a Hub id "
-            "such as facebook/opt-350m"
+            f"{said}: no such directory; give one, or a Hub id such as facebook/opt-350m"
         )
 
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -450,17 +454,18 @@ def locate(model_name_or_path: str) -> Path:
     try:
         # [F45] With a time limit: without one, as in snapshot_download, a Hub that takes the
         # connection and is silent is waited for.
-        listing = (
-            HfApi().model_info(model_name_or_path, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings
-        )
+        patience = constants.HF_HUB_ETAG_TIMEOUT
+        listing = HfApi().model_info(name, revision=revision, timeout=patience).siblings
         files = [file.rfilename for file in listing]
         # Beside config.json: what lies in folders is of other models
         beside = [file for file in files if "/" not in file]
         weights = next(
             (pattern for names, pattern in _READ.items() if set(names) & set(beside)), None
         )
-        if not weights:
-            _refuse_unread(files, f"--model_name_or_path {model_name_or_path}")
+        if tokenizer_alone:
+            weights = None
+        elif not weights:
+            _refuse_unread(files, said)
         wanted = [
             file
             for file in beside
@@ -468,7 +473,7 @@ def locate(model_name_or_path: str) -> Path:
             or fnmatch(file, "*.txt")
             or (weights and fnmatch(file, weights))
         ]
-        directory = Path(snapshot_download(model_name_or_path, allow_patterns=wanted))
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         if not weights or weight_files(directory):
             return directory
         # [F46] snapshot_download gives what there is
@@ -476,8 +481,10 @@ def locate(model_name_or_path: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_try = error
     try:  # the Hub cannot be reached, but an earlier run may have been here
-        directory = Path(snapshot_download(model_name_or_path, local_files_only=True))
-        if weight_files(directory):  # a download that broke off would train from scratch
+        directory = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if tokenizer_alone or weight_files(
+            directory
+        ):  # a download that broke off would train from scratch
             return directory
     except (HfHubHTTPError, OSError, ValueError):
         pass
@@ -487,8 +494,8 @@ def locate(model_name_or_path: str) -> Path:
         else str(first_try).split("\n")[0]
     )
     raise UserError(
-        f"--model_name_or_path {model_name_or_path}: not a directory here and not to be had from "
-        f"the Hub ({reason}); give a local directory"
+        f"{said}: not a directory here and not to be had from the Hub ({reason}); give a local "
+        "directory"
     ) from first_try
 
 

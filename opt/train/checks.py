@@ -56,7 +56,7 @@ def check(flags: Namespace, here: Place) -> Setup:
         )
     _check_writable(plan.output_path)
 
-    directory = weights.locate(plan.model_name_or_path)
+    directory = weights.locate(plan.model_name_or_path, plan.model_revision)
     source = load_config(directory)
     config = with_dropout(source, plan.dropout)
     _check_shape(config, plan)
@@ -69,7 +69,10 @@ def check(flags: Namespace, here: Place) -> Setup:
         plan = plan.but(block_size=plan.block_size or plan.max_length)
     if plan.block_size:
         _check_length("--block_size", plan.block_size, config)
-    tokenizer, said = load_tokenizer(directory, config)
+    of_tokenizer = directory
+    if plan.tokenizer_name:
+        of_tokenizer = weights.locate(plan.tokenizer_name, tokenizer_alone=True)
+    tokenizer, said = load_tokenizer(of_tokenizer, config)
     _check_prompts(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
