@@ -41,6 +41,7 @@ else
 fi
 model=${MODEL:-$default_model}
 dataset=${DATASET:-$default_dataset}
+[ "$online$gpus${MODEL:-}" = 10 ] && say "a larger model: MODEL=facebook/opt-125m bash run_demo.sh"
 say "model $model ($([ -n "${MODEL:-}" ] && echo "you chose it" || echo "$why"))"
 say "data $dataset ($([ -n "${DATASET:-}" ] && echo "you chose it" || echo "$why"))"
 
@@ -63,7 +64,7 @@ say "plugin $plugin${more:+ $more} on $processes process(es) a node ($why_plugin
 # A step has the same rows however many processes share them: more of them give the same model, sooner.
 dp=$((processes * nodes / (tp * pp)))
 rows=32 lr=5e-5 epochs=10
-[ "$model" = sample/opt-tiny ] && rows=16 lr=2e-3 epochs=8 # a tiny model from scratch wants many, larger steps
+[ "$model" = sample/opt-tiny ] && rows=16 lr=1e-3 epochs=4 # a tiny model wants larger steps
 flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --plugin "$plugin")
 flags+=($more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
 if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * nodes))" = 1 ] && [ "$plugin" != gemini ]; }; }; then

@@ -1,10 +1,13 @@
 """What the tests share: starting the scripts as a user does, and small models with known
 weights."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,17 @@ from args import train_parser
 from opt.data import tokens
 
 REPO = Path(__file__).resolve().parent.parent
-SAMPLE_MODEL = REPO / "sample" / "opt-tiny"
+
+
+def _from_scratch() -> Path:
+    """The sample's model without its weights: what these tests compare starts anew."""
+    folder = tempfile.mkdtemp(prefix="opt-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    without = shutil.ignore_patterns("*.safetensors")
+    return Path(shutil.copytree(REPO / "sample" / "opt-tiny", f"{folder}/opt-tiny", ignore=without))
+
+
+SAMPLE_MODEL = _from_scratch()
 SAMPLE_DATA = REPO / "sample" / "netflix_sample.csv"
 
 

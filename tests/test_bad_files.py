@@ -292,11 +292,16 @@ def test_a_broken_data_set(tokenizer, tmp_path, name):
         tokenize(str(tmp_path / name), "description", 64, 0, 1, tokenizer)
 
 
-def test_a_huge_row_is_cut(tokenizer, tmp_path):
-    """Ten million characters, without a space among them and with: cut like any other row."""
+def test_a_huge_text(tokenizer, tmp_path):
+    """Ten million characters, without a space among them and with: rows like any other's."""
     (tmp_path / "d.txt").write_text("a" * 10**7 + "\n" + "an inn " * 1_500_000 + "\nOne.\n")
-    rows = tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer).train
-    assert sorted(rows.lengths)[1:] == [64, 64]
+    found = tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer)
+    assert found.counts.long == 2 and len(found.train) > 40_000
+    lengths = found.train.lengths
+    assert max(lengths) == 64 and sum(lengths < 64) <= 3
+    flags = ("--long_texts", "cut")
+    rows = tokenize(str(tmp_path / "d.txt"), "text", 64, 0, 1, tokenizer, *flags).train
+    assert sorted(map(int, rows.lengths))[1:] == [64, 64]
 
 
 # ---- at random

@@ -257,7 +257,7 @@ CASES = [
     ),
     # data
     Case("no file", "--dataset {}/nowhere.csv", ["--dataset", "/nowhere.csv", "no such file"]),
-    Case("folder", "--dataset {}", ["--dataset", "no such file"]),
+    Case("folder", "--dataset {}/folder", ["--dataset", "a folder without a file that ends in"]),
     Case("other format", "--dataset {}/data.xlsx", ["data.xlsx", "csv", "parquet"]),
     Case("empty file", "--dataset {}/empty.csv", ["empty.csv", "empty"]),
     Case("no rows", "--dataset {}/no_rows.csv", ["no_rows.csv", "no rows"]),
@@ -368,6 +368,7 @@ def broken(tmp_path_factory) -> Path:
 
     (root / "data.xlsx").touch()
     (root / "empty.csv").touch()
+    (root / "folder").mkdir()
     (root / "no_rows.csv").write_text("show_id,description\n")
     (root / "blank.csv").write_text('show_id,description\ns1,\ns2," "\ns3,""\n')
     (root / "numbers.jsonl").write_text('{"description": 1984}\n')

@@ -78,7 +78,7 @@ def _text(run: Run) -> str:
 
 {what} {base}, by ColossalAI: {run.setup.weights.num_parameters / 1e6:,.1f} M parameters.
 
-Data: {dataset.source}; {dataset.counts.rows:,} rows, {dataset.counts.tokens:,} tokens, of which
+Data: {dataset.source}; {dataset.counts.texts:,} texts, {dataset.counts.tokens:,} tokens, of which
 {len(dataset.train):,} rows were trained on and {len(dataset.held_out):,} held out.
 
 | step | held-out loss | training loss | perplexity |
