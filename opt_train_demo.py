@@ -27,6 +27,7 @@ from opt.colossal import processes
 from opt.colossal.adam import HybridAdam, decay_groups
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
+from opt.data.rows import open_dataset
 from opt.model.opt import expect_varying_lengths
 from opt.train import card, checks, export, faults, graphs, hub, recorder, samples, schedule
 from opt.train import plan as plans
@@ -43,7 +44,7 @@ def main(flags) -> None:
     if not flags.dry_run:
         processes.start(here, flags.mem_cap, flags.timeout_minutes)
     tokenized = processes.node_first(here, lambda: tokens.tokenize(setup.plan, setup.tokenizer))
-    run = plans.make_run(setup, here, tokens.open_dataset(tokenized))
+    run = plans.make_run(setup, here, open_dataset(tokenized))
     if here.is_main:
         print(plans.describe(run), flush=True)
     if flags.dry_run:

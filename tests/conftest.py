@@ -17,6 +17,7 @@ import torch
 
 from args import train_parser
 from opt.data import tokens
+from opt.data.rows import ROW, Dataset, Rows, open_dataset
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -145,16 +146,16 @@ def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env
     return done
 
 
-def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer, *flags) -> tokens.Dataset:
+def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer, *flags) -> Dataset:
     """What opt_train_demo.py makes of a data set before it trains."""
     given = ["--dataset", *(dataset if isinstance(dataset, list) else [dataset])]
     given += ["--text_column", column] if column else []
     given += ["--max_length", max_length, "--eval_fraction", eval_fraction, "--seed", seed, *flags]
     plan = train_parser().parse_args(list(map(str, given)))
-    return tokens.open_dataset(tokens.tokenize(plan, tokenizer))
+    return open_dataset(tokens.tokenize(plan, tokenizer))
 
 
-def stored(lengths: list[int], directory: Path, values=None, contexts=None) -> tokens.Rows:
+def stored(lengths: list[int], directory: Path, values=None, contexts=None) -> Rows:
     """Rows of these lengths in the files that Rows maps: of `values`, or each of its own tokens: row
     i holds 10 + i."""
     directory = Path(directory)
@@ -164,11 +165,11 @@ def stored(lengths: list[int], directory: Path, values=None, contexts=None) -> t
     lengths = list(map(int, lengths))
     ends = np.cumsum(lengths)
     rows = zip(ends - lengths, lengths, contexts or [1] * len(lengths), strict=True)
-    np.array(list(rows), tokens._ROW).tofile(directory / "train.rows")
+    np.array(list(rows), ROW).tofile(directory / "train.rows")
     facts = {"shortest": min(lengths), "longest": max(lengths), "tokens": int(ends[-1])}
     facts = {"splits": {"train": facts | {"checksum": "0"}}}
     (directory / "counts.json").write_text(json.dumps(facts))
-    return tokens.Rows(directory, "train")
+    return Rows(directory, "train")
 
 
 def metrics(output) -> list[dict]:

@@ -21,6 +21,7 @@ from args import resolve, train_parser
 from opt.colossal import processes
 from opt.data import tokens
 from opt.data.batches import Batches
+from opt.data.rows import Rows
 from opt.model import kernel_probe, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.opt import meta_model
@@ -47,7 +48,7 @@ def first_losses(args, here, rows: str) -> list[float]:
     --max_train_steps steps (default none)."""
     trained = boosted(args, here)
     spread = trained.plugin.spread
-    rows = tokens.Rows(Path(rows), "train")
+    rows = Rows(Path(rows), "train")
     batches = Batches(
         rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None
     )
@@ -64,7 +65,7 @@ def adapters(args, here, rows: str) -> dict[str, list]:
     rows, and the loss of all after them; the adapters come to --output_path."""
     trained = boosted(args, here, Steps.of_benchmark(args.learning_rate))
     spread = trained.plugin.spread
-    rows = tokens.Rows(Path(rows), "train")
+    rows = Rows(Path(rows), "train")
     share = len(rows) // spread.dp_size
     batches = Batches(rows, share, spread.dp_rank, spread.dp_size, pad_id=1, seed=None)
     losses, norms = [], []
@@ -84,7 +85,7 @@ def trained(args, here, rows: str, tokenizer: str) -> list[float]:
     --output_path."""
     boosted_ = boosted(args, here)
     spread = boosted_.plugin.spread
-    rows = tokens.Rows(Path(rows), "train")
+    rows = Rows(Path(rows), "train")
     batches = Batches(
         rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None
     )
@@ -116,7 +117,7 @@ def gradients(args, here, rows: str) -> dict[str, float]:
     processes. Each process has rows of its own."""
     trained = boosted(args, here)
     model, optimizer, reduction = trained.model, trained.optimizer, trained.plugin.form.reduction
-    rows = tokens.Rows(Path(rows), "train")
+    rows = Rows(Path(rows), "train")
     inputs = next(
         iter(Batches(rows, 2, here.rank, here.world_size, pad_id=1, seed=None).epoch())
     ).inputs

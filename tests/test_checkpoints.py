@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from opt.data import tokens
+from opt.data.rows import Rows
 from opt.errors import UserError
 from opt.train import checkpoints
 
@@ -324,7 +324,7 @@ def test_another_run_is_not_taken_up(reference, model, tmp_path):
         checkpoints.find(str(tmp_path), tmp_path)
 
     saved = checkpoints.find("auto", reference / "output")
-    rows = tokens.Rows.__new__(tokens.Rows)
+    rows = Rows.__new__(Rows)
     rows.checksum = "that of other rows"
     with pytest.raises(UserError, match="--eval_fraction was .*, not 0.2"):
         checkpoints.check_same_run(

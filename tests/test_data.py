@@ -19,6 +19,7 @@ from args import train_parser
 from opt.colossal.processes import Place
 from opt.data import files, tokens
 from opt.data.batches import PAD_TO, Batches, collate, pack
+from opt.data.rows import Counts, Dataset, Rows
 from opt.errors import UserError
 from opt.model.opt import OPTForCausalLM
 from opt.train import plan
@@ -87,11 +88,11 @@ def write(file: Path, texts: list, column="description") -> Path:
 
 def read(
     file, tokenizer, *flags, max_length=256, eval_fraction=0.0, seed=1, column="description"
-) -> tokens.Dataset:
+) -> Dataset:
     return tokenize(file, column, max_length, eval_fraction, seed, tokenizer, *flags)
 
 
-def as_lists(rows: tokens.Rows) -> list[list[int]]:
+def as_lists(rows: Rows) -> list[list[int]]:
     return [rows[i].tolist() for i in range(len(rows))]
 
 
@@ -483,7 +484,7 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
 def test_where_rows_are_packed(tmp_path, lengths, flags, device, expected):
     flags = train_parser().parse_args(flags.split())
     rows = stored(lengths, str(tmp_path))
-    dataset = tokens.Dataset(rows, rows, tokens.Counts(), "")
+    dataset = Dataset(rows, rows, Counts(), "")
     settled = flags.but(pp_size=flags.pp_size or 1)
     here = Place(0, 1, 0, torch.device(device))
     assert plan.is_padding_free(settled, here, dataset) is expected

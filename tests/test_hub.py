@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from opt.data import tokens
+from opt.data.rows import open_dataset
 from opt.model import weights
 from opt.model.config import load_config
 from opt.model.opt import meta_model
@@ -147,7 +148,7 @@ def test_the_defaults(hub, home, root, tmp_path, monkeypatch):
     )
     done = start(hub, home, MODEL, NETFLIX, *flags, output=tmp_path / "out")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"Hub, {NETFLIX}, split train: 420 texts" in done.stdout
+    assert f"Hub, {NETFLIX}: 420 texts" in done.stdout
     assert "pytorch_model.bin" in done.stdout
     # Gigabytes that nobody reads
     assert not [r for r in hub.requests if r.endswith((".msgpack", ".h5"))]
@@ -191,7 +192,7 @@ def test_wikitext(hub, home, root):
         (f for f in (home / "xdg" / "opt-colossalai").iterdir() if f.is_dir()),
         key=lambda entry: entry.stat().st_mtime_ns,
     )
-    dataset = tokens.open_dataset(newest)
+    dataset = open_dataset(newest)
     tokenizer = tokens.load_tokenizer(root / "models" / MODEL)
     for split, rows in {"train": dataset.train, "validation": dataset.held_out}.items():
         whole = [
@@ -350,7 +351,7 @@ def test_what_is_cached_needs_no_hub(hub, home, tmp_path):
         done = start(hub, home, MODEL, NETFLIX, "--dry_run", output=tmp_path / "out")
         assert done.returncode == 0, done.stderr[-4000:]
         assert "pytorch_model.bin" in done.stdout
-        assert "split train: 420 texts" in done.stdout
+        assert "netflix-shows: 420 texts" in done.stdout
     assert "cached from the Hub, which does not answer" in done.stdout
 
     (half,) = (home / "hub").glob("models--*/snapshots/*/pytorch_model.bin")

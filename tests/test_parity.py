@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from opt.data.batches import collate
-from opt.data.tokens import Rows
+from opt.data.rows import Rows
 from opt.model.weights import HEAD, InitialWeights
 
 from .conftest import REPO, SAMPLE_MODEL, run, stored, train

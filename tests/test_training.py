@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from opt.data import tokens
 from opt.data.batches import Batches
+from opt.data.rows import Dataset, Rows
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL, metrics, tokenize, train
 
@@ -229,7 +230,7 @@ class Runs:
         return output
 
     @functools.cached_property
-    def dataset(self) -> tokens.Dataset:
+    def dataset(self) -> Dataset:
         """What all of them train on."""
         tokenizer = tokens.load_tokenizer(self.model)
         flags = ("--prompt_column", "title", "--response_column", "description")
@@ -263,7 +264,7 @@ def runs_in(folder: Path) -> Runs:
     return Runs(folder)
 
 
-def all_rows(rows: tokens.Rows) -> list:
+def all_rows(rows: Rows) -> list:
     return [rows[i] for i in range(len(rows))]
 
 
@@ -272,7 +273,7 @@ def runs(tmp_path_factory) -> Runs:
     return runs_in(tmp_path_factory.getbasetemp() / "runs")
 
 
-def plain_loop(directory: Path, dataset: tokens.Dataset, labels: dict[tuple, list]) -> dict:
+def plain_loop(directory: Path, dataset: Dataset, labels: dict[tuple, list]) -> dict:
     """The same ten steps without this project and without ColossalAI, but for the order of the
     rows."""
     model = OPTForCausalLM.from_pretrained(directory, dropout=0.0, attention_dropout=0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opt.data.tokens import Rows
+from opt.data.rows import Rows
 from opt.model.loss import IGNORE
 
 # A batch's length is a multiple of this: few different shapes, and sizes that tensor cores like

@@ -1,13 +1,9 @@
-"""Texts -> rows of tokens on disk, in bounded memory.
+"""Texts -> tokens on disk, in bounded memory.
 
 One process a node reads the texts, tokenizes them once and appends the tokens to flat files in a
-cache; every process maps those into memory. Killed on the way, the next start reads the texts again
-and tokenizes what is left.
-
-A text is the start token, its prompt if it has one, itself, the end token. A text of more than
---max_length tokens goes on in a next row, which begins with the last token of the row before, so
-that each token but a text's first is a target once. With --block_size all texts are joined, an end
-token between them, and cut into blocks.
+cache; opt/data/rows.py makes rows of them, which every process maps into memory. A text is the
+start token, its prompt if it has one, itself, the end token. Killed on the way, the next start
+reads the texts again and tokenizes what is left.
 """
 
 import hashlib
@@ -20,73 +16,18 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from opt.data import texts
+from opt.data import rows, texts
 from opt.data.files import PART
 from opt.errors import UserError
 
 _CACHE_VERSION = 4  # count up when the tokens of the same text, or the files, change
 _BATCH = 2 * PART  # characters that are tokenized at a time, by all cores
 _SAVED_EVERY = 64 * PART  # characters after which a killed run need not tokenize again
-_TEXT = np.dtype([("end", np.int64), ("context", np.int32)])  # of a text: in the split's tokens
-_ROW = np.dtype([("start", np.int64), ("length", np.int32), ("context", np.int32)])
-_CHUNK = 2**20  # texts, rows or tokens that are worked on at a time
-
-
-@dataclass
-class Counts:
-    """What became of a data set's texts."""
-
-    texts: int = 0  # kept
-    empty: int = 0  # skipped: empty or missing, or without a response
-    tokens: int = 0  # in rows
-    long: int = 0  # over --max_length
-    cut: int = 0  # tokens of those that were cut away
-    unanswered: int = 0  # rows left out: their response was cut away, or they are prompt alone
-    # What else was not as it should be, in words, and how often
-    notes: dict[str, int] = field(default_factory=dict)
-
-
-class Rows:
-    """Token rows of unequal length, mapped into memory."""
-
-    def __init__(self, directory: Path, split: str):
-        """`directory`: one that tokenize() gave; `split`: train or held_out."""
-        self._tokens = _mapped(directory / f"{split}.tokens", np.int32)
-        rows = _mapped(directory / f"{split}.rows", _ROW)
-        self._start = rows["start"]
-        self.lengths = rows["length"]  # tokens of each row
-        self.contexts = rows["context"]  # leading tokens of each row that are no targets
-        facts = json.loads((directory / "counts.json").read_text())["splits"][split]
-        self.shortest: int = facts["shortest"]  # tokens of the shortest row
-        self.longest: int = facts["longest"]
-        self.num_tokens: int = facts["tokens"]  # of all rows
-        self.checksum: str = facts["checksum"]  # SHA-256 of all rows and where they end
-
-    def __len__(self):
-        return len(self._start)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self._tokens[self._start[i] : self._start[i] + self.lengths[i]]
-
-
-@dataclass
-class Dataset:
-    """The tokens of a data set: training rows, held-out rows, and what was counted on the way."""
-
-    train: Rows
-    held_out: Rows
-    counts: Counts
-    source: str  # where the texts came from, in words
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row of all."""
-        return max(self.train.longest, self.held_out.longest)
 
 
 def load_tokenizer(directory: Path, **special_tokens: str):
@@ -122,13 +63,6 @@ def special_tokens(directory: Path) -> set[str]:
                 f"{file} cannot be read ({error}): download or copy it again"
             ) from error
     return named
-
-
-def open_dataset(directory: Path) -> Dataset:
-    """The data set in a directory that tokenize() gave."""
-    facts = json.loads((directory / "counts.json").read_text())
-    rows = Rows(directory, "train"), Rows(directory, "held_out")
-    return Dataset(*rows, Counts(**facts["counts"]), facts["source"])
 
 
 def tokenize(plan: Namespace, tokenizer) -> Path:
@@ -213,7 +147,7 @@ def _move(part: Path, directory: Path) -> None:
 
 def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> None:
     """Everything that Dataset is read from, into the folder `part`. Raises UserError."""
-    encoder, notes, counts = _Encoder(tokenizer, bool(plan.block_size)), Counter(), Counts()
+    encoder, notes, counts = _Encoder(tokenizer, bool(plan.block_size)), Counter(), rows.Counts()
     own = "held_out" in source.splits
     fraction = 0.0 if own else plan.eval_fraction
     limits = {
@@ -227,22 +161,22 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
     counts.texts, counts.notes = sum(number.values()), dict(notes)
     _check_enough(plan, counts, number, fraction)
 
-    held_out = _held_out(number["train"], fraction, plan.seed)
+    held_out = rows.held_out(number["train"], fraction, plan.seed)
     if own:
-        _select(part, "train", "train", None, plan, tokenizer)
-        _select(part, "held_out", "held_out", None, plan, tokenizer)
+        rows.select(part, "train", "train", None, plan, tokenizer)
+        rows.select(part, "held_out", "held_out", None, plan, tokenizer)
     elif plan.block_size and fraction and not held_out.any():
         # Too few texts to hold any out: the end of the stream
-        _select(part, "train", "train", None, plan, tokenizer)
-        _hold_out_the_end(part, fraction)
+        rows.select(part, "train", "train", None, plan, tokenizer)
+        rows.hold_out_the_end(part, fraction)
         counts.notes["texts, too few to hold any out: the last tokens are"] = counts.texts
     else:
-        evaluated = _first(held_out, plan.max_eval_samples)
-        _select(part, "train", "held_out", evaluated, plan, tokenizer)
-        _select(part, "train", "train", ~held_out if fraction else None, plan, tokenizer)
+        evaluated = rows.first_of(held_out, plan.max_eval_samples)
+        rows.select(part, "train", "held_out", evaluated, plan, tokenizer)
+        rows.select(part, "train", "train", ~held_out if fraction else None, plan, tokenizer)
     splits = {}
     for split in ("train", "held_out"):
-        splits[split] = _cut(part, split, plan, counts)
+        splits[split] = rows.cut(part, split, plan, counts)
         counts.tokens += splits[split]["tokens"]
     if not splits["train"]["rows"]:
         raise UserError(
@@ -255,7 +189,7 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
     (part / "counts.json").write_text(json.dumps(facts))
 
 
-def _check_enough(plan: Namespace, counts: Counts, number: dict, fraction: float) -> None:
+def _check_enough(plan: Namespace, counts: rows.Counts, number: dict, fraction: float) -> None:
     name = f"--dataset {' '.join(plan.dataset)}"
     if not counts.texts and not counts.empty:
         raise UserError(f"{name} has no rows")
@@ -405,7 +339,7 @@ def _tokenize_split(
         ) as bar,
     ):
         tokens.truncate(done.tokens * 4)
-        ends.truncate(done.texts * _TEXT.itemsize)
+        ends.truncate(done.texts * rows.TEXT.itemsize)
         read = source.texts(split, notes, lambda position: bar.update(position - bar.n))
         batches = _batches(_in_pieces(read, encoder.can_cut, empty))
         for batch in itertools.islice(batches, done.batches, None):
@@ -444,153 +378,4 @@ def _append(batch: list[_Piece], encoder: _Encoder, done: _Done, limit, tokens, 
     done.tokens += len(flat)
     done.texts += len(finished)
     tokens.write(np.array(flat, np.int32))
-    ends.write(np.array(finished, _TEXT))
-
-
-# ---- tokens to rows
-
-
-def _held_out(number: int, fraction: float, seed: int) -> np.ndarray:
-    """Which of `number` texts are held out: (number,) of bool."""
-    held_out = np.zeros(number, bool)
-    chosen = np.random.default_rng(seed).permutation(number)[: round(number * fraction)]
-    held_out[chosen] = True
-    return held_out
-
-
-def _first(mask: np.ndarray, number: int | None) -> np.ndarray:
-    """The first `number` of those that `mask` has; all if None."""
-    return mask if number is None else mask & (np.cumsum(mask) <= number)
-
-
-def _select(part: Path, source: str, split: str, mask: np.ndarray | None, plan, tokenizer) -> None:
-    """SPLIT.tokens and SPLIT.all.chosen, of the texts of `source` that `mask` has, or of all."""
-    tokens = _mapped(part / f"{source}.all", np.int32)
-    whole = _mapped(part / f"{source}.all.texts", _TEXT)
-    first = start = total = 0
-    with (
-        open(part / f"{split}.tokens", "wb") as tokens_out,
-        open(part / f"{split}.all.chosen", "wb") as texts_out,
-    ):
-        if plan.block_size and tokenizer.bos_token_id is not None:
-            tokens_out.write(np.array([tokenizer.bos_token_id], np.int32))
-        while first < len(whole):
-            own = whole[first : first + 2**16]
-            own = own[: max(1, np.searchsorted(own["end"], start + _CHUNK))]
-            lengths = np.diff(own["end"], prepend=start)
-            there, start = tokens[start : own["end"][-1]], int(own["end"][-1])
-            chosen = None if mask is None else mask[first : first + len(own)]
-            first += len(own)
-            if chosen is not None and not chosen.all():
-                there = there[np.repeat(chosen, lengths)] if chosen.any() else there[:0]
-                own, lengths = own[chosen], lengths[chosen]
-            tokens_out.write(there)
-            texts_out.write(_texts(total + np.cumsum(lengths), own["context"]))
-            total += int(lengths.sum())
-        if plan.block_size and total:  # an end token between texts
-            tokens_out.truncate(tokens_out.tell() - 4)
-
-
-def _texts(ends: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-    table = np.empty(len(ends), _TEXT)
-    table["end"], table["context"] = ends, contexts
-    return table
-
-
-def _hold_out_the_end(part: Path, fraction: float) -> None:
-    tokens = _mapped(part / "train.tokens", np.int32)
-    keep = len(tokens) - round(len(tokens) * fraction)
-    with open(part / "held_out.tokens", "wb") as out:
-        out.write(tokens[keep:])
-    os.truncate(part / "train.tokens", 4 * keep)
-
-
-def _cut(part: Path, split: str, plan: Namespace, counts: Counts) -> dict:
-    """Write SPLIT.rows; what is to be known of them without a look at each."""
-    if plan.block_size:
-        size = (part / f"{split}.tokens").stat().st_size // 4
-        chunks = _blocks(size, plan.block_size)
-    else:
-        found = _mapped(part / f"{split}.all.chosen", _TEXT)
-        chunks = _rows_of_texts(found, plan.max_length, plan.long_texts == "cut", counts)
-    with open(part / f"{split}.rows", "wb") as out:
-        for chunk in chunks:
-            out.write(chunk)
-    rows = _mapped(part / f"{split}.rows", _ROW)
-    lengths = rows["length"]
-    return {
-        "rows": len(rows),
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "shortest": int(lengths.min(initial=plan.block_size or plan.max_length)),
-        "longest": int(lengths.max(initial=0)),
-        "checksum": _checksum(rows, _mapped(part / f"{split}.tokens", np.int32)),
-    }
-
-
-def _blocks(size: int, length: int) -> Iterator[np.ndarray]:
-    """Blocks of `length` of a stream of `size` tokens; no last one of one token, which would have
-    no target."""
-    for first in range(0, max(size - 1, 0), length * _CHUNK):
-        starts = np.arange(first, min(first + length * _CHUNK, size - 1), length)
-        rows = np.empty(len(starts), _ROW)
-        rows["start"], rows["context"] = starts, 1
-        rows["length"] = np.minimum(size - starts, length)
-        yield rows
-
-
-def _rows_of_texts(
-    whole: np.ndarray, length: int, cut: bool, counts: Counts
-) -> Iterator[np.ndarray]:
-    """Rows of at most `length` tokens; what goes on begins with the last token before it."""
-    start = 0
-    for first in range(0, len(whole), _CHUNK):
-        own = whole[first : first + _CHUNK]
-        starts = np.concatenate([[start], own["end"][:-1]])
-        sizes, start = own["end"] - starts, own["end"][-1]
-        is_long = sizes > length
-        counts.long += int(is_long.sum())
-        if cut:
-            counts.cut += int((sizes[is_long] - length).sum())
-            number = np.ones(len(own), np.int64)
-        else:
-            number = -(-(sizes - 1) // (length - 1))
-        text = np.repeat(np.arange(len(own)), number)
-        skipped = (np.arange(len(text)) - np.repeat(np.cumsum(number) - number, number)) * (
-            length - 1
-        )
-        rows = np.empty(len(text), _ROW)
-        rows["start"] = starts[text] + skipped
-        rows["length"] = np.minimum(sizes[text] - skipped, length)
-        rows["context"] = np.clip(own["context"][text] - skipped, 1, length)
-        answered = rows["length"] > rows["context"]
-        counts.unanswered += int((~answered).sum())
-        yield rows[answered]
-
-
-def _checksum(rows: np.ndarray, tokens: np.ndarray) -> str:
-    """SHA-256 of all rows and where they end."""
-    digest, end = hashlib.sha256(np.zeros(1, np.int64)), 0
-    for first in range(0, len(rows), _CHUNK):
-        ends = end + np.cumsum(rows["length"][first : first + _CHUNK], dtype=np.int64)
-        digest.update(ends)
-        end = ends[-1]
-    has_context = False
-    for first in range(0, len(rows), _CHUNK // 64):
-        own = rows[first : first + _CHUNK // 64]
-        has_context |= bool((own["context"] != 1).any())
-        starts, ends = own["start"], own["start"] + own["length"]
-        if (starts[1:] == ends[:-1]).all():
-            digest.update(tokens[starts[0] : ends[-1]])
-            continue
-        for start, stop in zip(starts, ends, strict=True):
-            digest.update(tokens[start:stop])
-    if has_context:
-        digest.update(np.ascontiguousarray(rows["context"]))
-    return digest.hexdigest()
-
-
-def _mapped(file: Path, dtype) -> np.ndarray:
-    """A file of numbers, mapped into memory."""
-    if not file.is_file() or not file.stat().st_size:
-        return np.empty(0, dtype)
-    return np.memmap(file, dtype, "r").view(np.ndarray)
+    ends.write(np.array(finished, rows.TEXT))

@@ -37,7 +37,7 @@ from opt.colossal.adam import MOMENTS
 from opt.colossal.pieces import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
 from opt.colossal.processes import Place
 from opt.data.batches import Position
-from opt.data.tokens import Rows
+from opt.data.rows import Rows
 from opt.errors import Diverged, UserError
 from opt.model import weights
 from opt.train.evaluations import Evaluations

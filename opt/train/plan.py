@@ -12,7 +12,7 @@ from transformers import OPTConfig
 
 from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
-from opt.data.tokens import Counts, Dataset
+from opt.data.rows import Counts, Dataset
 from opt.errors import UserError
 from opt.model import four_bits, kernel_probe, weights
 from opt.model.config import DTYPES
