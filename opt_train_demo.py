@@ -148,26 +148,14 @@ def train(run: plans.Run) -> bool:
                 break
         saver.finish()
 
-    if here.is_main and not stopped_by and position.step < run.steps.total_steps:
-        print(
-            f"ended early, after step {position.step} of {run.steps.total_steps}: "
-            f"{evaluations.without_better} evaluations in a row had no lower held-out loss",
-            flush=True,
-        )
     if plan.load_best_model_at_end and not stopped_by:
         saver.load_best()
     if not stopped_by and not plan.no_save:
         whole = (setup.directory, setup.source, setup.tokenizer, plan.output_path)
         text = card.text(run) if here.is_main else None
         export.export_model(boosted.plugin, *whole, card=text)
-    if here.is_main and stopped_by:
-        print(
-            f"{stopped_by}: stopped after step {position.step}, saved in {saver.saved}; go on with "
-            "the same command and --resume auto",
-            flush=True,
-        )
-    elif here.is_main and not plan.no_save:
-        print(f"saved the model to {plan.output_path}", flush=True)
+    if here.is_main:
+        recorder.say_how_it_ended(run, position.step, stopped_by, saver)
     return not stopped_by
 
 

@@ -59,6 +59,7 @@ from colossalai.pipeline import p2p
 from colossalai.pipeline.schedule import OneForwardOneBackwardSchedule
 from colossalai.shardformer.layer import ColoAttention
 from colossalai.shardformer.modeling.opt import OPTPipelineForwards
+from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
 from colossalai.shardformer.shard import ShardConfig
 from colossalai.tensor.colo_parameter import ColoParameter
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
@@ -433,6 +434,19 @@ def F31():
         schedule.load_batch(iter([torch.zeros(2, length)]))
         seen = schedule.recv_forward()
         assert seen.shape == sent.shape, f"{tuple(seen.shape)} comes of {tuple(sent.shape)}"
+
+
+def F54():
+    """A head of its own stays one under tensor parallelism."""
+    model = small_opt()
+    head = model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    policy = SimpleNamespace(
+        model=model,
+        shard_config=SimpleNamespace(enable_tensor_parallelism=True),
+        pipeline_stage_manager=None,
+    )
+    OPTForCausalLMPolicy.postprocess(policy)
+    assert model.lm_head.weight is head, "the embedding is the head"
 
 
 if __name__ == "__main__":

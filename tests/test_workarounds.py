@@ -48,6 +48,7 @@ SEEN = {
         "F29": r"\d\d lines",
         "F30": "NoneType",
         "F31": r"\(1, 8, 4\) comes of \(1, 16, 4\)",
+        "F54": "the embedding is the head",
     },
     "others": {
         "F32": "0:30:00",

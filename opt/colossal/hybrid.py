@@ -264,7 +264,7 @@ class OPTPolicy(OPTForCausalLMPolicy):
         """Our forward knows stages by itself: see postprocess."""
 
     def postprocess(self):
-        # ColossalAI 0.5.0's makes the embedding the head, even of a model with a head of its own
+        # [F54] ColossalAI's makes the embedding the head, even of a model with a head of its own
         model = super().postprocess() if self.tie_weight else self.model
         if self.shard_config.enable_tensor_parallelism:
             model.tp_group = self.shard_config.tensor_parallel_process_group
