@@ -17,6 +17,7 @@ from opt.errors import UserError
 from opt.model import four_bits, kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
+from opt.model.loss import CHUNK
 from opt.registry import plugin_class
 from opt.train import checkpoints, hub
 from opt.train.checkpoints import Checkpoint
@@ -266,15 +267,20 @@ def memory_bytes(
     """On a process's device: weights, gradients and Adam's state exactly, activations roughly.
     `trained`: how many of the `parameters` are; by default all.
 
-    Activations follow Korthikanti et al. (arXiv:2205.05198, table 2) without the term of the
-    attention scores, which the fused attention kernels do not keep; plus the logits in the compute
-    dtype and twice in fp32.
+    Bytes of activations that a layer keeps for backward, a token and a unit of width, in 16 bits:
+    30 (34 in Korthikanti et al., arXiv:2205.05198, table 2, without the attention scores, which the
+    kernels do not keep, and with ReLU, whose input its output is enough for); 22 where it is
+    compiled, 27 under autocast, where the stream between layers is fp32. Fitted to 60 measured
+    peaks (tests/test_benchmark.py). Then the logits, in the compute dtype and twice in fp32; with a
+    fused loss a chunk of them.
     """
     width = 4 if plan.precision == "fp32" else 2
     length = plan.block_size or plan.max_length
     tokens = plan.batch_size / (plan.num_microbatches or 1) * length
     recomputed = 1 / plan.grad_checkpoint if plan.grad_checkpoint else 0.0  # share of the layers
-    kept = 2 * recomputed + 34 / plan.tp_size * (1 - recomputed)
+    whole = 27 if plan.plugin.startswith("torch_ddp") else 22 if plan.compile else 30
+    whole *= (10 + 24 / plan.tp_size) / 34  # norms and dropout are of the whole width on each rank
+    kept = 2 * recomputed + whole * (1 - recomputed)
     kept *= config.hidden_size * width / 2
     layers = config.num_hidden_layers / plan.pp_size * min(plan.pp_size, plan.num_microbatches or 1)
     plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
@@ -284,4 +290,8 @@ def memory_bytes(
         matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
         frozen -= (1 - four_bits.BYTES / width) * matrices * config.num_hidden_layers
     state += plugin.frozen_bytes(plan, frozen, plan.dp_size)
-    return state + tokens * (kept * layers + config.vocab_size * (width + 8) / plan.tp_size)
+    if plan.fused_loss:
+        logits = CHUNK * config.vocab_size * width + 2 * tokens * config.hidden_size * width
+    else:
+        logits = tokens * config.vocab_size * (width + 8) / plan.tp_size
+    return state + tokens * kept * layers + logits

@@ -1,6 +1,6 @@
 """Memory and rate from files to rows on disk; beside it tokenizers' encode_batch and datasets' map.
 
-    python -m benchmarks.tokenize --megabytes 1000 --formats jsonl,csv,txt,parquet --out FILE.jsonl
+    python -m benchmarks.corpus --megabytes 1000 --formats jsonl,csv,txt,parquet --out FILE.jsonl
 
 Makes a corpus of that size from the sample's descriptions, in every format and once in 16 files;
 runs opt_train_demo.py on each from the launch to the first step, without and with the tokens in the
