@@ -294,4 +294,7 @@ def memory_bytes(
         logits = CHUNK * config.vocab_size * width + 2 * tokens * config.hidden_size * width
     else:
         logits = tokens * config.vocab_size * (width + 8) / plan.tp_size
-    return state + tokens * kept * layers + logits
+    activations = tokens * kept * layers + logits
+    if plan.plugin.startswith("torch_ddp"):  # its fp32 gradients come as activations go
+        state -= min(4 * trained, activations)
+    return state + activations
