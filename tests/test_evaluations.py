@@ -51,9 +51,11 @@ def loss_of(model: Path, texts: Path) -> float:
     tokenizer = tokens.load_tokenizer(SAMPLE_MODEL)
     rows = tokenize(texts, "description", 512, 0.2, 42, tokenizer).held_out
     (batch,) = Batches(rows, len(rows), 0, 1, opt.config.pad_token_id, seed=None).epoch()
-    labels = batch.inputs["labels"]
+    real = (torch.arange(rows.longest) < torch.tensor(rows.lengths).unsqueeze(1)).long()
     with torch.no_grad():
-        return opt(**batch.inputs, attention_mask=(labels != -100).long()).loss.item()
+        return opt(
+            **batch.inputs, attention_mask=real[:, : batch.inputs["labels"].shape[1]]
+        ).loss.item()
 
 
 def long(*values):

@@ -111,8 +111,10 @@ def peft(tmp_path_factory, rows):  # noqa: F811
             if "lora_B" in name:
                 p.normal_(0, 0.1)
     model.save_pretrained(adapter)
-    batch = collate([rows[i] for i in range(len(rows))], len(rows), int(rows.lengths.max()), 1)
-    batch["attention_mask"] = (batch["labels"] != -100).long()
+    all_rows = [rows[i] for i in range(len(rows))]
+    batch = collate(all_rows, rows.contexts, len(rows), rows.longest, pad_id=1)
+    real = torch.arange(rows.longest) < torch.tensor(rows.lengths).unsqueeze(1)
+    batch["attention_mask"] = real.long()
     after, packed = (tmp_path_factory.mktemp(name) for name in ("after", "packed"))
     found = {"base": base, "adapter": adapter, "batch": batch}
     found["whole"] = twenty_steps(base, adapter, batch, after)

@@ -304,12 +304,13 @@ def plainly_trained(untied, rows) -> tuple[list[float], dict]:
     ]
     adamw = torch.optim.AdamW(groups, lr=RATE)
     all_rows = [rows[i] for i in range(len(rows))]
-    batch = collate(all_rows, len(rows), int(rows.lengths.max()), pad_id=1)
+    batch = collate(all_rows, rows.contexts, len(rows), rows.longest, pad_id=1)
+    real = (torch.arange(rows.longest) < torch.tensor(rows.lengths).unsqueeze(1)).long()
     losses = []
     for step in range(STEPS):
         for group in adamw.param_groups:
             group["lr"] = RATE * (10 - step) / 10
-        loss = model(**batch, attention_mask=(batch["labels"] != -100).long()).loss
+        loss = model(**batch, attention_mask=real).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
