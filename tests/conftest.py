@@ -24,7 +24,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 def _from_scratch() -> Path:
     """The sample's model without its weights: what these tests compare starts anew."""
-    folder = tempfile.mkdtemp(prefix="opt-tiny-")
+    # Not in /tmp: the hosts of tests/hosts.py have their own
+    (REPO / ".pytest_cache").mkdir(exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="opt-tiny-", dir=REPO / ".pytest_cache")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     without = shutil.ignore_patterns("*.safetensors")
     return Path(shutil.copytree(REPO / "sample" / "opt-tiny", f"{folder}/opt-tiny", ignore=without))

@@ -281,7 +281,7 @@ def test_an_untied_head_is_resumed_on_other_processes(folder, tmp_path, state):
     )
     tied = folder({"model.safetensors": state}, at="tied")
     checkpoint = checkpoints.find(str(saved), tmp_path)
-    rows = SimpleNamespace(checksum=lambda: checkpoint.state["data"])
+    rows = SimpleNamespace(checksum=checkpoint.state["data"])
     plan = Settings(**checkpoint.state["arguments"])
     checkpoints.check_same_run(checkpoint, plan, opened(model), rows)
     with pytest.raises(UserError, match="of another model.*lm_head.weight"):
