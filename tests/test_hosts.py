@@ -385,7 +385,8 @@ def test_each_host_tokenizes_into_its_own_cache_and_two_that_share_one_race_harm
 
     def rows(cache):
         assert all((d / "counts.json").is_file() for d in cache.rglob("opt*/*") if d.is_dir())
-        return sorted((f.name, f.read_bytes()) for f in cache.rglob("*.npy"))
+        files = [f for name in ("tokens", "rows") for f in cache.rglob(f"opt*/*/*.{name}")]
+        return sorted((f.name, f.read_bytes()) for f in files)
 
     for name, cache in (("own", Path("/tmp/cache")), ("shared", tmp_path / "cache")):
         flags = (*MODEL, "--output_path", tmp_path / name, *SHORT)
