@@ -28,7 +28,8 @@ PY
 then reach="the Hub answers"; online=1; else reach="no answer from $hub within 5 s"; online=0; fi
 nodes=1
 [ -n "${HOSTFILE:-}" ] && nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE")
-there=$("$python" -m opt.choose "${MODEL:-facebook/opt-350m}" "${GPUNUM:-}" "$nodes" $online)
+case " $* " in *" --load_in_4bit "*) frozen=0.6 ;; *" --lora_r "* | *" --lora_adapter "*) frozen=2 ;; *) frozen= ;; esac
+there=$("$python" -m opt.choose "${MODEL:-facebook/opt-350m}" "${GPUNUM:-}" "$nodes" $online "$frozen")
 { read -r gpus; read -r bf16; read -r plugin; read -r more; read -r why_plugin; } <<<"$there"
 
 # ---- model and data: what the user names is taken as it is, never replaced
@@ -65,13 +66,14 @@ say "plugin $plugin${more:+ $more} on $processes process(es) a node ($why_plugin
 dp=$((processes * nodes / (tp * pp)))
 rows=32 lr=5e-5 epochs=10
 [ "$model" = sample/opt-tiny ] && rows=16 lr=1e-3 epochs=4 # a tiny model wants larger steps
+[ -n "$frozen" ] && lr=2e-4 # adapters take larger steps
 flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --plugin "$plugin")
 flags+=($more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
 if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * nodes))" = 1 ] && [ "$plugin" != gemini ]; }; }; then
   flags+=(--fused_loss)
   # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded, and some of what a user may ask for not at all.
   if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then
-    case " $*" in *" --grad_checkpoint"* | *" --precision"*) ;; *) flags+=(--cuda_graph) ;; esac
+    case " $*" in *" --grad_checkpoint"* | *" --precision"* | *" --load_in_4bit"*) ;; *) flags+=(--cuda_graph) ;; esac
   fi
 fi
 flags+=("$@")

@@ -1,10 +1,10 @@
 """What run_demo.sh trains with where its user has not said it: the fastest plugin that fits.
 
-    python -m opt.choose MODEL PROCESSES NODES ONLINE
+    python -m opt.choose MODEL PROCESSES NODES ONLINE FROZEN
 
 prints five lines: GPUs of this node, whether they have bf16 (1 or 0), plugin, its flags, why.
 PROCESSES: of each node, "" for as many as it has GPUs, or one on a CPU. ONLINE: 0 where the Hub
-does not answer.
+does not answer. FROZEN: bytes of a weight that stays as it is beside adapters, "" without any.
 """
 
 import json
@@ -38,9 +38,11 @@ def this_machine() -> Machine:
     return Machine(torch.cuda.device_count(), memory_limit(device), has_bf16(device))
 
 
-def plugin(parameters: int | None, each: Machine, processes: int) -> tuple[str, str, str]:
+def plugin(
+    parameters: int | None, each: Machine, processes: int, frozen: float | None = None
+) -> tuple[str, str, str]:
     """(plugin, its flags, why) for so many `processes` in all. `parameters`: of the model; None:
-    not known.
+    not known. `frozen`: bytes of each of them, where adapters alone are trained.
 
     In this order, of speed (README): low_level_zero, gemini, gemini with Adam in host memory.
     Tensor and pipeline parallelism are slower on as many GPUs, and need no less of their memory.
@@ -56,6 +58,8 @@ def plugin(parameters: int | None, each: Machine, processes: int) -> tuple[str, 
     ]
     if not each.bf16:
         ways.insert(0, ("torch_ddp", "", 16))
+    if frozen is not None:
+        ways = [("low_level_zero", "", frozen), ("gemini", "", frozen / processes)]
     for name, flags, bytes_each in ways:
         if parameters is None or parameters * bytes_each <= STATE * each.bytes:
             fastest = (name, flags, bytes_each) == ways[0]
@@ -93,10 +97,12 @@ def parameters_of(model: str, online: bool) -> int | None:
 
 
 def main() -> None:
-    model, processes, nodes, online = sys.argv[1:]
+    model, processes, nodes, online, frozen = sys.argv[1:]
     each = this_machine()
     total = int(processes or each.gpus or 1) * int(nodes)
-    name, flags, why = plugin(parameters_of(model, online == "1"), each, total)
+    name, flags, why = plugin(
+        parameters_of(model, online == "1"), each, total, float(frozen) if frozen else None
+    )
     print(each.gpus, int(each.bf16), name, flags, why, sep="\n")
 
 

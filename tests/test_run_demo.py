@@ -120,6 +120,15 @@ def test_what_is_chosen_by_size(parameters, machine, processes, expected):
     assert plugin(parameters, machine, processes)[:2] == expected
 
 
+def test_adapters_need_no_memory_for_the_weights_update():
+    """Frozen weights take 2 bytes, in 4 bits a little over half of one."""
+    one = Machine(1, 80 * GIB, True)
+    assert plugin(6.7e9, one, 1, frozen=2)[:2] == ("low_level_zero", "")
+    assert plugin(66e9, one, 1, frozen=2)[:2] == ("gemini", "")
+    assert plugin(66e9, one, 1, frozen=0.6)[:2] == ("low_level_zero", "")
+    assert plugin(66e9, Machine(4, 80 * GIB, True), 4, frozen=2)[:2] == ("gemini", "")
+
+
 @pytest.mark.parametrize("size", ["125m", "350m", "1.3b", "6.7b", "175b"])
 def test_parameters_by_config(tmp_path, size):
     """As the model has them, but for vectors and positions."""
