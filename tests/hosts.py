@@ -42,7 +42,10 @@ cat >/dev/null
 _HOST = """
 hostname $NAME
 mount --rbind "$FOLDER" /run/folder
+IFS=: read -ra keep <<<"$KEEP" # what all hosts need, where it lies in /tmp
+for i in "${!keep[@]}"; do mkdir -p "/run/keep$i" && mount --rbind "${keep[i]}" "/run/keep$i"; done
 mount -t tmpfs opt-tmp /tmp && mkdir -p "$FOLDER" && mount --move /run/folder "$FOLDER"
+for i in "${!keep[@]}"; do mkdir -p "${keep[i]}" && mount --move "/run/keep$i" "${keep[i]}"; done
 mount -t tmpfs opt-run /run && mkdir /run/sshd
 mount --bind "$FOLDER/hosts" /etc/hosts && mount --bind "$FOLDER/passwd" /etc/passwd
 ip link set lo up && ip addr add $ADDRESS/24 dev eth0 && ip link set eth0 up
@@ -130,6 +133,7 @@ class Hosts:
             {
                 "PATH": self._path,
                 "FOLDER": str(self.folder),
+                "KEEP": ":".join(p for p in (str(REPO), sys.prefix) if p.startswith("/tmp/")),
                 "NAME": name,
                 "ADDRESS": self.addresses[name],
                 "SSHD": shutil.which("sshd", path=self._path),
