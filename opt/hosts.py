@@ -229,8 +229,8 @@ def _answer_of(asked: subprocess.Popen, host: str) -> dict | str:
         return f"{host} does not answer by ssh: {said[-1]}"
     if code in (126, 127):
         return f"{host} has no Python at {sys.executable}: {said[-1]}"
-    if any("can't cd" in line or "cd:" in line for line in said):
-        return f"{host} has no folder {HERE}, where the scripts are"
+    if any("can't cd" in line or "cd:" in line or "No module named" in line for line in said):
+        return f"{host} has no folder {HERE} with these scripts"
     return f"{host} cannot be asked: {said[-1]}"
 
 
