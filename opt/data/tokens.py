@@ -15,7 +15,7 @@ import shutil
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,6 +133,8 @@ def _alone(directory: Path) -> Iterator[Path]:
     try:
         yield part
     finally:
+        with suppress(OSError):  # renamed; or left as it is, for the next start to go on
+            part.rmdir()
         lock.release()
 
 
