@@ -51,6 +51,19 @@ def test_imports_go_down(floor):
     assert floor.split("/")[1] in found
 
 
+def test_only_plugins_and_flags_ask_for_a_plugins_name():
+    """What differs by plugin is answered by the plugin: see opt/colossal/plugin.py."""
+    asked = re.compile(r"\bplugin\b( ==| !=| in |\.startswith|\.endswith)")
+    found = [
+        f"{file.relative_to(REPO)}: {line.strip()}"
+        for file in (*REPO.glob("opt_*.py"), *REPO.glob("opt/**/*.py"))
+        if file.parent.name != "colossal"
+        for line in file.read_text().splitlines()
+        if asked.search(line)
+    ]
+    assert not found
+
+
 def test_model_and_data_without_colossalai():
     """They can be read, tested and used where ColossalAI is not installed."""
     code = """

@@ -34,6 +34,16 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
         return 16 * parameters
 
     @staticmethod
+    def late_bytes(plan, parameters):
+        """The gradients."""
+        return 4 * parameters
+
+    @staticmethod
+    def kept_bytes(plan):
+        """Under autocast the stream between layers is fp32."""
+        return 27
+
+    @staticmethod
     def update_kernels(plan):
         """Of fp32 gradients, and no 16-bit weights."""
         yield "update", torch.float32, None

@@ -3,7 +3,7 @@ ddp, zero, gemini and hybrid.
 
 | when          | where                          | what                                            |
 |---------------|--------------------------------|-------------------------------------------------|
-| no processes  | describe, state_bytes,         | what a run will be like, from the plan alone    |
+| no processes  | describe, state_bytes, ...,    | what a run will be like, from the plan alone    |
 | yet           | update_kernels                 |                                                 |
 | plugin        | __init__                       | ColossalAI's plugin and precision               |
 | hold          | new_model                      | each parameter: lazy, or in memory at once      |
@@ -70,6 +70,21 @@ class Plugin:
         """With LoRA: the weights on a process's device that are not trained, in bytes; state_bytes
         is then of the adapters."""
         return (4 if plan.precision == "fp32" else 2) * parameters
+
+    @staticmethod
+    def late_bytes(plan: Namespace, parameters: int) -> float:
+        """Of state_bytes, what comes only as activations go."""
+        return 0
+
+    @staticmethod
+    def kept_bytes(plan: Namespace) -> float:
+        """Of activations that a layer keeps for backward, a token and a unit of width, in 16 bits.
+
+        34 in Korthikanti et al., arXiv:2205.05198, table 2, without the attention scores, which the
+        kernels do not keep; ReLU's input its output is enough for. Fitted to measured peaks, see
+        tests/test_benchmark.py.
+        """
+        return 22 if plan.compile else 30
 
     @staticmethod
     def update_kernels(plan: Namespace) -> Iterable[tuple]:

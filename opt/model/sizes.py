@@ -21,6 +21,12 @@ _SIZES = {
 PRESETS = tuple(_SIZES)
 
 
+def layer_matrices(config: OPTConfig) -> int:
+    """Elements of all matrices in the decoder layers."""
+    hidden = config.hidden_size
+    return config.num_hidden_layers * (4 * hidden**2 + 2 * hidden * config.ffn_dim)
+
+
 def preset_config(size: str) -> OPTConfig:
     """The configuration of OPT-`size`."""
     layers, heads, hidden = _SIZES[size]

@@ -18,6 +18,7 @@ from opt.model import four_bits, kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
 from opt.model.loss import CHUNK
+from opt.model.sizes import layer_matrices
 from opt.registry import plugin_class
 from opt.train import checkpoints, hub
 from opt.train.checkpoints import Checkpoint
@@ -62,7 +63,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
         node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
         check_shared(plan.output_path, here)
     if plan.push_to_hub:
-        node_first(here, lambda: hub.check(plan) if here.rank == 0 else None)
+        node_first(here, lambda: hub.check(plan) if here.is_main else None)
     folder = output_directory(plan.output_path)
     before = None
     if plan.resume or not plan.eval_only:
@@ -77,8 +78,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
 def _check_evaluations(plan: Namespace, dataset: Dataset, before: Checkpoint | None) -> None:
     """Raise UserError where evaluations are asked for and there is nothing to evaluate on, or the
     best model so far is gone."""
-    asked = (*("eval_only", "load_best_model_at_end", "early_stopping_patience"),)
-    for flag in asked:
+    for flag in ("eval_only", "load_best_model_at_end", "early_stopping_patience"):
         if getattr(plan, flag) and not len(dataset.held_out):
             raise UserError(
                 f"--{flag} needs held-out texts, and there are none: give --eval_fraction, over 0"
@@ -267,34 +267,27 @@ def memory_bytes(
     """On a process's device: weights, gradients and Adam's state exactly, activations roughly.
     `trained`: how many of the `parameters` are; by default all.
 
-    Bytes of activations that a layer keeps for backward, a token and a unit of width, in 16 bits:
-    30 (34 in Korthikanti et al., arXiv:2205.05198, table 2, without the attention scores, which the
-    kernels do not keep, and with ReLU, whose input its output is enough for); 22 where it is
-    compiled, 27 under autocast, where the stream between layers is fp32. Fitted to 60 measured
-    peaks (tests/test_benchmark.py). Then the logits, in the compute dtype and twice in fp32; with a
-    fused loss a chunk of them.
+    Activations: see Plugin.kept_bytes; then the logits, in the compute dtype and twice in fp32, or
+    with a fused loss a chunk of them.
     """
+    plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
     width = 4 if plan.precision == "fp32" else 2
     length = plan.block_size or plan.max_length
     tokens = plan.batch_size / (plan.num_microbatches or 1) * length
     recomputed = 1 / plan.grad_checkpoint if plan.grad_checkpoint else 0.0  # share of the layers
-    whole = 27 if plan.plugin.startswith("torch_ddp") else 22 if plan.compile else 30
-    whole *= (10 + 24 / plan.tp_size) / 34  # norms and dropout are of the whole width on each rank
+    # Norms and dropout are of the whole width on each tensor-parallel rank.
+    whole = plugin.kept_bytes(plan) * (10 + 24 / plan.tp_size) / 34
     kept = 2 * recomputed + whole * (1 - recomputed)
     kept *= config.hidden_size * width / 2
     layers = config.num_hidden_layers / plan.pp_size * min(plan.pp_size, plan.num_microbatches or 1)
-    plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
     state = plugin.state_bytes(plan, trained, plan.dp_size)
     frozen = parameters - trained
     if plan.load_in_4bit:
-        matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
-        frozen -= (1 - four_bits.BYTES / width) * matrices * config.num_hidden_layers
+        frozen -= (1 - four_bits.BYTES / width) * layer_matrices(config)
     state += plugin.frozen_bytes(plan, frozen, plan.dp_size)
     if plan.fused_loss:
         logits = CHUNK * config.vocab_size * width + 2 * tokens * config.hidden_size * width
     else:
         logits = tokens * config.vocab_size * (width + 8) / plan.tp_size
     activations = tokens * kept * layers + logits
-    if plan.plugin.startswith("torch_ddp"):  # its fp32 gradients come as activations go
-        state -= min(4 * trained, activations)
-    return state + activations
+    return state + max(0, activations - plugin.late_bytes(plan, trained))
