@@ -86,7 +86,7 @@ class Measured:
     seconds: list[float]  # of each
     loss: float  # of the last
     first_step: float  # seconds from launch to the end of the very first step
-    memory: dict[str, int]  # see metrics.peak_memory
+    memory: dict[str, int]  # see measure.peak_memory
     more: dict = field(default_factory=dict)  # what else the result is to say
 
 
@@ -159,7 +159,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "seconds_to_first_step": measured.first_step,
         "device": measure.device_name(here.device),
         "versions": measure.versions(),
-        "commit": measure.commit(),
+        "commit": installed.commit(),
         **measured.more,
     }
 

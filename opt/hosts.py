@@ -83,7 +83,7 @@ def describe_host(output: Path, token: str) -> dict:
         "python": platform.python_version(),
         "packages": installed.versions(),
         "code": _digest(),
-        "commit": _commit(),
+        "commit": installed.commit() or "not known",
         "time": time.time(),
         "address": address,
         "port": port,
@@ -96,14 +96,6 @@ def _digest() -> str:
     for file in sorted((*HERE.glob("*.py"), *HERE.glob("opt/**/*.py"))):
         digest.update(f"{file.relative_to(HERE)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def _commit() -> str:
-    git = ["git", "-c", "safe.directory=*", "-C", str(HERE), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not known"
 
 
 def _mark(folder: Path, token: str) -> str:

@@ -1,4 +1,5 @@
-"""Whether the installed packages are those of requirements.txt, without importing any of them.
+"""Whether the installed packages are those of requirements.txt, without importing any of them; and
+which scripts these are.
 
     python -m opt.installed run_demo.sh
         exit code 2 and one line, which begins with this name, if not
@@ -8,6 +9,7 @@ first. So this comes before.
 """
 
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +76,17 @@ def foreign_torchvision() -> str | None:
                 f"{_version('torch')} is installed"
             )
     return None
+
+
+def commit() -> str:
+    """The commit of this code, "+" behind it where files have changed since; empty outside a git
+    checkout, or without git."""
+    git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        done = subprocess.run(git, cwd=REQUIREMENTS.parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:

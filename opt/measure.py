@@ -4,9 +4,7 @@ import os
 import platform
 import re
 import resource
-import shutil
 import statistics
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +14,8 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig
 
-from opt.model.lora import Lora
+from opt.model.lora import Lora, matrix_size
+from opt.model.sizes import layer_matrices
 
 
 def flops_per_token(config: OPTConfig, length: int, lora: Lora | None = None) -> float:
@@ -35,10 +34,7 @@ def flops_per_token(config: OPTConfig, length: int, lora: Lora | None = None) ->
     if lora:
         return _flops_with_adapters(config, length, lora)
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    weights = (
-        layers * (4 * hidden * hidden + 2 * hidden * config.ffn_dim)
-        + config.vocab_size * config.word_embed_proj_dim
-    )
+    weights = layer_matrices(config) + config.vocab_size * config.word_embed_proj_dim
     if config.word_embed_proj_dim != hidden:
         weights += 2 * hidden * config.word_embed_proj_dim
     return 6 * weights + 3 * layers * 2 * 2 * hidden * (length + 1) / 2
@@ -46,7 +42,6 @@ def flops_per_token(config: OPTConfig, length: int, lora: Lora | None = None) ->
 
 def _flops_with_adapters(config: OPTConfig, length: int, lora: Lora) -> float:
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    wide = {"fc1": (hidden, config.ffn_dim), "fc2": (config.ffn_dim, hidden)}
     total = 4 * config.vocab_size * config.word_embed_proj_dim
     if config.word_embed_proj_dim != hidden:
         total += (2 + 4) * hidden * config.word_embed_proj_dim  # in, and out
@@ -54,7 +49,7 @@ def _flops_with_adapters(config: OPTConfig, length: int, lora: Lora) -> float:
         flops, is_reached = 0.0, not is_first  # whether backward goes on through what comes next
         for block in (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)):
             for target in block:
-                inputs, outputs = wide.get(target, (hidden, hidden))
+                inputs, outputs = matrix_size(target, config)
                 flops += (2 + 2 * is_reached) * inputs * outputs
                 if target in lora.targets:
                     flops += 6 * lora.r * outputs + (4 + 2 * is_reached) * lora.r * inputs
@@ -168,20 +163,6 @@ def memory_limit(device: torch.device) -> int:
         if device.type == "cuda"
         else psutil.virtual_memory().total
     )
-
-
-def commit() -> str:
-    """The commit of this code, "+" behind it where files have changed since; empty outside a git
-    checkout, or without git."""
-    if shutil.which("git") is None:
-        return ""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     args = run.parse_args(arguments)
     signal.signal(signal.SIGUSR1, _hand_on)
     # Or torchrun says so, and sets it to 1. What the processes compute with they choose by their
-    # number, see launch.start.
+    # number, see processes.start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable(logging.ERROR)
     try:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import OPTConfig
 
 from opt.errors import UserError
-from opt.model.weights import CheckpointWeights, Weights
+from opt.model.weights import CheckpointWeights, Weights, generator_of
 
 # The matrices of a decoder layer by PEFT's name of them -> where they are in the layer
 TARGETS = {
@@ -66,15 +66,20 @@ class Lora:
 
     def shapes(self, config: OPTConfig) -> dict[str, tuple[int, int]]:
         """Names and shapes of all that is trained of a model."""
-        hidden, found = config.hidden_size, {}
-        sizes = {"fc1": (hidden, config.ffn_dim), "fc2": (config.ffn_dim, hidden)}
+        found = {}
         for layer in range(config.num_hidden_layers):
             for target in self.targets:
-                inputs, outputs = sizes.get(target, (hidden, hidden))
+                inputs, outputs = matrix_size(target, config)
                 place = f"model.decoder.layers.{layer}.{TARGETS[target]}{_PART}"
                 found[f"{place}lora_A.weight"] = (self.r, inputs)
                 found[f"{place}lora_B.weight"] = (outputs, self.r)
         return found
+
+
+def matrix_size(target: str, config: OPTConfig) -> tuple[int, int]:
+    """(in, out) of one of TARGETS."""
+    hidden, wide = config.hidden_size, config.ffn_dim
+    return {"fc1": (hidden, wide), "fc2": (wide, hidden)}.get(target, (hidden, hidden))
 
 
 class Adapter(nn.Module):
@@ -163,8 +168,7 @@ class InitialAdapter(Weights):
         shape = self._shapes[name]
         if name.endswith("lora_B.weight"):
             return torch.zeros(shape)
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = generator_of(name, self._seed)
         bound = 1 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

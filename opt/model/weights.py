@@ -305,10 +305,7 @@ class InitialWeights(Weights):
             return torch.full(
                 shape, 1.0 if name.endswith("norm.weight") else 0.0, device=self._device
             )
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator(self._device).manual_seed(
-            int.from_bytes(digest[:8], "little") >> 1
-        )
+        generator = generator_of(name, self._seed, self._device)
         weight = torch.empty(shape, device=self._device).normal_(
             0.0, self._std, generator=generator
         )
@@ -318,6 +315,12 @@ class InitialWeights(Weights):
 
     def shape(self, name):
         return self._shapes[self._where(name)]
+
+
+def generator_of(name: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """For a tensor's initial values: of its own, whichever others are made, and where."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _sampled(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
