@@ -242,7 +242,7 @@ def test_another_models_config_is_not_taken_the_place_of(runs, tmp_path):
     [
         (
             "facebook/opt-350m",
-            "hugginglearners/netflix-shows",
+            ["hugginglearners/netflix-shows"],
             {
                 "base_model": "facebook/opt-350m",
                 "license": "other",
@@ -250,7 +250,7 @@ def test_another_models_config_is_not_taken_the_place_of(runs, tmp_path):
             },
         ),
         ("acme/opt", ["acme/shows", "sample/netflix_sample.csv"], {"datasets": ["acme/shows"]}),
-        (".", "./texts.csv", {"license": "mit", "base_model": "acme/base"}),
+        (".", ["./texts.csv"], {"license": "mit", "base_model": "acme/base"}),
     ],
 )
 def test_what_the_hub_reads_of_a_card(base, dataset, wanted, tmp_path):
@@ -297,7 +297,7 @@ def trained(runs):
         set_accelerator(accelerator)
 
 
-CARD = f"---\ntags: []\n---\n{card.MARK}\n# A model\n"
+CARD = f"---\ntags: []\n---\n{export.CARD_MARK}\n# A model\n"
 
 
 def write(trained, output_path, shard_bytes=10**9, card=None):

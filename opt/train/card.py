@@ -8,14 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from opt import measure
+from opt import installed, measure
 from opt.model import weights
-from opt.train.export import is_one_file
+from opt.train.export import CARD, CARD_MARK, is_one_file
 from opt.train.plan import Run
 from opt.train.recorder import perplexity
 
-FILE = "README.md"
-MARK = "<!-- written by opt_train_demo.py: changes are lost with the next run into this folder -->"
 _LICENSE = "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md"
 # What holds for a model that was fine-tuned from another as it does for that one
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
@@ -28,7 +26,7 @@ def text(run: Run) -> str | None:
         return _text(run)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        print(f"no model card ({FILE}): {reason}", flush=True)
+        print(f"no model card ({CARD}): {reason}", flush=True)
         return None
 
 
@@ -37,8 +35,9 @@ def _text(run: Run) -> str:
     base = plan.model_name_or_path
     is_adapter = bool(plan.lora_r) and not plan.merge_lora
     data = ModelCardData(**_metadata(run, is_adapter))
-    trained = [line for line in _lines(run) if line.get("loss") is not None]
-    evaluated = [line for line in _lines(run) if line.get("eval_loss") is not None]
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line.get("loss") is not None]
+    evaluated = [line for line in lines if line.get("eval_loss") is not None]
     losses = [f"| {line['step']} | | {line['loss']:.4f} | |" for line in trained[:1] + trained[-1:]]
     losses += [
         f"| {line['step']} | {line['eval_loss']:.4f} | | {perplexity(line['eval_loss']):.2f} |"
@@ -58,7 +57,7 @@ def _text(run: Run) -> str:
         "weight decay": plan.weight_decay,
         "seed": plan.seed,
         "device": measure.device_name(run.here.device),
-        "commit": measure.commit() or "unknown",
+        "commit": installed.commit() or "unknown",
         "versions": ", ".join(f"{k} {v}" for k, v in measure.versions().items()),
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in settings.items())
@@ -72,7 +71,7 @@ def _text(run: Run) -> str:
     return f"""---
 {data.to_yaml()}
 ---
-{MARK}
+{CARD_MARK}
 
 # {name.stem if is_one_file(plan.output_path) else name.name}
 
@@ -99,7 +98,7 @@ python {shlex.join(sys.argv)}
 
 def _metadata(run: Run, is_adapter: bool) -> dict:
     base, found = run.plan.model_name_or_path, {}
-    source = run.setup.directory / FILE
+    source = run.setup.directory / CARD
     if source.is_file():
         card = ModelCard(source.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         found = {k: v for k, v in card.data.to_dict().items() if k in _INHERITED}
@@ -107,18 +106,13 @@ def _metadata(run: Run, is_adapter: bool) -> dict:
         found["base_model"] = base
         if base.startswith("facebook/opt-"):
             found |= {"license": "other", "license_link": _LICENSE}
-    named = run.plan.dataset
-    names = [named] if isinstance(named, str) else list(named)
     datasets = [
-        n for n in names if n.count("/") == 1 and not os.path.exists(n) and n[0] not in "./~"
+        name
+        for name in run.plan.dataset
+        if name.count("/") == 1 and not os.path.exists(name) and name[0] not in "./~"
     ]
     if datasets:
         found["datasets"] = datasets
     tags = ["opt", "colossalai", *(["lora"] if is_adapter else [])]
     library = "peft" if is_adapter else "transformers"
     return found | {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
-
-
-def _lines(run: Run) -> list[dict]:
-    file = run.output / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

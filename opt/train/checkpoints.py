@@ -151,12 +151,14 @@ class Saver:
                 "scaler": scaler_state(self._optimizer),
                 "world_size": self._here.world_size,
                 "arguments": vars(self._plan),
+                "data": self._rows.checksum,
                 "frozen": self._frozen_checksum,
                 "evaluations": self.evaluations.state(),
                 "tracking": tracking or {},
                 "best": str(self._best) if self._best else None,  # where it is not this one
             }
-            texts = {"state.json": state, "metrics.jsonl": metrics.read_bytes()}
+            texts = {"state.json": json.dumps(state, indent=1).encode()}
+            texts["metrics.jsonl"] = metrics.read_bytes()
         self._final, self._written, self._error = (
             self._directory / f"step-{position.step:08d}",
             {},
@@ -236,10 +238,6 @@ class Saver:
         self._aside.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self._here.rank:05d}.safetensors"
         self._written[name] = _write(self._aside / name, safetensors_parts(tensors))
-        if texts:
-            texts["state.json"] = json.dumps(
-                texts["state.json"] | {"data": self._rows.checksum}, indent=1
-            ).encode()
         for name, text in texts.items():
             self._written[name] = _write(self._aside / name, [text])
 
@@ -426,11 +424,8 @@ def check_same_run(
             f"checkpoint {checkpoint.path} has adapters to other weights than those of "
             f"{plan.model_name_or_path}: give the model that they were trained beside"
         )
-    for flag in (
-        "lora_alpha",
-        "use_rslora",
-        "load_in_4bit",
-    ):  # the others show in names and shapes below
+    # The others show in names and shapes below.
+    for flag in ("lora_alpha", "use_rslora", "load_in_4bit"):
         if plan.lora_r and before.get(flag) != now[flag]:
             raise UserError(
                 f"checkpoint {checkpoint.path} was made with --{flag} {before.get(flag)}, not "

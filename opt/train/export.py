@@ -29,6 +29,10 @@ def output_directory(output_path: str) -> Path:
 
 
 GENERATION = "generation_config.json"
+CARD = "README.md"
+CARD_MARK = (
+    "<!-- written by opt_train_demo.py: changes are lost with the next run into this folder -->"
+)
 
 
 def export_model(
@@ -85,39 +89,20 @@ def export_model(
 
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, shards)
-    if is_main and is_adapter:
-        _assemble([shard for own in everyones for shard in own], aside, True, ".safetensors")
-        (aside / "one_file.safetensors").rename(aside / lora.TENSORS_FILES[0])
-        fields = lora.peft_config(plugin.adapters, plugin.plan.model_name_or_path)
-        (aside / lora.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
-        for shard in aside.glob("stage*"):
-            shard.unlink()
+    if is_main:
+        suffix = ".safetensors" if is_adapter else Path(output_path).suffix
+        shards = [shard for own in everyones for shard in own]
+        _assemble(shards, aside, one_file or is_adapter, suffix)
+        if is_adapter:
+            (aside / "one_file.safetensors").rename(aside / lora.TENSORS_FILES[0])
+            fields = lora.peft_config(plugin.adapters, plugin.plan.model_name_or_path)
+            (aside / lora.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+            (target / "config.json").unlink(missing_ok=True)  # of a whole model that was there
+        else:
+            _save_config(config, dtype, aside)
+            if (source / GENERATION).is_file():
+                shutil.copyfile(source / GENERATION, aside / GENERATION)
         tokenizer.save_pretrained(aside)
-        _add_card(card, aside, target)
-        (target / "config.json").unlink(missing_ok=True)  # of a whole model that was there
-        _publish(aside, target)
-        shutil.rmtree(aside)
-    elif is_main:
-        _assemble(
-            [shard for own in everyones for shard in own], aside, one_file, Path(output_path).suffix
-        )
-        fields = config.to_dict() | {
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "architectures": ["OPTForCausalLM"],
-        }
-        # [F41] transformers 4.51 writes down that an attention was chosen, but not which: who loads
-        # that gets the slow eager one.
-        fields.pop("_attn_implementation_autoset", None)
-        # Of weights that are not quantized: who loads them would take them for such
-        fields.pop("quantization_config", None)
-        config = OPTConfig.from_dict(fields)
-        if one_file:
-            for shard in aside.glob("stage*"):
-                shard.unlink()
-        config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if (source / GENERATION).is_file():
-            shutil.copyfile(source / GENERATION, aside / GENERATION)
         _add_card(card, aside, target)
         if one_file:
             weights = next(aside.glob("one_file*"))
@@ -130,16 +115,26 @@ def export_model(
     dist.barrier()
 
 
-CARD = "README.md"
+def _save_config(config: OPTConfig, dtype: torch.dtype, directory: Path) -> None:
+    """config.json, as the model came with it."""
+    fields = config.to_dict() | {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "architectures": ["OPTForCausalLM"],
+    }
+    # [F41] transformers 4.51 writes down that an attention was chosen, but not which: who loads
+    # that gets the slow eager one.
+    fields.pop("_attn_implementation_autoset", None)
+    # Of weights that are not quantized: who loads them would take them for such
+    fields.pop("quantization_config", None)
+    OPTConfig.from_dict(fields).save_pretrained(directory)
 
 
 def _add_card(card: str | None, aside: Path, target: Path) -> None:
     """Unless the README.md that is there was written by somebody else."""
     if card is None:
         return
-    mark = next(line for line in card.splitlines() if line.startswith("<!-- "))
     before = target / CARD
-    if before.is_file() and mark not in before.read_text(encoding="utf-8", errors="replace"):
+    if before.is_file() and CARD_MARK not in before.read_text(encoding="utf-8", errors="replace"):
         print(f"{before} was not written by this script: it is left as it is", flush=True)
         return
     (aside / CARD).write_text(card, encoding="utf-8")
@@ -185,6 +180,8 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
         for file, _ in shards:
             tensors |= load_file(directory / file)
         _save(tensors, directory / f"one_file{suffix}")
+        for file, _ in shards:
+            (directory / file).unlink()
         return
     if len(shards) == 1:
         (directory / shards[0][0]).rename(directory / "model.safetensors")

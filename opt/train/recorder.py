@@ -166,7 +166,7 @@ def results_of_evaluation(run: Run, loss: float) -> None:
     rows = run.dataset.held_out
     result = _evaluation(run.start.step, loss) | {
         "rows": len(rows),
-        "tokens": int(rows.lengths.sum()),
+        "tokens": rows.num_tokens,
         "model": str(run.before.path) if run.before else run.plan.model_name_or_path,
         "dataset": run.dataset.source,
     }
