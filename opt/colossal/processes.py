@@ -367,12 +367,15 @@ def _at_work(world_size: int):
 
 
 def _wait_for_all(store, name: str, world_size: int) -> None:
-    beats, heard, pause = 0, time.monotonic(), 0.002
+    beats, pause = 0, 0.002
+    heard = asked = time.monotonic()
     while time.monotonic() - heard < _timeout and store.add(f"{name}/done", 0) < world_size:
         now = store.add(f"{name}/beats", 0)
         if now != beats:
             beats, heard = now, time.monotonic()
-        elif pause == 0.5 and "gone" in _ask_all():
-            return  # nobody has to wait for one that was killed
+        elif time.monotonic() - asked > 1:
+            if "gone" in _ask_all():
+                return  # nobody has to wait for one that was killed
+            asked = time.monotonic()
         time.sleep(pause)
-        pause = min(1.5 * pause, 0.5)
+        pause = min(1.5 * pause, 0.1)

@@ -101,7 +101,7 @@ class Part:
     asked_for: str  # with the flag, as the user gave it
     files: list[File]
     commit: str = ""  # of the data set on the Hub, if it is from there
-    is_one_text: bool = False  # all of its rows are lines of one text
+    is_joined: bool = False  # all of its rows are lines of one text
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Source:
         known = {}
         for split, parts in self.splits.items():
             known[split] = [
-                [part.commit, part.is_one_text, *(_identity(file, part) for file in part.files)]
+                [part.commit, part.is_joined, *(_identity(file, part) for file in part.files)]
                 for part in parts
             ]
         return [known, self.form.columns]
@@ -152,10 +152,10 @@ class Source:
             for file in part.files:
                 before = done
                 for row in self._rows(part, file, notes, lambda read: tell(before + read)):  # noqa: B023
-                    yield self.form.text(row.fields, row.ends and not part.is_one_text)
+                    yield self.form.text(row.fields, row.ends and not part.is_joined)
                 done += self._states[file.path][1]
                 tell(done)
-            if part.is_one_text:
+            if part.is_joined:
                 yield Text("")
 
     def _rows(self, part: Part, file: File, notes: Counter, tell) -> Iterator[files.Row]:
@@ -215,7 +215,7 @@ class _Found:
     config: str | None = None
     delimiter: str = ""
     column: str = ""  # where it is known whatever the flags say
-    is_one_text: bool = False
+    is_joined: bool = False
 
     def part(self, split: str, form: Form, plan: Namespace) -> Part:
         """One of its splits."""
@@ -236,7 +236,7 @@ class _Found:
             )
             for path in self.splits[split]
         ]
-        return Part(self.asked_for, own, self.commit, self.is_one_text)
+        return Part(self.asked_for, own, self.commit, self.is_joined)
 
 
 def _train_split(one: _Found, asked_for: str | None) -> str:
@@ -278,7 +278,7 @@ def _find(asked_for: str, name: str, plan: Namespace) -> _Found:
         return _folder(asked_for, Path(name))
     if name == WIKITEXT:
         found = _on_the_hub(asked_for, "Salesforce/wikitext", "wikitext-2-raw-v1")
-        return replace(found, column="text", is_one_text=True)
+        return replace(found, column="text", is_joined=True)
     if glob.has_magic(name):
         paths = [Path(path) for path in sorted(glob.glob(name, recursive=True))]
         paths = [path for path in paths if path.is_file()]

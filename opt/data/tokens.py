@@ -158,8 +158,8 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
     }
     number = {}
     for split in source.splits:
-        done = _tokenize_split(source, split, encoder, limits[split], notes, part)
-        number[split], counts.empty = done.texts, counts.empty + done.empty
+        read = (source, split, limits[split], notes, counts)
+        number[split] = _tokenize_split(*read, encoder, part).texts
     counts.texts, counts.notes = sum(number.values()), dict(notes)
     _check_enough(plan, counts, number, fraction)
 
@@ -266,12 +266,14 @@ class _Piece:
     ends: bool
 
 
-def _in_pieces(source: Iterator[texts.Text], can_cut: bool, empty: list[int]) -> Iterator[_Piece]:
-    """The texts in pieces that can be tokenized one by one. Counts in `empty` what has no text."""
+def _in_pieces(
+    source: Iterator[texts.Text], can_cut: bool, counts: rows.Counts
+) -> Iterator[_Piece]:
+    """The texts in pieces that can be tokenized one by one; what has no text is counted."""
     parts, length, starts = [], 0, True
     for text in source:
         if starts and text.ends and not parts and not (text.text and text.text.strip()):
-            empty[0] += 1
+            counts.empty += 1
             continue
         if text.prompt:
             for prompt in _pieces(text.prompt) if can_cut else [text.prompt]:
@@ -313,15 +315,15 @@ class _Done:
     tokens: int = 0
     texts: int = 0
     context: int = 0  # tokens of the text in the making that have no loss
-    empty: int = 0  # counted anew, as the texts are read again
 
 
 def _tokenize_split(
     source: texts.Source,
     split: str,
-    encoder: _Encoder,
     limit: int | None,
     notes: Counter,
+    counts: rows.Counts,
+    encoder: _Encoder,
     part: Path,
 ) -> _Done:
     """Append a split's tokens to `part`/SPLIT.all, its texts' ends to SPLIT.all.texts; at most
@@ -332,7 +334,7 @@ def _tokenize_split(
     done = _Done(**json.loads(progress.read_text())) if progress.is_file() else _Done()
     if done.batches:
         print(f"{done.texts:,} texts were tokenized before: going on from there", flush=True)
-    empty, saved = [0], done.characters
+    saved = done.characters
     with (
         open(part / f"{split}.all", "ab") as tokens,
         open(part / f"{split}.all.texts", "ab") as ends,
@@ -343,7 +345,7 @@ def _tokenize_split(
         tokens.truncate(done.tokens * 4)
         ends.truncate(done.texts * rows.TEXT.itemsize)
         read = source.texts(split, notes, lambda position: bar.update(position - bar.n))
-        batches = _batches(_in_pieces(read, encoder.can_cut, empty))
+        batches = _batches(_in_pieces(read, encoder.can_cut, counts))
         for batch in itertools.islice(batches, done.batches, None):
             if limit and done.texts >= limit:
                 break
@@ -355,7 +357,6 @@ def _tokenize_split(
                 new.write_text(json.dumps(asdict(done)))
                 new.replace(progress)
                 saved = done.characters
-    done.empty = empty[0]
     return done
 
 
