@@ -147,6 +147,7 @@ def test_run_demo_on_two_hosts_is_bit_for_bit_one_hosts_two_processes(
 
 ACROSS = [  # hosts, processes on each, flags
     (2, 1, ("--plugin", "torch_ddp")),
+    (2, 1, ("--plugin", "torch_ddp_fp16")),
     (2, 1, ("--plugin", "low_level_zero", "--zero_stage", "2")),
     (2, 1, ("--plugin", "gemini")),
     (2, 1, ("--plugin", "hybrid_parallel", "--tp_size", "2")),
@@ -168,14 +169,6 @@ def test_hosts_train_bit_for_bit_as_processes_of_one_host(
     train(tmp_path / "one", *flags, nproc=number * processes)
     good(finish(by_hosts(hosts, tmp_path, number, processes, *flags), 240))
     assert without_timing(metrics(tmp_path / "out")) == without_timing(metrics(tmp_path / "one"))
-
-
-@pytest.mark.long
-def test_torch_ddp_fp16_on_two_hosts(hosts, tmp_path):
-    """The plugin that a CPU has no fp16 arithmetic for says so, on any number of hosts."""
-    flags = (*SHORT, "--plugin", "torch_ddp_fp16")
-    done = finish(by_hosts(hosts, tmp_path, 2, 1, *flags), 240)
-    assert (done.returncode, len(metrics(tmp_path / "out"))) == (0, 8)
 
 
 def colossalai_run(hosts, tmp_path, flags):
@@ -400,3 +393,24 @@ def test_each_host_tokenizes_into_its_own_cache_and_two_that_share_one_race_harm
         assert without_timing(metrics(tmp_path / name)) == two_processes
         first, second = (rows(hosts.seen_by(f"node{i}", cache)) for i in (0, 1))
         assert first == second and len(first) == 4
+
+
+@pytest.mark.long
+def test_of_two_hosts_that_share_a_cache_one_tokenizes_and_the_other_says_that_it_waits(
+    hosts, tmp_path
+):
+    (tmp_path / "texts.txt").write_text("".join(f"{i} of many texts.\n" * 20 for i in range(9000)))
+    flags = ("--dataset", tmp_path / "texts.txt", "--output_path", tmp_path / "out", *SHORT)
+    way = (PYTHON, "-m", "opt.torchrun", "--nnodes", "2", "--nproc_per_node", "1")
+    way += ("--master_addr", "node0", "--node_rank")
+    started = [
+        begin(
+            hosts,
+            f"node{i}",
+            *(*way, i, SCRIPT, *MODEL[:2], *flags, "--no_save"),
+            XDG_CACHE_HOME=tmp_path / "cache",
+        )
+        for i in (0, 1)
+    ]
+    said = "".join(good(finish(one, 240)).stdout for one in started)
+    assert said.count("waiting for another run, which tokenizes the same texts") == 1
