@@ -132,16 +132,21 @@ def workers(launcher: subprocess.Popen, script: str) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
+def on_the_sample(output) -> tuple:
+    """The flags of opt_train_demo.py that a run on the sample needs."""
+    flags = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA)
+    return (*flags, "--output_path", output)
+
+
 def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env=None, timeout=180):
     """Run opt_train_demo.py, or a `script` like it, on the sample, writing to `output`; fail with
     its own words if it fails."""
-    given = {
-        "--model_name_or_path": SAMPLE_MODEL,
-        "--dataset": SAMPLE_DATA,
-        "--output_path": output,
-    }
+    given = on_the_sample(output)
     flags = [
-        part for flag, value in given.items() if flag not in arguments for part in (flag, value)
+        part
+        for flag, value in zip(given[::2], given[1::2], strict=True)
+        if flag not in arguments
+        for part in (flag, value)
     ]
     done = run(script, *flags, *arguments, nproc=nproc, env=env, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -117,6 +117,13 @@ def test_presets_have_as_many_parameters_as_the_published_models():
 # ---- the sweep, with a combination that fails, killed and started again
 
 
+def of_a_sweep(**settings) -> dict[str, str]:
+    """The environment of run_benchmark.sh, for one process on a CPU."""
+    given = {"MODEL": SAMPLE_MODEL, "BS": 2, "GPUNUM": 1, "PYTHON": sys.executable} | settings
+    given |= {"INSTALL": 0, "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {name: str(value) for name, value in given.items()}
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """run_benchmark.sh over gemini, which refuses fp32, and torch_ddp: killed while it measures the
@@ -126,19 +133,7 @@ def sweep(tmp_path_factory):
     the second run's output.
     """
     out = tmp_path_factory.mktemp("sweep")
-    settings = {
-        "OUT": out,
-        "MODEL": SAMPLE_MODEL,
-        "PLUGIN": "gemini torch_ddp",
-        "BS": 2,
-        "GPUNUM": 1,
-        "PYTHON": sys.executable,
-    }
-    env = (
-        os.environ
-        | {name: str(value) for name, value in settings.items()}
-        | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
-    )
+    env = of_a_sweep(OUT=out, PLUGIN="gemini torch_ddp")
     command = ["bash", str(REPO / "run_benchmark.sh"), *map(str, WORK)]
     first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(out.glob("*torch_ddp*.log")))
@@ -193,19 +188,7 @@ def test_a_combination_that_fails_is_a_row_that_says_so(sweep):
 
 def test_a_combination_that_is_killed_is_a_row_that_says_so(tmp_path):
     """As the kernel does it for want of host memory: without a word of the process itself."""
-    settings = {
-        "OUT": tmp_path,
-        "MODEL": SAMPLE_MODEL,
-        "PLUGIN": "torch_ddp",
-        "BS": 2,
-        "GPUNUM": 1,
-        "PYTHON": sys.executable,
-    }
-    env = (
-        os.environ
-        | {name: str(value) for name, value in settings.items()}
-        | {"INSTALL": "0", "CUDA_VISIBLE_DEVICES": ""}
-    )
+    env = of_a_sweep(OUT=tmp_path, PLUGIN="torch_ddp")
     command = ["bash", str(REPO / "run_benchmark.sh"), "--max_train_steps", "1000000"]
     sweep = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

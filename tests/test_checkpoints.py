@@ -347,23 +347,16 @@ def test_kill_while_saving(kills, tmp_path):
     assert counts["half_written"] >= kills // 5, "kills that did not hit a save show nothing"
 
 
-def test_disk_full_while_saving(tmp_path):
-    """On a file system of 30 MB: two checkpoints of 13 MB fit, the third does not."""
+def on_a_small_disk(folder, size: str, launcher: str, flags: str, then: str):
+    """opt_train_demo.py with `folder` on a file system of `size`, and then a shell command: what
+    they print, and the lines of the script's errors."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace (unshare -rm)")
     script = (
-        f"mount -t tmpfs -o size=30m tmpfs {tmp_path} && {shlex.quote(sys.executable)} -m "
-        "torch.distributed.run --standalone --nproc_per_node 2 opt_train_demo.py"
+        f"mount -t tmpfs -o size={size} tmpfs {folder} && {shlex.quote(sys.executable)} {launcher} "
+        f"opt_train_demo.py --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} "
+        f"--output_path {folder} --batch_size 4 {flags}; echo code=$?; {then}"
     )
-    script += (
-        f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path "
-        f"{tmp_path} --no_save --batch_size 4 --save_steps 3"
-    )
-    script += (
-        f" --max_train_steps 30; echo code=$?; find {tmp_path}/checkpoints | sort; sha256sum "
-        f"{tmp_path}/checkpoints/step-00000006/*"
-    )
-    script += f"; cat {tmp_path}/checkpoints/step-00000006/manifest.json"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script],
         cwd=REPO,
@@ -371,9 +364,20 @@ def test_disk_full_while_saving(tmp_path):
         text=True,
         timeout=120,
     )
-    errors = [
-        line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")
-    ]
+    lines = done.stderr.splitlines()
+    return done, [line for line in lines if line.startswith("opt_train_demo.py: error:")]
+
+
+def test_disk_full_while_saving(tmp_path):
+    """On a file system of 30 MB: two checkpoints of 13 MB fit, the third does not."""
+    newest = f"{tmp_path}/checkpoints/step-00000006"
+    done, errors = on_a_small_disk(
+        tmp_path,
+        "30m",
+        "-m torch.distributed.run --standalone --nproc_per_node 2",
+        "--no_save --save_steps 3 --max_train_steps 30",
+        f"find {tmp_path}/checkpoints | sort; sha256sum {newest}/*; cat {newest}/manifest.json",
+    )
     assert (
         len(errors) == 1 and "No space left on device" in errors[0] and "step-00000006" in errors[0]
     ), done.stderr
@@ -396,27 +400,7 @@ def test_disk_full_while_saving(tmp_path):
 
 def test_disk_full_at_the_end(tmp_path):
     """On a file system of 4 MB the model of 6 MB is not written, and one line says why."""
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("needs a mount namespace (unshare -rm)")
-    script = (
-        f"mount -t tmpfs -o size=4m tmpfs {tmp_path} && {shlex.quote(sys.executable)} "
-        "opt_train_demo.py"
-    )
-    script += (
-        f" --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} --output_path "
-        f"{tmp_path} --batch_size 4 --max_train_steps 2"
-    )
-    script += f"; echo code=$?; ls {tmp_path}"
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    errors = [
-        line for line in done.stderr.splitlines() if line.startswith("opt_train_demo.py: error:")
-    ]
+    done, errors = on_a_small_disk(tmp_path, "4m", "", "--max_train_steps 2", f"ls {tmp_path}")
     assert len(errors) == 1 and "No space left on device" in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert "code=1" in done.stdout and "model.safetensors" not in done.stdout.split("code=1")[1]

@@ -362,21 +362,18 @@ def test_each_epoch_has_its_own_order_which_stays(tmp_path):
     assert next(unseeded.epoch(1)).inputs["input_ids"][:, 0].tolist() == list(range(10, 60))
 
 
+def small_opt(**config) -> OPTForCausalLM:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, **config)).eval()
+
+
 def test_pads_are_in_no_loss(tmp_path):
     """The loss of a padded batch is the sum of its rows' losses one by one, whatever the pads
     are."""
     torch.manual_seed(0)
     lengths = [2, 9, 5]
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=2,
-            ffn_dim=64,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-        )
-    ).eval()
+    model = small_opt()
     rows = [
         np.random.default_rng(i).integers(4, 64, n).astype(np.int32) for i, n in enumerate(lengths)
     ]
@@ -437,16 +434,7 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
     """The loss of each row is what it is alone, and to the last bit the same whatever its
     neighbours are."""
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        ffn_dim=64,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        init_std=0.5,
-    )
-    model = OPTForCausalLM(config).eval()
+    model = small_opt(init_std=0.5)
     model.longest_row = 9
     rows = [
         np.random.default_rng(i).integers(4, 64, n).astype(np.int32)

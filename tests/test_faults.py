@@ -24,6 +24,7 @@ from .conftest import (
     finish,
     kill_all,
     metrics,
+    on_the_sample,
     run,
     start,
 )
@@ -246,12 +247,7 @@ def test_a_hung_rank_ends_the_run(begin, by, nproc, flags):
 def test_a_rank_that_was_never_started_and_a_port_in_use(tmp_path):
     """Each is an error of one line, after --timeout_minutes and at once."""
     flags = (
-        "--model_name_or_path",
-        SAMPLE_MODEL,
-        "--dataset",
-        SAMPLE_DATA,
-        "--output_path",
-        tmp_path / "out",
+        *on_the_sample(tmp_path / "out"),
         "--timeout_minutes",
         0.05,
     )
@@ -337,14 +333,7 @@ def limited(gigabytes: int) -> list:
 
 def test_out_of_memory(tmp_path):
     """A line that names what would help, of what is not there yet; exit code 3."""
-    flags = (
-        "--model_name_or_path",
-        SAMPLE_MODEL,
-        "--dataset",
-        SAMPLE_DATA,
-        "--output_path",
-        tmp_path / "out",
-    )
+    flags = on_the_sample(tmp_path / "out")
     trains = start(
         SCRIPT, *flags, "--batch_size", 500_000, "--grad_checkpoint", env=CPU, launcher=limited(16)
     )

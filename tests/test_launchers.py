@@ -13,12 +13,11 @@ from opt.colossal.processes import free_port
 
 from .conftest import (
     REPO,
-    SAMPLE_DATA,
-    SAMPLE_MODEL,
     colossalai_run,
     finish,
     losses,
     metrics,
+    on_the_sample,
     start,
     train,
 )
@@ -98,12 +97,7 @@ def test_two_processes_train_the_same(tmp_path, reference, way):
     """Losses, norms and evaluations, but for the last digits: sums over memory that lies elsewhere
     are rounded otherwise."""
     flags = [
-        "--model_name_or_path",
-        SAMPLE_MODEL,
-        "--dataset",
-        SAMPLE_DATA,
-        "--output_path",
-        tmp_path,
+        *on_the_sample(tmp_path),
         *FLAGS,
     ]
     started = [

@@ -8,7 +8,15 @@ import psutil
 import pytest
 import torch
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, start, train
+from .conftest import (
+    REPO,
+    finish,
+    losses,
+    metrics,
+    on_the_sample,
+    start,
+    train,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,12 +126,7 @@ def test_saved_on_some_gpus_and_resumed_on_others(tmp_path, reference, plugin, b
 def test_one_of_two_killed(tmp_path):
     """The other ends, and the launcher with it."""
     flags = [
-        "--model_name_or_path",
-        SAMPLE_MODEL,
-        "--dataset",
-        SAMPLE_DATA,
-        "--output_path",
-        tmp_path,
+        *on_the_sample(tmp_path),
         "--num_epoch",
         "1000",
         "--no_save",
