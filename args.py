@@ -429,10 +429,14 @@ def train_parser() -> argparse.ArgumentParser:
         help="held-out share of the texts, 0 to 0.9; default 0.05; 0 for no evaluation",
     )
     g.add_argument(
-        "--max_train_samples", type=_number(int, 1), help="texts to train on at most; default all"
+        "--max_train_samples",
+        type=_number(int, 1),
+        help="texts, with --block_size blocks, to train on at most; default all",
     )
     g.add_argument(
-        "--max_eval_samples", type=_number(int, 1), help="texts to evaluate on; default all"
+        "--max_eval_samples",
+        type=_number(int, 1),
+        help="texts, with --block_size blocks, to evaluate on; default all",
     )
 
     g = parser.add_argument_group("schedule")

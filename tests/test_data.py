@@ -204,6 +204,10 @@ def test_texts_are_joined_to_blocks(plain, cache, tmp_path):
     single = read(tmp_path / "book.txt", plain, "--block_size", 16, eval_fraction=0.1)
     rows = as_lists(single.train) + as_lists(single.held_out)
     assert sum(rows, []) == book and len(single.held_out) == -(-round(0.1 * len(book)) // 16)
+    flags = ("--block_size", 16, "--max_train_samples", 3, "--max_eval_samples", 2)
+    few = read(tmp_path / "book.txt", plain, *flags, eval_fraction=0.1)
+    assert as_lists(few.train) == as_lists(single.train)[:3]
+    assert as_lists(few.held_out) == as_lists(single.held_out)[:2]
     split = read(tmp_path / "d.jsonl", plain, "--block_size", 16, eval_fraction=0.2)
     both = [sum(as_lists(rows), []) for rows in (split.train, split.held_out)]
     assert sum(map(len, both)) == len(joined) and min(map(len, both)) > 0.1 * len(joined)

@@ -138,6 +138,8 @@ def cut(part: Path, split: str, plan: Namespace, counts: Counts) -> dict:
     """Write SPLIT.rows; what is to be known of them without a look at each."""
     if plan.block_size:
         size = (part / f"{split}.tokens").stat().st_size // 4
+        samples = plan.max_train_samples if split == "train" else plan.max_eval_samples
+        size = min(size, (samples or size) * plan.block_size)
         chunks = _blocks(size, plan.block_size)
     else:
         found = mapped(part / f"{split}.all.chosen", TEXT)

@@ -25,7 +25,7 @@ from opt.data import rows, texts
 from opt.data.files import PART
 from opt.errors import UserError
 
-_CACHE_VERSION = 4  # count up when the tokens of the same text, or the files, change
+_CACHE_VERSION = 5  # count up when the tokens of the same text, or the files, change
 _BATCH = 2 * PART  # characters that are tokenized at a time, by all cores
 _SAVED_EVERY = 64 * PART  # characters after which a killed run need not tokenize again
 
@@ -156,6 +156,8 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
         "train": _texts_to_read(plan.max_train_samples, fraction),
         "held_out": plan.max_eval_samples,
     }
+    if plan.block_size:  # samples are blocks, see rows.cut
+        limits = dict.fromkeys(limits)
     number = {}
     for split in source.splits:
         read = (source, split, limits[split], notes, counts)
@@ -173,7 +175,7 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
         rows.hold_out_the_end(part, fraction)
         counts.notes["texts, too few to hold any out: the last tokens are"] = counts.texts
     else:
-        evaluated = rows.first_of(held_out, plan.max_eval_samples)
+        evaluated = rows.first_of(held_out, limits["held_out"])
         rows.select(part, "train", "held_out", evaluated, plan, tokenizer)
         rows.select(part, "train", "train", ~held_out if fraction else None, plan, tokenizer)
     splits = {}
