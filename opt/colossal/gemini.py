@@ -81,6 +81,11 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         return parameters * (2 + gradients + 12 * (1 - plan.offload_optim_frac)) / dp_size
 
     @staticmethod
+    def host_bytes(plan, parameters, dp_size):
+        """Adam's fp32 weights and moments; gradients and 16-bit weights only pass through."""
+        return 12 * parameters * plan.offload_optim_frac / dp_size
+
+    @staticmethod
     def frozen_bytes(plan, parameters, dp_size):
         """Spread as the others are."""
         return Plugin.frozen_bytes(plan, parameters, dp_size) / dp_size

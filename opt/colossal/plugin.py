@@ -66,6 +66,11 @@ class Plugin:
         raise NotImplementedError
 
     @staticmethod
+    def host_bytes(plan: Namespace, parameters: int, dp_size: int) -> float:
+        """Of the state of what is trained, what a process has in host memory, in bytes."""
+        return 0
+
+    @staticmethod
     def frozen_bytes(plan: Namespace, parameters: int, dp_size: int) -> float:
         """With LoRA: the weights on a process's device that are not trained, in bytes; state_bytes
         is then of the adapters."""
