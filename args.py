@@ -152,7 +152,7 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
         "--fused_loss",
         action="store_true",
         help="compute the loss and its gradients without the whole logits: less memory, and "
-        "faster; not with --tp_size over 1; default off",
+        "faster; default off",
     )
     g.add_argument(
         "--dropout",
@@ -713,8 +713,6 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
             raise UserError(
                 f"--cuda_graph with {args.plugin} is for --precision bf16: leave one out"
             )
-    if args.fused_loss and args.tp_size > 1:
-        raise UserError("--fused_loss needs a vocabulary in one piece (--tp_size 1): leave it out")
 
     if args.fp8 and (args.precision == "fp32" or args.tp_size > 1):
         raise UserError(

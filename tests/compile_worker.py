@@ -113,6 +113,13 @@ def call_all(call) -> None:
             torch.zeros(4),
             -100,
         )
+    # The same split over two processes, and over four
+    for dtype, (columns, processes) in itertools.product(FLOATS, ((25136, 2), (251, 4))):
+        call[0] = {"logits": str(dtype), "columns": columns, "processes": processes}
+        logits, targets = torch.zeros(4, columns, dtype=dtype), torch.zeros(5, dtype=torch.int64)
+        parts = torch.zeros(processes, 3, 4)
+        kernels.part_of_rows(logits, targets[1:], parts[0], columns)
+        kernels.cross_entropy_of_parts(logits, targets[1:], parts, torch.zeros(4), columns, -100)
 
     for dtype, (longest, head_dim) in itertools.product(HALVES, short_attention_sizes()):
         call[0] = {"qkv": str(dtype), "longest": longest, "head_dim": head_dim}
@@ -130,6 +137,7 @@ def call_trials(call) -> None:
         ("update", bf16, bf16),
         ("norm", bf16),
         ("loss", bf16, 50272),
+        ("loss", bf16, 25136, 2),
         ("attention", bf16, 64, 64),
     ):
         kernel_probe._TRIALS[kernel](kernels, device, *variant)
@@ -145,6 +153,10 @@ def call_trials(call) -> None:
         torch.zeros(1024),
         -100,
     )
+    logits, targets = torch.zeros(2048, 25136, dtype=bf16), torch.zeros(2049, dtype=torch.int64)
+    parts, losses = torch.zeros(2, 3, 2048), torch.zeros(2049)
+    kernels.part_of_rows(logits, targets[1:], parts[1], 25136)
+    kernels.cross_entropy_of_parts(logits, targets[1:], parts, losses[1:], 25136, -100)
     qkv = torch.zeros(1000, 3, 16, 64, dtype=bf16, requires_grad=True)
     kernels.ShortAttention.apply(
         qkv, torch.arange(0, 1001, 50, dtype=torch.int32), 64

@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from opt.colossal import processes
 from opt.data import tokens
 from opt.data.batches import Batches
 from opt.data.rows import Rows
-from opt.model import kernel_probe, weights
+from opt.model import kernel_probe, loss, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.opt import meta_model
 from opt.train import checks
@@ -139,6 +140,39 @@ def gradients(args, here, rows: str) -> dict[str, float]:
     return dict(zip(named, distances.tolist(), strict=True))
 
 
+def split_loss(args, here, chunk: int) -> dict[str, float]:
+    """How far the fused loss over a vocabulary that is split over all processes, in chunks of so
+    many tokens a process, is from F.cross_entropy over the whole, and so its gradients, in parts of
+    their norms; the worst of the processes. 1003 ids do not divide by their number."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (300, 1003))
+    targets = torch.randint(0, 1003, (300,))
+    targets[::7] = -100
+    whole = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
+    wanted = torch.autograd.grad(whole * 0.5, (hidden, weight))
+    rows = -(-1003 // here.world_size)
+    first = here.rank * rows
+    own = torch.ones(rows, 64)  # padding is not zero
+    size = min(rows, 1003 - first)
+    own[:size] = weight.detach()[first : first + size]
+    own.requires_grad_()
+    split = loss.Split(dist.group.WORLD, first, size)
+    with patch.object(loss, "CHUNK", chunk):
+        fused = loss.fused_linear_cross_entropy(hidden, own, targets, split)
+        alone = loss.fused_linear_cross_entropy(hidden.detach(), own.detach(), targets, split)
+    assert torch.equal(fused, alone)  # as in an evaluation
+    of_hidden, of_own = torch.autograd.grad(fused * 0.5, (hidden, own))
+    assert not of_own[size:].any()
+    pairs = {
+        "loss": (fused, whole),
+        "hidden": (of_hidden, wanted[0]),
+        "weight": (of_own[:size], wanted[1][first : first + size]),
+    }
+    distances = torch.tensor([((a - b).norm() / b.norm()).item() for a, b in pairs.values()])
+    dist.all_reduce(distances, dist.ReduceOp.MAX)
+    return dict(zip(pairs, distances.tolist(), strict=True))
+
+
 def memory(args, here) -> dict[str, list[int]]:
     """By rank, bytes of its own memory: the most that a process came to hold while the model was
     built and filled, and what it holds then."""
@@ -214,7 +248,16 @@ def main(cases, results) -> None:
         )
         functions = {
             f.__name__: f
-            for f in (first_losses, trained, adapters, compiled, gradients, memory, export)
+            for f in (
+                first_losses,
+                trained,
+                adapters,
+                compiled,
+                gradients,
+                split_loss,
+                memory,
+                export,
+            )
         }
         found[name] = functions[case.pop("wanted")](args, here, **case)
         if here.is_main:

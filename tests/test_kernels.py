@@ -28,6 +28,8 @@ KERNELS = {
     "_adamw",
     "_sums_of_squares",
     "_cross_entropy",
+    "_part_of_rows",
+    "_cross_entropy_of_parts",
     "_short_attention",
     "_short_attention_backward",
 }

@@ -66,6 +66,7 @@ MEMORY_SETTINGS = {
     2: {"gemini": MEMORY_LAYOUTS},
     4: {"tp=2 x pp=2": MEMORY_LAYOUTS},
 }
+CHUNKS = (1024, 35, 1)  # tokens a process whose logits exist at a time
 LENGTHS = (9, 30, 17, 5, 24, 12, 2, 28)
 
 
@@ -255,6 +256,8 @@ def worker(tmp_path_factory, checkpoints, rows, big_model, untied):
                 cases["untied", setting, precision] = untied_case(
                     untied / "model", untied / f"{setting} {precision}", rows, flags, precision
                 )
+        for chunk in CHUNKS if nproc > 1 else ():
+            cases["split loss", chunk] = {"wanted": "split_loss", "flags": (), "chunk": chunk}
         # glibc keeps freed memory for later; here it is to give it back, so that the next case
         # starts from nothing.
         env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -285,10 +288,8 @@ def untied(tmp_path_factory) -> Path:
 
 
 def untied_case(model, output, rows, flags, precision) -> dict:
-    more = ("--precision", precision, "--dropout", 0, "--batch_size", len(LENGTHS))
+    more = ("--precision", precision, "--dropout", 0, "--batch_size", len(LENGTHS), "--fused_loss")
     rates = ("--learning_rate", RATE, "--weight_decay", DECAY, "--max_train_steps", STEPS)
-    if "--tp_size" not in flags:
-        more = (*more, "--fused_loss")
     paths = ("--model_name_or_path", model, "--output_path", output)
     case = {"wanted": "trained", "rows": rows.directory, "tokenizer": SAMPLE_MODEL}
     return case | {"flags": (*paths, *flags, *more, *rates)}
@@ -359,6 +360,15 @@ def test_an_untied_head_learns_and_is_written(
 @pytest.mark.parametrize(("setting", "precision"), [case[1:] for case in CASES if case[0] == 1])
 def test_first_loss_on_a_gpu(worker, expected, setting, precision):
     check_losses(worker(1, "cuda"), expected, setting, precision, [TRAINED_LAYOUT])
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_fused_loss_over_a_split_vocabulary_is_that_of_the_whole(worker, nproc, chunk):
+    """And its gradients: in one chunk, in several of which the last is short, token by token or
+    so."""
+    distances = worker(nproc)["split loss", chunk]
+    assert set(distances) == {"loss", "hidden", "weight"} and max(distances.values()) < 1e-5
 
 
 def check_losses(results, expected, setting, precision, layouts):

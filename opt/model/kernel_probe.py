@@ -151,12 +151,19 @@ def _try_norm(kernels, device, gradient: torch.dtype) -> None:
     kernels.sum_of_squares([torch.zeros(16, dtype=gradient, device=device)])
 
 
-def _try_loss(kernels, device, dtype: torch.dtype, columns: int) -> None:
-    logits, targets = (
+def _try_loss(kernels, device, dtype: torch.dtype, columns: int, processes: int = 1) -> None:
+    """`columns` of the vocabulary on each of `processes`."""
+    logits, targets, losses = (
         torch.zeros(1, columns, dtype=dtype, device=device),
         torch.zeros(1, dtype=torch.int64, device=device),
+        torch.zeros(1, device=device),
     )
-    kernels.cross_entropy(logits, targets, torch.zeros(1, device=device), ignore=-100)
+    if processes == 1:
+        kernels.cross_entropy(logits, targets, losses, ignore=-100)
+    else:
+        parts = torch.zeros(processes, 3, 1, device=device)
+        kernels.part_of_rows(logits, targets, parts[0], 0)
+        kernels.cross_entropy_of_parts(logits, targets, parts, losses, 0, ignore=-100)
 
 
 def _try_attention(kernels, device, dtype: torch.dtype, head_dim: int, length: int) -> None:

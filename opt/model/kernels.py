@@ -192,6 +192,43 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
+@triton.jit
+def _total_of_row(logits, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest of a row's logits, and the sum of the exponentials of what each is under it."""
+    highest = float("-inf")
+    total = 0.0
+    for start in range(0, COLUMNS, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        block = tl.load(logits + offsets, mask=offsets < COLUMNS, other=float("-inf")).to(
+            tl.float32
+        )
+        before = highest
+        highest = tl.maximum(highest, tl.max(block))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(block - highest))
+    return highest, total
+
+
+@triton.jit
+def _zeros_over_row(logits, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, COLUMNS, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        tl.store(
+            logits + offsets,
+            tl.zeros((BLOCK,), logits.dtype.element_ty),
+            mask=offsets < COLUMNS,
+        )
+
+
+@triton.jit
+def _gradient_over_row(logits, target, log_total, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, COLUMNS, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        valid = offsets < COLUMNS
+        block = tl.load(logits + offsets, mask=valid, other=0.0).to(tl.float32)
+        gradient = tl.exp(block - log_total) - tl.where(offsets == target, 1.0, 0.0)
+        tl.store(logits + offsets, gradient.to(logits.dtype.element_ty), mask=valid)
+
+
 @triton.jit(do_not_specialize=["targets"])
 def _cross_entropy(
     logits,
@@ -207,33 +244,13 @@ def _cross_entropy(
     target = tl.load(targets + row)
     if target == IGNORE:
         tl.store(losses + row, 0.0)
-        for start in range(0, COLUMNS, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            tl.store(
-                logits + offsets,
-                tl.zeros((BLOCK,), logits.dtype.element_ty),
-                mask=offsets < COLUMNS,
-            )
+        _zeros_over_row(logits, COLUMNS, BLOCK)
         return
     target_logit = tl.load(logits + target).to(tl.float32)  # before any thread writes there
-    highest = float("-inf")
-    total = 0.0
-    for start in range(0, COLUMNS, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        block = tl.load(logits + offsets, mask=offsets < COLUMNS, other=float("-inf")).to(
-            tl.float32
-        )
-        before = highest
-        highest = tl.maximum(highest, tl.max(block))
-        total = total * tl.exp(before - highest) + tl.sum(tl.exp(block - highest))
+    highest, total = _total_of_row(logits, COLUMNS, BLOCK)
     log_total = highest + tl.log(total)
     tl.store(losses + row, log_total - target_logit)
-    for start in range(0, COLUMNS, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        valid = offsets < COLUMNS
-        block = tl.load(logits + offsets, mask=valid, other=0.0).to(tl.float32)
-        gradient = tl.exp(block - log_total) - tl.where(offsets == target, 1.0, 0.0)
-        tl.store(logits + offsets, gradient.to(logits.dtype.element_ty), mask=valid)
+    _gradient_over_row(logits, target, log_total, COLUMNS, BLOCK)
 
 
 def cross_entropy(logits, targets, losses, ignore: int) -> None:
@@ -249,6 +266,98 @@ def cross_entropy(logits, targets, losses, ignore: int) -> None:
         losses,
         logits.stride(0),
         COLUMNS=logits.shape[1],
+        IGNORE=ignore,
+        BLOCK=4096,
+        num_warps=8,
+    )
+
+
+@triton.jit(do_not_specialize=["targets", "first", "rows"])
+def _part_of_rows(
+    logits, targets, parts, stride, first, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row) - first
+    is_here = (target >= 0) & (target < COLUMNS)
+    target_logit = tl.load(logits + target, mask=is_here, other=0.0).to(tl.float32)
+    highest, total = _total_of_row(logits, COLUMNS, BLOCK)
+    tl.store(parts + row, highest)
+    tl.store(parts + rows + row, total)
+    tl.store(parts + 2 * rows + row, target_logit)
+
+
+@triton.jit(do_not_specialize=["targets", "losses", "first", "rows"])
+def _cross_entropy_of_parts(
+    logits,
+    targets,
+    parts,
+    losses,
+    stride,
+    first,
+    rows,
+    COLUMNS: tl.constexpr,
+    PROCESSES: tl.constexpr,
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    if target == IGNORE:
+        tl.store(losses + row, 0.0)
+        _zeros_over_row(logits, COLUMNS, BLOCK)
+        return
+    highest = float("-inf")
+    for process in range(PROCESSES):
+        highest = tl.maximum(highest, tl.load(parts + 3 * process * rows + row))
+    total = 0.0
+    target_logit = 0.0
+    for process in range(PROCESSES):
+        part = parts + 3 * process * rows + row
+        total += tl.load(part + rows) * tl.exp(tl.load(part) - highest)
+        target_logit += tl.load(part + 2 * rows)
+    log_total = highest + tl.log(total)
+    tl.store(losses + row, log_total - target_logit)
+    _gradient_over_row(logits, target - first, log_total, COLUMNS, BLOCK)
+
+
+def part_of_rows(logits, targets, parts, first: int) -> None:
+    """Of a vocabulary that is split over processes, what the others must know of this one's
+    columns.
+
+    `logits`: (rows, columns), `first` the first of them in the whole vocabulary; `targets`:
+    (rows,), int64, in the whole vocabulary; `parts`: fp32 (3, rows), filled with each row's highest
+    logit, its sum of exponentials under that, and the target's logit or 0 where it is not here.
+    """
+    rows, columns = logits.shape
+    _part_of_rows[(rows,)](
+        logits,
+        targets,
+        parts,
+        logits.stride(0),
+        first,
+        rows,
+        COLUMNS=columns,
+        BLOCK=4096,
+        num_warps=8,
+    )
+
+
+def cross_entropy_of_parts(logits, targets, parts, losses, first: int, ignore: int) -> None:
+    """cross_entropy() once all is known: `parts` (processes, 3, rows), what part_of_rows() has
+    given on each."""
+    rows, columns = logits.shape
+    _cross_entropy_of_parts[(rows,)](
+        logits,
+        targets,
+        parts,
+        losses,
+        logits.stride(0),
+        first,
+        rows,
+        COLUMNS=columns,
+        PROCESSES=len(parts),
         IGNORE=ignore,
         BLOCK=4096,
         num_warps=8,

@@ -21,7 +21,12 @@ from transformers.modeling_utils import no_init_weights
 
 from opt.model.attention import Attention, PackedRows, locate
 from opt.model.linear import product_dtype
-from opt.model.loss import IGNORE, fused_linear_cross_entropy, vocab_parallel_cross_entropy
+from opt.model.loss import (
+    IGNORE,
+    Split,
+    fused_linear_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 
 
 @dataclass
@@ -123,20 +128,29 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         """The next-token cross-entropy in fp32, summed over the labels that are not -100."""
         targets = labels[:, 1:].flatten()
         hidden_states = hidden_states[:, :-1].flatten(0, 1)
+        split = self._split
         if self.fused_loss:
-            return fused_linear_cross_entropy(hidden_states, self.lm_head.weight, targets)
+            return fused_linear_cross_entropy(hidden_states, self.lm_head.weight, targets, split)
         logits = self.lm_head(hidden_states)
-        if self.tp_group is None:
+        if split is None:
             return F.cross_entropy(
                 logits.float()[:, : self.config.vocab_size],
                 targets,
                 ignore_index=IGNORE,
                 reduction="sum",
             )
-        # Each rank has as many rows of the head; the last one's logits come without the columns of
-        # padding.
-        first = dist.get_rank(self.tp_group) * self.lm_head.weight.shape[0]
-        return vocab_parallel_cross_entropy(logits, targets, first, self.tp_group)
+        # The last process's logits come without the columns of padding.
+        return vocab_parallel_cross_entropy(logits, targets, split.first, split.group)
+
+    @property
+    def _split(self) -> Split | None:
+        """The part of the head that this process has, if others have parts too: each as many rows,
+        the last ones padding."""
+        if self.tp_group is None:
+            return None
+        rows = self.lm_head.weight.shape[0]
+        first = dist.get_rank(self.tp_group) * rows
+        return Split(self.tp_group, first, min(rows, self.config.vocab_size - first))
 
 
 def recomputes(number: int, every: int) -> bool:

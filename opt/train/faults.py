@@ -87,7 +87,7 @@ def memory_advice(flags: Namespace) -> str:
         advice.append(
             f"--batch_size under {flags.batch_size} with more --gradient_accumulation_steps"
         )
-    if not flags.fused_loss and (flags.tp_size or 1) == 1:
+    if not flags.fused_loss:
         advice.append("--fused_loss")
     if torch.cuda.is_available() and flags.offload_optim_frac != 1:
         advice.append("--plugin gemini --offload_optim_frac 1")

@@ -128,7 +128,8 @@ def _kernels(
     dtype = DTYPES[plan.precision]
     yield from plugin_class(plan.plugin).update_kernels(plan)
     if plan.fused_loss:
-        yield "loss", dtype, config.vocab_size
+        split = (plan.tp_size,) if plan.tp_size > 1 else ()
+        yield "loss", dtype, -(-config.vocab_size // plan.tp_size), *split
     head_dim = config.hidden_size // config.num_attention_heads
     if longest and kernel_probe.takes_short_attention(here.device, dtype, head_dim, longest):
         yield "attention", dtype, head_dim, kernel_probe.padded(longest)
