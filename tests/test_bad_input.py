@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from args import resolve, train_parser
 from opt import installed
+from opt.colossal.processes import Place
 from opt.errors import UserError
+from opt.train import checks
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, pretend, run, start
 
@@ -532,3 +534,27 @@ def test_what_a_cuda_graph_cannot_record(flags, says):
         ).precision
         == "bf16"
     )
+
+
+@pytest.mark.parametrize(
+    "flags, processes, is_recorded",
+    [
+        ("--plugin low_level_zero", 2, True),
+        ("--plugin hybrid_parallel --tp_size 2", 2, True),
+        ("--plugin hybrid_parallel --tp_size 2", 4, False),
+        ("--plugin hybrid_parallel --tp_size 2 --zero_stage 1", 2, False),
+        ("--plugin hybrid_parallel --pp_size 2", 2, False),
+        ("--plugin torch_ddp", 2, False),
+    ],
+)
+def test_which_collectives_a_cuda_graph_records(monkeypatch, flags, processes, is_recorded):
+    """As on GPUs: ZeRO's, and those of processes that share all layers."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: processes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    args = train_parser().parse_args(["--cuda_graph", *flags.split()])
+    here = Place(0, processes, 0, torch.device("cuda", 0))
+    if is_recorded:
+        assert checks._check_processes(args, here).cuda_graph
+    else:
+        with pytest.raises(UserError, match=f"--tp_size {processes} alone"):
+            checks._check_processes(args, here)

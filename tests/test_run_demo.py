@@ -215,7 +215,14 @@ GRAPH = "--fused_loss --cuda_graph"
             "low_level_zero",
             {"PLUGIN": "hybrid_parallel"},
             [],
-            "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 32",
+            f"--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 32 {GRAPH}",
+        ),
+        (
+            "2 1",
+            "low_level_zero",
+            {"PLUGIN": "hybrid_parallel"},
+            ["--zero_stage", "1"],
+            "--plugin hybrid_parallel --tp_size 2 --pp_size 1 --batch_size 32 --fused_loss",
         ),
         (
             "4 1",

@@ -9,6 +9,7 @@ comes to the host. The update stays what it was; its state is kept where HybridA
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -115,14 +116,11 @@ class Copies(Form):
         grads = [grad for batch in batches for grad in batch.grads]
         groups = self.norm_groups()
         if self.is_model_parallel:
-            copies = [
+            copies = tuple(
                 self._holders(parameter) for batch in batches for parameter in batch.parameters
-            ]
+            )
             squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
-            square = (
-                squares
-                / torch.tensor(copies, dtype=torch.float32).to(squares.device, non_blocking=True)
-            ).sum()
+            square = (squares / _on_device(copies, squares.device)).sum()
             groups += [
                 group for group in (self.optimizer.tp_pg, self.optimizer.pp_pg) if group is not None
             ]
@@ -155,3 +153,9 @@ class Copies(Form):
             if shared.get(self.optimizer.stage_manager.stage) is parameter:
                 holders *= len(shared)
         return holders
+
+
+@lru_cache(maxsize=4)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """As fp32; made once: while an update is recorded nothing can come from the host."""
+    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)

@@ -166,11 +166,14 @@ def _check_processes(flags: Namespace, here: Place) -> Namespace:
             "--nproc_per_node"
         )
     model_ranks = plan.tp_size * plan.pp_size
-    if plan.cuda_graph and here.world_size > 1 and (plan.zero_stage == 0 or model_ranks > 1):
-        raise UserError(
-            f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero: choose "
-            "that, or leave it out"
-        )
+    if plan.cuda_graph and here.world_size > 1:
+        shares_layers = plan.tp_size == here.world_size and plan.zero_stage == 0
+        if not shares_layers and (plan.zero_stage == 0 or model_ranks > 1):
+            raise UserError(
+                f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero, or "
+                f"for hybrid_parallel with --tp_size {here.world_size} alone: choose one of these, "
+                "or leave it out"
+            )
     if here.world_size % model_ranks:
         raise UserError(
             f"{here.world_size} processes are not divisible by tp_size {plan.tp_size} x pp_size "
