@@ -27,7 +27,7 @@ from opt import measure
 from opt.colossal import processes
 from opt.data.batches import SyntheticBatches
 from opt.model.lora import Lora
-from opt.train import checks, faults
+from opt.train import checks, faults, memory
 from opt.train import plan as plans
 from opt.train.schedule import Steps
 from opt_train_demo import boost, train_step
@@ -53,6 +53,7 @@ def main(flags, measured_by) -> None:
 
 def by_training(plan, here, config, weights) -> "Measured":
     """Train on synthetic tokens."""
+    needed = memory.estimate(plan, config, memory.Rows(plan.seq_length), here.device.type)
     kernels = plans.missing_kernels(plan, here, config, None)
     boosted = boost(plan, here, config, weights, Steps.of_benchmark(plan.learning_rate))
     spread = boosted.plugin.spread
@@ -72,6 +73,10 @@ def by_training(plan, here, config, weights) -> "Measured":
         return loss
 
     measured = time_steps(plan, here, step)
+    measured.more["predicted_bytes"] = {
+        "device": round(needed.device) if needed.is_on_gpu else 0,
+        "host": round(needed.host),
+    }
     if kernels:
         measured.more["missing_kernels"] = kernels
     if plan.profile:
@@ -154,6 +159,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "mfu": flops / matmul_rate,
         "matmul_tflops": matmul_rate / 1e12,
         **measured.memory,
+        "predicted_bytes": None,  # of the device and the host, for what is not a peer
         "memory_limit_bytes": measure.memory_limit(here.device),
         "loss": measured.loss,
         "seconds_to_first_step": measured.first_step,
@@ -181,8 +187,15 @@ def profile(step, directory, here) -> None:
 def describe(result) -> str:
     """The result in a few lines."""
     step, gib = result["step_seconds"], 2**30
-    where = "allocated on the device" if result["peak_memory_allocated_bytes"] else "in host memory"
+    where = (
+        "allocated on the device at the peak"
+        if result["peak_memory_allocated_bytes"]
+        else "in host memory at the peak"
+    )
     peak = result["peak_memory_allocated_bytes"] or result["peak_host_memory_bytes"]
+    if predicted := result["predicted_bytes"]:
+        predicted = predicted["device"] or predicted["host"]
+        where += f", {predicted / gib:.2f} predicted"
     kernels = f"\n  kernels   {result['missing_kernels']}" if "missing_kernels" in result else ""
     return (
         f"  {result['model']} {result['plugin']} {result['precision']}, {result['batch_size']} x "
@@ -194,7 +207,7 @@ def describe(result) -> str:
         f"{result['samples_per_second']:,.2f} samples/s, "
         f"{result['tflops_per_gpu']:,.2f} TFLOP/s each, MFU {result['mfu']:.1%} of "
         f"{result['matmul_tflops']:,.1f}\n"
-        f"  memory    {peak / gib:.2f} GiB {where} at the peak\n"
+        f"  memory    {peak / gib:.2f} GiB {where}\n"
         f"  loss      {result['loss']:.4f}; first step {result['seconds_to_first_step']:.1f} s "
         f"after launch{kernels}"
     )

@@ -31,17 +31,12 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
     @staticmethod
     def state_bytes(plan, parameters, dp_size):
         """fp32: weights, gradients, two moments."""
-        return 16 * parameters
-
-    @staticmethod
-    def late_bytes(plan, parameters):
-        """The gradients."""
-        return 4 * parameters
+        return 4 * parameters, 4 * parameters, 8 * parameters
 
     @staticmethod
     def kept_bytes(plan):
-        """Under autocast the stream between layers is fp32."""
-        return 27
+        """Under autocast the stream between layers is fp32, but where frozen weights are not."""
+        return Plugin.kept_bytes(plan) if plan.lora_r else 25.5
 
     @staticmethod
     def update_kernels(plan):

@@ -77,8 +77,15 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
     def state_bytes(plan, parameters, dp_size):
         """All of it spread; gradients take the weights' place, unless they accumulate; Adam's part
         may be in host memory."""
-        gradients = 2 if plan.gradient_accumulation_steps > 1 else 0
-        return parameters * (2 + gradients + 12 * (1 - plan.offload_optim_frac)) / dp_size
+        # Without hooks (see _do_without_hooks) they come beside the weights first
+        has_own = plan.gradient_accumulation_steps > 1 or dp_size == 1
+        own = parameters / dp_size
+        return own * 2, own * 2 * has_own, own * 12 * (1 - plan.offload_optim_frac)
+
+    @staticmethod
+    def buffer_bytes(plan, parameters, dp_size):
+        """Of several processes the chunks of a layer, and three ahead of it (see __init__)."""
+        return 7 * 2 * min(2**25, parameters / 4) if dp_size > 1 else 0
 
     @staticmethod
     def host_bytes(plan, parameters, dp_size):

@@ -79,7 +79,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         width, adam = (4, 8) if plan.precision == "fp32" else (2, 12)
         gradients = width / (dp_size if plan.zero_stage == 2 else 1)
         own = parameters / (plan.tp_size * plan.pp_size)
-        return own * (width + gradients + adam / (dp_size if plan.zero_stage > 0 else 1))
+        adam /= dp_size if plan.zero_stage > 0 else 1
+        return own * width, own * gradients, own * adam
 
     @staticmethod
     def frozen_bytes(plan, parameters, dp_size):

@@ -34,9 +34,8 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
     def state_bytes(plan, parameters, dp_size):
         """Weights; gradients, spread in stage 2; Adam's moments and the fp32 copies, spread."""
         width, adam = (4, 8) if plan.precision == "fp32" else (2, 12)
-        return parameters * (
-            width + width / (dp_size if plan.zero_stage == 2 else 1) + adam / dp_size
-        )
+        gradients = width / (dp_size if plan.zero_stage == 2 else 1)
+        return parameters * width, parameters * gradients, parameters * adam / dp_size
 
     @staticmethod
     def update_kernels(plan):

@@ -166,10 +166,7 @@ def pack(
     ranks have the same shape, and a new one holds up all of them at once.
     """
     own = sum(map(len, rows))
-    tokens = max(tokens or own, 1)
-    # 16: what the products in fp8 take
-    unit = min(1 << int(np.log2(max(tokens // 8, 1))), longest // 16 * 16 or longest)
-    length = -(-tokens // unit) * unit
+    length, unit = _rounded(tokens or own, longest)
     length -= max(0, -(-(length - own - longest) // unit)) * unit  # the pads are one row
     input_ids = np.full((1, length), pad_id)
     labels = np.full_like(input_ids, IGNORE)
@@ -184,6 +181,23 @@ def pack(
         "labels": torch.from_numpy(labels),
         "cu_seqlens": torch.from_numpy(cu_seqlens),
     }
+
+
+def _rounded(tokens: int, longest: int) -> tuple[int, int]:
+    """Up to a multiple of a unit, and that unit: see pack()."""
+    tokens = max(tokens, 1)
+    # 16: what the products in fp8 take
+    unit = min(1 << int(np.log2(max(tokens // 8, 1))), longest // 16 * 16 or longest)
+    return -(-tokens // unit) * unit, unit
+
+
+def largest_batch(lengths: np.ndarray, longest: int, batch_size: int, dp_size: int) -> int:
+    """Tokens of the largest batch of a rank in an epoch of packed rows of these `lengths`. In one
+    order of them, as good as another: no epoch's own."""
+    shuffled = np.random.default_rng(0).permutation(lengths)
+    starts = np.arange(0, len(shuffled), batch_size * dp_size)
+    of_step = np.add.reduceat(shuffled, starts, dtype=np.int64)
+    return _rounded(-(-int(of_step.max()) // dp_size), longest)[0]
 
 
 class SyntheticBatches:

@@ -136,6 +136,11 @@ class Adapted(Weights):
         return self._names.get(name, self.base).sample(name)
 
     @property
+    def reading_bytes(self):
+        """See Weights."""
+        return self.base.reading_bytes
+
+    @property
     def frozen_checksum(self) -> str:
         """See Weights."""
         digest = hashlib.sha256()

@@ -27,6 +27,27 @@ def layer_matrices(config: OPTConfig) -> int:
     return config.num_hidden_layers * (4 * hidden**2 + 2 * hidden * config.ffn_dim)
 
 
+def num_parameters(config: OPTConfig) -> int:
+    """Of the whole model, a tied head counted once."""
+    hidden, layers, wide = config.hidden_size, config.num_hidden_layers, config.ffn_dim
+    biases = 5 * hidden + wide if config.enable_bias else 0
+    norms = 2 * 2 * hidden if config.layer_norm_elementwise_affine else 0
+    total = layer_matrices(config) + layers * (biases + norms) + embedding_parameters(config)
+    if config.do_layer_norm_before and not config._remove_final_layer_norm:
+        total += norms // 2
+    if not config.tie_word_embeddings:
+        total += config.vocab_size * config.word_embed_proj_dim
+    if config.word_embed_proj_dim != hidden:
+        total += 2 * hidden * config.word_embed_proj_dim
+    return total
+
+
+def embedding_parameters(config: OPTConfig) -> int:
+    """Of tokens and positions, of which OPT has two more than it uses."""
+    positions = config.hidden_size * (config.max_position_embeddings + 2)
+    return config.vocab_size * config.word_embed_proj_dim + positions
+
+
 def preset_config(size: str) -> OPTConfig:
     """The configuration of OPT-`size`."""
     layers, heads, hidden = _SIZES[size]

@@ -142,6 +142,11 @@ class Weights(Mapping):
         return sum(math.prod(self.shape(name)) for name in self)
 
     @property
+    def reading_bytes(self) -> int:
+        """Host memory that reading them takes, beside what they are read into."""
+        return 0
+
+    @property
     def frozen_checksum(self) -> str | None:
         """Of a sample of those that are not trained; None where all are."""
         return None
@@ -217,6 +222,16 @@ class CheckpointWeights(Weights):
                     f"{file} cannot be read as weights ({reason:.200}): download or copy it again"
                 ) from error
         return self._open[file]
+
+    @property
+    def reading_bytes(self):
+        """One tensor in fp32; and the whole of files that are no zip archives."""
+        whole = sum(
+            file.stat().st_size
+            for file in self._open
+            if file.suffix == ".bin" and not zipfile.is_zipfile(file)
+        )
+        return whole + 4 * max(math.prod(self.shape(name)) for name in self)
 
     def _mapped(self, where) -> torch.Tensor:
         path, key = where

@@ -14,13 +14,11 @@ from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
 from opt.data.rows import Counts, Dataset
 from opt.errors import UserError
-from opt.model import four_bits, kernel_probe, weights
+from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
-from opt.model.loss import CHUNK
-from opt.model.sizes import layer_matrices
 from opt.registry import plugin_class
-from opt.train import checkpoints, hub
+from opt.train import checkpoints, hub, memory
 from opt.train.checkpoints import Checkpoint
 from opt.train.checks import Setup, check_shared, lock_output
 from opt.train.export import output_directory
@@ -37,6 +35,8 @@ class Run:
     dataset: Dataset
     before: Checkpoint | None  # which the run goes on from
     steps: Steps
+    needed: memory.Estimate
+    room: memory.Room
 
     @property
     def start(self) -> Position:
@@ -72,7 +72,16 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
         checkpoints.check_same_run(before, plan, setup.weights, dataset.train)
     _check_evaluations(plan, dataset, before)
     start = before.position if before else Position()
-    return Run(plan, here, setup, dataset, before, count_steps(plan, len(dataset.train), start))
+    steps = count_steps(plan, len(dataset.train), start)
+    of_data = rows_of(dataset, plan), here.device.type, setup.weights.reading_bytes
+    needed = memory.estimate(plan, setup.config, *of_data)
+    room = memory.find_room(here, plan.mem_cap)
+    return Run(plan, here, setup, dataset, before, steps, needed, room)
+
+
+def rows_of(dataset: Dataset, plan: Namespace) -> memory.Rows:
+    """What the memory depends on."""
+    return memory.Rows(dataset.longest, dataset.train.lengths if plan.padding_free else None)
 
 
 def _check_evaluations(plan: Namespace, dataset: Dataset, before: Checkpoint | None) -> None:
@@ -163,7 +172,6 @@ def describe(run: Run) -> str:
         origin += "; the quantization_config in config.json is left out, they are not quantized"
     origin += "".join(f"; {note}" for note in setup.weights.notes)
     trained = setup.weights.trained.num_parameters
-    memory = memory_bytes(plan, setup.config, setup.weights.num_parameters, trained)
     schedule = f" ({steps.scheduler_type})"
     patience = f", until {plan.early_stopping_patience} in a row are no better"
     lines = {
@@ -191,7 +199,7 @@ def describe(run: Run) -> str:
             else "when a signal stops the run"
         )
         + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end,
-        "memory": f"about {memory / 2**30:.1f} GiB a process (an estimate)",
+        "memory": memory_line(run.needed, run.room),
         "output": plan.output_path
         + " (model not saved)" * plan.no_save
         + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub),
@@ -224,6 +232,23 @@ def describe(run: Run) -> str:
         if changes := _other_course(run):
             lines["resumed"] += f"; from here on {', '.join(changes)}"
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
+
+
+def memory_line(needed: memory.Estimate, room: memory.Room) -> str:
+    """What a run takes and what there is, in GiB."""
+    processes = f" x {room.local} processes" if room.local > 1 else ""
+    host = f"{memory.gib(needed.host)}{processes} of {memory.gib(room.host)} in host memory"
+    if room.device is None:
+        line = f"{needed.parts}, the process itself {memory.gib(needed.host_process)}: {host}"
+    else:
+        if needed.host_optimizer:
+            host += f", {memory.gib(needed.host_optimizer)} of them the optimizer's"
+        line = f"{needed.parts}: {memory.gib(needed.device)} of {memory.gib(room.device)} on each"
+        line += f" GPU; {host}"
+    line += " (an estimate, GiB)"
+    if not room.is_enough(needed):
+        line += f"; it may not fit: estimates are within {memory.ERROR:.0%}"
+    return line
 
 
 def _other_course(run: Run) -> list[str]:
@@ -260,35 +285,3 @@ def _described(counts: Counts, plan: Namespace) -> str:
     if counts.unanswered:
         said.append(f"{counts.unanswered:,} rows of prompt alone left out")
     return "; ".join(said + [f"{number:,} {what}" for what, number in counts.notes.items()])
-
-
-def memory_bytes(
-    plan: Namespace, config: OPTConfig, parameters: int, trained: int | None = None
-) -> float:
-    """On a process's device: weights, gradients and Adam's state exactly, activations roughly.
-    `trained`: how many of the `parameters` are; by default all.
-
-    Activations: see Plugin.kept_bytes; then the logits, in the compute dtype and twice in fp32, or
-    with a fused loss a chunk of them.
-    """
-    plugin, trained = plugin_class(plan.plugin), parameters if trained is None else trained
-    width = 4 if plan.precision == "fp32" else 2
-    length = plan.block_size or plan.max_length
-    tokens = plan.batch_size / (plan.num_microbatches or 1) * length
-    recomputed = 1 / plan.grad_checkpoint if plan.grad_checkpoint else 0.0  # share of the layers
-    # Norms and dropout are of the whole width on each tensor-parallel rank.
-    whole = plugin.kept_bytes(plan) * (10 + 24 / plan.tp_size) / 34
-    kept = 2 * recomputed + whole * (1 - recomputed)
-    kept *= config.hidden_size * width / 2
-    layers = config.num_hidden_layers / plan.pp_size * min(plan.pp_size, plan.num_microbatches or 1)
-    state = plugin.state_bytes(plan, trained, plan.dp_size)
-    frozen = parameters - trained
-    if plan.load_in_4bit:
-        frozen -= (1 - four_bits.BYTES / width) * layer_matrices(config)
-    state += plugin.frozen_bytes(plan, frozen, plan.dp_size)
-    if plan.fused_loss:
-        logits = CHUNK * config.vocab_size * width + 2 * tokens * config.hidden_size * width
-    else:
-        logits = tokens * config.vocab_size * (width + 8) / plan.tp_size
-    activations = tokens * kept * layers + logits
-    return state + max(0, activations - plugin.late_bytes(plan, trained))

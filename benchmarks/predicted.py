@@ -1,0 +1,89 @@
+"""The plan's memory beside what was measured: a table of results in any folders.
+
+    python -m benchmarks.predicted benchmarks/results benchmarks/results/lora
+
+Predicted is what the result says (opt_benchmark.py --json has it), or else what the plan says
+today.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from args import Settings, benchmark_parser, resolve
+from benchmarks.report import GIB
+from opt.model.sizes import PRESETS, preset_config
+from opt.registry import PLUGINS
+from opt.train.memory import Estimate, Rows, estimate
+
+# The flags that a result has, by their names; those of the second line only where they are not off
+_FLAGS = """plugin precision batch_size seq_length gradient_accumulation_steps compile cuda_graph
+fused_loss fp8 grad_checkpoint optim lora_r load_in_4bit""".split()
+_SIZES = "tp_size pp_size num_microbatches zero_stage offload_optim_frac".split()
+
+
+def results(*folders: Path) -> Iterator[tuple[Path, dict]]:
+    """Those that the plan has an estimate for: of a plugin and a published size."""
+    for folder in folders:
+        for file in sorted(folder.glob("*.json")):
+            result = json.loads(file.read_text())
+            if isinstance(result, dict) and result.get("plugin") in PLUGINS:
+                if result["model"] in PRESETS and "status" not in result:
+                    yield file, result
+
+
+def plan_of(result: dict) -> Settings:
+    """The plan that it was measured by."""
+    given = {name: result[name] for name in _FLAGS if result.get(name) is not None}
+    of_one = {"tp_size": 1, "pp_size": 1}  # which not every plugin takes
+    given |= {
+        name: result[name]
+        for name in _SIZES
+        if result.get(name) and result[name] != of_one.get(name)
+    }
+    flags = benchmark_parser().parse_args([]).but(**given)
+    plan = resolve(flags, device_type(result), True)
+    return plan.but(dp_size=result["world_size"] // (plan.tp_size * plan.pp_size))
+
+
+def device_type(result: dict) -> str:
+    """What it was measured on."""
+    return "cuda" if result["peak_memory_allocated_bytes"] else "cpu"
+
+
+def predicted(result: dict) -> Estimate:
+    """What the plan says today."""
+    config = preset_config(result["model"])
+    return estimate(plan_of(result), config, Rows(result["seq_length"]), device_type(result))
+
+
+def table(found: list[tuple[Path, dict]]) -> str:
+    """A row for each result, GiB."""
+    lines = ["| result | predicted | measured | ratio | predicted, host | measured, host | ratio |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for file, result in found:
+        needed = predicted(result)
+        said = result.get("predicted_bytes") or {"device": needed.device, "host": needed.host}
+        cells = [f"{file.parent.name}/{file.stem}"]
+        measured = {
+            "device": result["peak_memory_allocated_bytes"],
+            "host": result["peak_host_memory_bytes"],
+        }
+        for place, peak in measured.items():
+            if peak:
+                cells += [
+                    f"{said[place] / GIB:.2f}",
+                    f"{peak / GIB:.2f}",
+                    f"{said[place] / peak:.2f}",
+                ]
+            else:
+                cells += [""] * 3
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of results")
+    print(table(list(results(*parser.parse_args().folders))))

@@ -1,0 +1,258 @@
+"""The memory that training takes, on each device and on the host, computed before anything is
+loaded; what there is of it; and what is refused because it cannot fit.
+
+Weights, gradients and the optimizer's state are exact. Activations are fitted to the peaks in
+benchmarks/results, and tests/test_memory.py holds the estimate to them: it is within ERROR of a
+peak. So a run is refused where even that much less would not fit, and warned of where that much
+more would not.
+"""
+
+import os
+import resource
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import OPTConfig
+
+from opt.colossal.processes import Place
+from opt.data.batches import largest_batch
+from opt.model import four_bits
+from opt.model.lora import Lora
+from opt.model.loss import CHUNK
+from opt.model.opt import recomputes
+from opt.model.sizes import embedding_parameters, layer_matrices, num_parameters
+from opt.registry import plugin_class
+
+GIB = 2**30
+ERROR = 0.1  # of an estimate: see the top
+# The interpreter and its libraries, in host memory: measured, beside a GPU and on a CPU
+_PROCESS = {"cuda": 1.8 * GIB, "cpu": 0.6 * GIB}
+_WORKSPACE = 0.15 * GIB  # of cuBLAS and others, on a GPU: measured
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What batches are made of, as far as memory asks."""
+
+    longest: int  # tokens of the longest row
+    lengths: np.ndarray | None = None  # of all training rows, where batches have no pads
+
+    def tokens(self, batch_size: int, dp_size: int) -> int:
+        """Of the largest batch on a rank, pads included."""
+        if self.lengths is None:
+            return batch_size * self.longest
+        return largest_batch(self.lengths, self.longest, batch_size, dp_size)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a process takes when it takes most; on a CPU all of it is host memory."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    # Whether gradients come only as activations go: the larger of the two counts
+    gradients_come_late: bool
+    # In host memory beside what is above: the process itself, state that is kept there, weights as
+    # they are read
+    host_process: float
+    host_optimizer: float
+    host_reading: float
+    is_on_gpu: bool
+
+    @property
+    def device(self) -> float:
+        """All that is where the arithmetic is."""
+        passing = self.activations + self.logits
+        if self.gradients_come_late:
+            passing = max(passing, self.gradients)
+        else:
+            passing += self.gradients
+        return self.weights + self.optimizer + self.buffers + passing
+
+    @property
+    def host(self) -> float:
+        """All that is in host memory."""
+        of_host = self.host_process + self.host_optimizer + self.host_reading
+        return of_host + (0 if self.is_on_gpu else self.device)
+
+    @property
+    def parts(self) -> str:
+        """In words, GiB."""
+        late = " (come as activations go)" if self.gradients_come_late and self.gradients else ""
+        said = {
+            "weights": self.weights,
+            f"gradients{late}": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+            "buffers": self.buffers,
+        }
+        return ", ".join(
+            f"{what} {gib(size)}" for what, size in said.items() if size >= 0.005 * GIB
+        )
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, short."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2f}"
+
+
+def estimate(
+    plan: Namespace, config: OPTConfig, rows: Rows, device_type: str, reading: float = 0
+) -> Estimate:
+    """Of training by `plan`, whose dp_size is settled. `reading`: see Weights.reading_bytes."""
+    plugin = plugin_class(plan.plugin)
+    width = 4 if plan.precision == "fp32" else 2
+    is_on_gpu = device_type == "cuda"
+    lora = Lora.of(plan)
+    whole = num_parameters(config)
+    # The first stage and the last both have the embedding
+    parameters = whole + (plan.pp_size > 1) * (plan.pp_size - 1) * embedding_parameters(config)
+    trained, frozen = parameters, 0
+    if lora:
+        trained = sum(a * b for a, b in lora.shapes(config).values())
+        frozen = parameters - (1 - four_bits.BYTES / width) * layer_matrices(config) * bool(
+            plan.load_in_4bit
+        )
+    weights, gradients, optimizer = plugin.state_bytes(plan, trained, plan.dp_size)
+    weights += plugin.frozen_bytes(plan, frozen, plan.dp_size)
+
+    microbatches = plan.num_microbatches or 1
+    tokens = rows.tokens(plan.batch_size, plan.dp_size) / microbatches
+    unit = tokens * config.hidden_size
+    # Norms and dropout are of the whole width on each tensor-parallel rank
+    of_layer = unit * plugin.kept_bytes(plan) * (10 + 24 / plan.tp_size) / 34 * width / 2
+    if not is_on_gpu and rows.lengths is not None:  # attention needs a rectangle there
+        of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
+    every = plan.grad_checkpoint
+    number = config.num_hidden_layers
+    share = sum(recomputes(layer, every) for layer in range(number)) / number
+    layers = number / plan.pp_size
+    layers *= min(plan.pp_size, microbatches)  # whose activations the first stage keeps at a time
+    activations = layers * (share * width * unit + (1 - share) * of_layer)
+    activations += of_layer * (every > 0)  # of the layer that is computed again
+    if getattr(plan, "eval_only", False):  # at least: some plugins have fp32 copies all the same
+        gradients = optimizer = 0
+        activations = of_layer
+
+    embedding = config.word_embed_proj_dim
+    if plan.fused_loss:
+        logits = CHUNK * config.vocab_size * width + 2 * tokens * embedding * width
+        if not lora:  # the head's gradient
+            logits += config.vocab_size / plan.tp_size * embedding * width
+    else:
+        # In fp32 what log_softmax keeps, its gradient, and that of the logits
+        logits = 12 * tokens * config.vocab_size / plan.tp_size
+
+    buffers = plugin.buffer_bytes(plan, parameters, plan.dp_size) + _WORKSPACE * is_on_gpu
+    if plan.load_in_4bit:  # unpacked, of a layer where that is kept for backward
+        matrix = config.hidden_size * config.ffn_dim
+        buffers += width * (layer_matrices(config) / number if every else 2 * matrix)
+
+    on_host = plugin.host_bytes(plan, trained, plan.dp_size) if is_on_gpu else 0
+    return Estimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        buffers=buffers,
+        # On a CPU an allocator keeps what was let go of
+        gradients_come_late=is_on_gpu
+        and plan.gradient_accumulation_steps == 1
+        and plan.pp_size == 1
+        and not plan.cuda_graph,
+        host_process=_PROCESS["cuda" if is_on_gpu else "cpu"],
+        host_optimizer=on_host,
+        host_reading=reading,
+        is_on_gpu=is_on_gpu,
+    )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is, in bytes; the least of all nodes."""
+
+    device: float | None  # for a process, on its GPU; None on a CPU
+    host: float  # for all processes of a node together
+    local: int  # processes of a node
+
+    def lacks(self, needed: Estimate, error: float = 0.0) -> float:
+        """By how much it is too small, at least, if `needed` is over by a share of `error`; 0 or
+        less if it is not. The device's where both are."""
+        device = needed.device / (1 + error) - self.device if self.device is not None else 0
+        return device if device > 0 else needed.host * self.local / (1 + error) - self.host
+
+    def is_enough(self, needed: Estimate) -> bool:
+        """Whether it is, whatever the estimate's error."""
+        return self.lacks(needed, -ERROR) <= 0
+
+
+def find_room(here: Place, mem_cap_gib: float) -> Room:
+    """What there is for this run. The same on all processes, where these have met."""
+    gpus = torch.cuda.device_count() if here.device.type == "cuda" else here.world_size
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", min(here.world_size, gpus)))
+    device = None
+    if here.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(here.device)
+        device = min(free, mem_cap_gib * GIB) if mem_cap_gib else free
+    own = device, _host_memory(local), local
+    all_own = [own]
+    if dist.is_initialized():
+        all_own = [None] * here.world_size
+        dist.all_gather_object(all_own, own)
+    devices, hosts, locals_ = zip(*all_own, strict=True)
+    return Room(None if None in devices else min(devices), min(hosts), max(locals_))
+
+
+def _host_memory(local: int) -> float:
+    """Bytes of host memory for `local` processes together: what is free, swap included, as far as
+    control groups let them have it, and what they have already."""
+    process = psutil.Process()
+    held = process.memory_info()
+    there = psutil.virtual_memory().available + psutil.swap_memory().free
+    there = min([there, *_left_in_groups()]) + local * held.rss
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        there = min(there, local * (limit - held.vms + held.rss))
+    return there
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def _left_in_groups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """What each control group that this process is in lets it have more, version 1 or 2."""
+    found = []
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            top, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, cache = root / "memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        place = top / path.strip("/")
+        # A container sees its own group as the root, under another name than the host's
+        folders = (place, *place.parents) if place.is_dir() else (top,)
+        for folder in folders:
+            if not folder.is_relative_to(top) or not (folder / limit).is_file():
+                continue
+            most = (folder / limit).read_text().strip()
+            if most == "max":
+                continue
+            lines_of = (folder / "memory.stat").read_text().splitlines()
+            # Pages of files that the kernel lets go of first
+            kept_files = int(dict(line.split() for line in lines_of).get(cache, 0))
+            found.append(int(most) - int((folder / usage).read_text()) + kept_files)
+    return found
