@@ -172,21 +172,16 @@ def train_step(boosted: Boosted, batches: list[Batch]):
             device, to be summed over all processes.
         grad_norm: the global gradient norm before clipping; None where the plugin does not know it.
     """
-    booster, plugin = boosted.booster, boosted.plugin
-    model, optimizer = boosted.model, boosted.optimizer
+    plugin, model, optimizer = boosted.plugin, boosted.model, boosted.optimizer
     share, targets = 0.0, sum(batch.targets for batch in batches)
     for batch in batches:
         weight = plugin.spread.dp_size / targets
         with plugin.accumulate(model, optimizer, is_last_batch=batch is batches[-1]):
             if boosted.recorded:
                 loss = boosted.recorded(batch.inputs, weight)
-            elif plugin.spread.pp_size > 1:
-                criterion = pipeline_criterion(plugin, weight)
-                outputs = iter([batch.inputs]), model, criterion, optimizer
-                loss = booster.execute_pipeline(*outputs)["loss"]
             else:
                 loss = backward(boosted, batch.to(plugin.device), weight)
-        share += plugin.spread.counted(loss, plugin.device) / plugin.spread.dp_size
+        share += loss / plugin.spread.dp_size
     optimizer.step()
     boosted.lr_schedule.step()
     (boosted.recorded or optimizer).zero_grad()
@@ -194,16 +189,23 @@ def train_step(boosted: Boosted, batches: list[Batch]):
 
 
 def backward(boosted: Boosted, inputs: dict[str, torch.Tensor], weight) -> torch.Tensor:
-    """The summed loss of a batch on the device, times `weight`, and its gradients."""
-    loss = boosted.model(**inputs)["loss"] * weight
-    boosted.booster.backward(loss, boosted.optimizer)
-    return loss.detach()
+    """The summed loss of a batch on the device, times `weight`, and its gradients. The loss is 0
+    where another process speaks for it."""
+    booster, plugin = boosted.booster, boosted.plugin
+    model, optimizer = boosted.model, boosted.optimizer
+    if plugin.spread.pp_size > 1:
+        criterion = pipeline_criterion(plugin, weight)
+        loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer)["loss"]
+    else:
+        loss = model(**inputs)["loss"] * weight
+        booster.backward(loss, optimizer)
+    return plugin.spread.counted(loss, plugin.device)
 
 
-def pipeline_criterion(plugin, weight: float):
+def pipeline_criterion(plugin, weight):
     """What execute_pipeline asks: of a micro-batch its part of the batch's summed loss times
     `weight`. The schedule takes the mean over the micro-batches."""
-    weight *= plugin.scheduler.num_microbatches
+    weight = weight * plugin.scheduler.num_microbatches
     return lambda outputs, _: outputs["loss"] * weight
 
 
@@ -214,11 +216,12 @@ def evaluate(boosted: Boosted, batches: Batches) -> float:
     model.eval()
     total, targets = torch.zeros((), device=plugin.device, dtype=torch.float64), 0
     for batch in batches.epoch():
+        inputs = batch.to(plugin.device)
         if plugin.spread.pp_size > 1:
-            outputs = iter([batch.inputs]), model, pipeline_criterion(plugin, 1.0)
-            loss = booster.execute_pipeline(*outputs)["loss"]
+            criterion = pipeline_criterion(plugin, 1.0)
+            loss = booster.execute_pipeline(iter([inputs]), model, criterion)["loss"]
         else:
-            loss = model(**batch.to(plugin.device))["loss"]
+            loss = model(**inputs)["loss"]
         total += plugin.spread.counted(loss, plugin.device)
         targets += batch.targets
     model.train()

@@ -21,6 +21,7 @@ from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer
 
 from opt.colossal.copies import Copies
+from opt.colossal.pipeline import Schedule
 from opt.colossal.plain import Plain
 from opt.colossal.plugin import Plugin
 from opt.colossal.processes import Spread
@@ -61,9 +62,10 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             is_last_stage=stages is None or stages.is_last_stage(),
         )
         self._begin(plan, device, spread)
+        if stages:
+            self.scheduler = Schedule(stages, plan.num_microbatches)
         self.can_defer_sync = plan.zero_stage < 2
         self._ddp: LayerwiseDDP | None = None
-        self._shape: torch.Size | None = None  # of the batches that stages have told one another of
 
     # ---- before there are processes
 
@@ -125,6 +127,10 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm
         inner = model.unwrap()
+        if self.spread.pp_size > 1:
+            self.scheduler.width = inner.config.hidden_size
+            self.scheduler.dtype = DTYPES[self.plan.precision]
+            model.sync_shared_params = partial(_add_up_tied, model)
         if inner.tp_group is not None:
             self._share_input(inner)
             if self.adapters:
@@ -182,26 +188,20 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
     def execute_pipeline(
         self, data_iter, model, criterion, optimizer=None, return_loss=True, return_outputs=False
     ):
-        """See ColossalAI's. A batch's shape is told to the next stage with its first micro-batch,
-        once while it stays the same.
-
-        [F31] ColossalAI's stages tell it once in a run, or with each micro-batch, and then the host
-        waits for the GPU each time. Our batches are as long as their longest row; of a batch to be
-        evaluated the last micro-batch may have fewer rows.
-        """
-        batch = next(data_iter)
-        shape = batch["input_ids"].shape if optimizer is not None else None
-        if shape is None or shape != self._shape:
-            self.scheduler.send_tensor_metadata = self.scheduler.send_grad_metadata = True
-            self.scheduler.tensor_metadata_recv = self.scheduler.grad_metadata_recv = None
-        self.scheduler.enable_metadata_cache = shape is not None
-        self._shape = shape
-        # [F30] ColossalAI 0.5.0 reduces the tied weights' gradients even where there are none, but
-        # for no_sync.
+        """See ColossalAI's. [F30] In 0.5.0 it reduces the tied weights' gradients even where there
+        are none, but for no_sync."""
         with model.no_sync() if optimizer is None else nullcontext():
             return super().execute_pipeline(
-                iter([batch]), model, criterion, optimizer, return_loss, return_outputs
+                data_iter, model, criterion, optimizer, return_loss, return_outputs
             )
+
+
+def _add_up_tied(model) -> None:
+    """The gradient of the tied embedding, over the first stage and the last: HybridParallelModule's
+    sync_shared_params. [C26] In ColossalAI 0.5.0 the host waits for all processes behind it."""
+    for holders, group in zip(model.shared_params, model.shared_param_process_groups, strict=True):
+        if model.stage_manager.stage in holders:
+            dist.all_reduce(holders[model.stage_manager.stage].grad, group=group)
 
 
 def _columns(x, weight, bias, group):
