@@ -309,7 +309,7 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         help="record forward and backward of each shape of batch once and replay them: small steps "
         "no longer wait for the host; "
         "gradients keep their memory; on one GPU, not with gemini, on several with low_level_zero, "
-        "or with hybrid_parallel where --tp_size is all of them; default off",
+        "or hybrid_parallel where --tp_size x --pp_size is all of them; default off",
     )
 
 

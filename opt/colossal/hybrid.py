@@ -64,7 +64,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         self._begin(plan, device, spread)
         if stages:
             self.scheduler = Schedule(stages, plan.num_microbatches)
-        self.can_defer_sync = plan.zero_stage < 2
+        # A recorded batch adds up its own part of the tied embedding's gradient.
+        self.can_defer_sync = plan.zero_stage < 2 and not (plan.cuda_graph and stages)
         self._ddp: LayerwiseDDP | None = None
 
     # ---- before there are processes

@@ -167,12 +167,12 @@ def _check_processes(flags: Namespace, here: Place) -> Namespace:
         )
     model_ranks = plan.tp_size * plan.pp_size
     if plan.cuda_graph and here.world_size > 1:
-        shares_layers = plan.tp_size == here.world_size and plan.zero_stage == 0
-        if not shares_layers and (plan.zero_stage == 0 or model_ranks > 1):
+        holds_one_model = here.world_size == model_ranks and plan.zero_stage == 0
+        if not holds_one_model and (plan.zero_stage == 0 or model_ranks > 1):
             raise UserError(
                 f"--cuda_graph on {here.world_size} processes is for --plugin low_level_zero, or "
-                f"for hybrid_parallel with --tp_size {here.world_size} alone: choose one of these, "
-                "or leave it out"
+                f"for hybrid_parallel with --tp_size x --pp_size {here.world_size} and "
+                "--zero_stage 0: choose one of these, or leave it out"
             )
     if here.world_size % model_ranks:
         raise UserError(
