@@ -419,8 +419,8 @@ def train_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="put a batch's rows one after the other instead of padding them to the longest, with "
         "attention and positions for each "
-        "row alone; not with --pp_size over 1; default on where rows are on average under 0.9 of "
-        "the longest, on a CPU also over 0.4",
+        "row alone; default on where rows are on average under 0.9 of the longest, on a CPU also "
+        "over 0.4 and with --pp_size 1",
     )
     g.add_argument(
         "--eval_fraction",
@@ -731,11 +731,6 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
     if hybrid and args.zero_stage > 0 and args.precision == "fp32":
         raise UserError(
             "hybrid_parallel has no ZeRO in fp32: use --zero_stage 0 or --precision bf16"
-        )
-    if args.pp_size > 1 and getattr(args, "padding_free", None):
-        raise UserError(
-            "--padding_free does not go with pipeline stages, which cut a batch between its rows: "
-            "leave it out"
         )
     if args.pp_size == 1:
         if args.num_microbatches is not None:

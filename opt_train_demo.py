@@ -27,7 +27,7 @@ from opt.colossal import processes
 from opt.colossal.adam import HybridAdam, decay_groups
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
-from opt.data.rows import open_dataset
+from opt.data.rows import Rows, open_dataset
 from opt.model.opt import expect_varying_lengths
 from opt.train import card, checks, export, faults, graphs, hub, recorder, samples, schedule
 from opt.train import plan as plans
@@ -98,15 +98,17 @@ def evaluate_only(run: plans.Run) -> bool:
     """--eval_only. False: there is no new model."""
     boosted = boost(run.plan, run.here, run.setup.config, run.weights, run.steps)
     boosted.model.unwrap().longest_row = run.dataset.longest
-    recorder.results_of_evaluation(run, evaluate(boosted, held_out(run, boosted)))
+    recorder.results_of_evaluation(
+        run, evaluate(boosted, batches_of(run.dataset.held_out, run, boosted))
+    )
     return False
 
 
-def held_out(run: plans.Run, boosted: Boosted) -> Batches:
-    """This process's batches of the evaluation."""
+def batches_of(rows: Rows, run: plans.Run, boosted: Boosted, seed=None) -> Batches:
+    """This process's batches of `rows`, in their own order if there is no seed."""
     plan, spread, pad_id = run.plan, boosted.plugin.spread, run.setup.config.pad_token_id
     share = (plan.batch_size, spread.dp_rank, spread.dp_size, pad_id)
-    return Batches(run.dataset.held_out, *share, None, plan.padding_free)
+    return Batches(rows, *share, seed, plan.padding_free, plan.num_microbatches or 1)
 
 
 def train(run: plans.Run) -> bool:
@@ -118,10 +120,8 @@ def train(run: plans.Run) -> bool:
     boosted = boost(plan, here, setup.config, run.weights, run.steps)
     boosted.model.unwrap().longest_row = dataset.longest
 
-    spread, pad_id = boosted.plugin.spread, setup.config.pad_token_id
-    share = (plan.batch_size, spread.dp_rank, spread.dp_size, pad_id)
-    train_batches = Batches(dataset.train, *share, plan.seed, plan.padding_free)
-    eval_batches = held_out(run, boosted)
+    train_batches = batches_of(dataset.train, run, boosted, plan.seed)
+    eval_batches = batches_of(dataset.held_out, run, boosted)
 
     saver = Saver(run, control, boosted, run.weights)
     if before:

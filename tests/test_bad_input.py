@@ -141,12 +141,6 @@ HYBRID = "--plugin hybrid_parallel "
 CASES = [
     # plugins and processes
     Case("world size", HYBRID + "--tp_size 2", ["3 processes", "tp_size 2"], {"WORLD_SIZE": "3"}),
-    Case(
-        "rows in pipelines",
-        HYBRID + "--pp_size 2 --padding_free",
-        ["--padding_free", "pipeline"],
-        {"WORLD_SIZE": "2"},
-    ),
     Case("world size of one", HYBRID + "--pp_size 2 --batch_size 4", ["1 processes", "pp_size 2"]),
     Case(
         "heads", HYBRID + "--tp_size 3", ["4 attention heads", "--tp_size 3"], {"WORLD_SIZE": "3"}

@@ -391,34 +391,41 @@ def test_pads_are_in_no_loss(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 3))
-def test_rows_without_pads(lengths, batch_size, dp_size):
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), st.integers(1, 3))
+def test_rows_without_pads(lengths, each, dp_size, microbatches):
     """Every row once and whole between its bounds; what fills a batch up is one row more, of pads,
-    no longer than the others."""
+    no longer than the others, and of several micro-batches of one shape two."""
+    fills = 1 if microbatches == 1 else 2
     with tempfile.TemporaryDirectory() as directory:
         rows = stored(lengths, directory)
         seen = []
         for batches in zip(
             *(
-                Batches(rows, batch_size, rank, dp_size, PAD, 0, True).epoch()
+                Batches(
+                    *(rows, each * microbatches, rank, dp_size, PAD, 0, True, microbatches)
+                ).epoch()
                 for rank in range(dp_size)
             ),
             strict=True,
         ):
             targets = 0
             for batch in batches:
-                ids, labels, ends = (
-                    batch.inputs[name] for name in ("input_ids", "labels", "cu_seqlens")
-                )
-                assert ids.shape == labels.shape == (1, ends[-1])
-                assert (len(ends), ends[0], ends.dtype) == (batch_size + 2, 0, torch.int32)
-                *own, fill = ids[0].split(ends.diff().tolist())
-                seen += [row.tolist() for row in own if len(row)]
-                assert (fill == PAD).all() and len(fill) <= max(lengths)
-                starts = {int(start) for start in ends[:-1]}
-                real = [i not in starts and i < int(ends[-2]) for i in range(int(ends[-1]))]
-                assert torch.equal(labels[0], torch.where(torch.tensor(real), ids[0], -100))
-                targets += sum(real)
+                inputs = [batch.inputs[name] for name in ("input_ids", "labels", "cu_seqlens")]
+                assert inputs[0].shape == inputs[1].shape == (microbatches, inputs[0].shape[1])
+                for ids, labels, ends in zip(
+                    *inputs[:2], inputs[2].view(microbatches, -1), strict=True
+                ):
+                    assert len(ids) == ends[-1]
+                    assert (len(ends), ends[0], ends.dtype) == (each + 1 + fills, 0, torch.int32)
+                    parts = ids.split(ends.diff().tolist())
+                    seen += [row.tolist() for row in parts[:-fills] if len(row)]
+                    for fill in parts[-fills:]:
+                        assert (fill == PAD).all() and len(fill) <= max(lengths)
+                    starts = {int(start) for start in ends[:-1]}
+                    first_pad = int(ends[-1 - fills])
+                    real = [i not in starts and i < first_pad for i in range(int(ends[-1]))]
+                    assert torch.equal(labels, torch.where(torch.tensor(real), ids, -100))
+                    targets += sum(real)
             assert {batch.targets for batch in batches} == {targets}
         assert sorted(seen) == sorted(rows[i].tolist() for i in range(len(rows)))
 
@@ -468,7 +475,8 @@ def test_packed_rows_are_strangers_to_each_other(tmp_path):
         ([56, 60, 60], "", "cuda", False),  # few pads
         ([20, 20, 500], "", "cpu", False),  # few rows much longer than the rest
         ([20, 20, 500], "", "cuda", True),
-        ([20, 40, 60], "--plugin hybrid_parallel --pp_size 2", "cuda", False),
+        ([20, 40, 60], "--plugin hybrid_parallel --pp_size 2", "cuda", True),
+        ([20, 40, 60], "--plugin hybrid_parallel --pp_size 2", "cpu", False),
         ([20, 40, 60], "--no-padding_free", "cuda", False),
         ([60, 60, 60], "--padding_free", "cpu", True),
     ],

@@ -135,7 +135,7 @@ RUNS = {
     "tp=2": Run(2, (*HYBRID, "--tp_size", 2, "--batch_size", 16, "--scale_lr")),
     "pp=2": Run(2, (*HYBRID, "--pp_size", 2, "--batch_size", 16, "--fused_loss")),
     "tp=2 x pp=2": Run(4, (*HYBRID, "--tp_size", 2, "--pp_size", 2, "--batch_size", 16)),
-    "pp=2 x dp=2": Run(4, (*HYBRID, "--pp_size", 2, "--batch_size", 8)),
+    "pp=2 x dp=2": Run(4, (*HYBRID, "--pp_size", 2, "--batch_size", 8, "--padding_free")),
     "tp=2 x dp=2, accumulated": Run(
         4, (*HYBRID, "--tp_size", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2)
     ),

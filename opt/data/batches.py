@@ -34,7 +34,9 @@ class Batches:
         pad_id: int,
         seed: int | None,
         padding_free: bool = False,
+        microbatches: int = 1,
     ):
+        """`microbatches`: how many a batch without pads is packed in, all of one shape."""
         self.rows, self.batch_size, self.pad_id, self.padding_free = (
             rows,
             batch_size,
@@ -42,6 +44,7 @@ class Batches:
             padding_free,
         )
         self.dp_rank, self.dp_size, self.seed = dp_rank, dp_size, seed
+        self.microbatches = microbatches if padding_free else 1
 
     def __len__(self):
         """Batches an epoch."""
@@ -63,16 +66,25 @@ class Batches:
             # Every rank knows every row's length: no rank has to ask the others what they hold.
             everyone = order[start : start + per_step]
             lengths, contexts = self.rows.lengths[everyone], self.rows.contexts[everyone]
-            ranks = deal(lengths, self.dp_size)
-            own = ranks[self.dp_rank]
-            rows = [self.rows[j] for j in everyone[own]]
+            # What is packed, or padded, together: of this rank's as many as it has micro-batches
+            number = self.microbatches
+            together = deal(lengths, self.dp_size * number)
+            own = together[self.dp_rank * number : (self.dp_rank + 1) * number]
             if self.padding_free:
-                most = max(int(lengths[rank].sum()) for rank in ranks)
-                inputs = pack(rows, contexts[own], self.batch_size, longest, self.pad_id, most)
+                most = max(int(lengths[part].sum()) for part in together)
+                shape = self.batch_size // number, longest, self.pad_id, most
+                # They differ by less than a row, and what rounds them up is less than another.
+                pad_rows = 1 if number == 1 else 2
+                packed = [
+                    pack([self.rows[j] for j in everyone[part]], contexts[part], *shape, pad_rows)
+                    for part in own
+                ]
+                inputs = packed[0] if number == 1 else stack(packed)
             else:
                 # No pads beyond the longest row of all: the model may have no positions there.
                 length = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, longest)
-                inputs = collate(rows, contexts[own], self.batch_size, length, self.pad_id)
+                rows = [self.rows[j] for j in everyone[own[0]]]
+                inputs = collate(rows, contexts[own[0]], self.batch_size, length, self.pad_id)
             tokens = int(lengths.sum())
             yield Batch(inputs, tokens - int(contexts.sum()), tokens, len(everyone))
 
@@ -156,22 +168,24 @@ def pack(
     longest: int,
     pad_id: int,
     tokens: int | None = None,
+    pad_rows: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Rows one after the other: {input_ids, labels}, both (1, tokens), and cu_seqlens, (batch_size
-    + 2,) int32, where rows begin.
+    + 1 + pad_rows,) int32, where rows begin.
 
-    The first `contexts` tokens of a row have the label -100. A last row of pads, shorter than
-    `longest`, rounds up `tokens`, by default those of these rows, so that few different shapes
-    occur: to a multiple of up to an eighth of them. Given those of the rank that has most, all
-    ranks have the same shape, and a new one holds up all of them at once.
+    The first `contexts` tokens of a row have the label -100. The last `pad_rows` rows, of pads,
+    none longer than `longest`, round up `tokens`, by default those of these rows, so that few
+    different shapes occur: to a multiple of up to an eighth of them. Given those of the rank that
+    has most, all ranks have the same shape, and a new one holds up all of them at once.
     """
     own = sum(map(len, rows))
     length, unit = _rounded(tokens or own, longest)
-    length -= max(0, -(-(length - own - longest) // unit)) * unit  # the pads are one row
+    # The pads are no more rows
+    length -= max(0, -(-(length - own - pad_rows * longest) // unit)) * unit
     input_ids = np.full((1, length), pad_id)
     labels = np.full_like(input_ids, IGNORE)
-    cu_seqlens = np.full(batch_size + 2, own, np.int32)
-    cu_seqlens[-1] = input_ids.shape[1]
+    cu_seqlens = np.full(batch_size + 1 + pad_rows, own, np.int32)
+    cu_seqlens[-pad_rows:] = np.minimum(own + longest * np.arange(1, pad_rows + 1), length)
     np.cumsum([0, *map(len, rows)], out=cu_seqlens[: len(rows) + 1])
     for row, start, context in zip(rows, cu_seqlens, contexts):  # noqa: B905
         input_ids[0, start : start + len(row)] = row
@@ -181,6 +195,12 @@ def pack(
         "labels": torch.from_numpy(labels),
         "cu_seqlens": torch.from_numpy(cu_seqlens),
     }
+
+
+def stack(packed: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Micro-batches of one shape, see pack: {input_ids, labels}, (micro-batches, tokens), and
+    cu_seqlens, (micro-batches, rows + 3)."""
+    return {name: torch.stack([one[name].view(-1) for one in packed]) for name in packed[0]}
 
 
 def _rounded(tokens: int, longest: int) -> tuple[int, int]:

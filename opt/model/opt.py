@@ -73,9 +73,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             labels: (batch, length), the same tokens, -100 where there is no loss; shifted here;
                 read by the last stage.
             hidden_states: (batch, length, hidden), from the stage before.
-            cu_seqlens: (rows + 1,) int32, if batch is 1 and holds packed rows: where each begins,
-                and the length. None of them has more than `longest_row` tokens. Not with pipeline
-                stages.
+            cu_seqlens: (rows + 1,) or (1, rows + 1) int32, if batch is 1 and holds packed rows:
+                where each begins, and the length. None of them has more than `longest_row` tokens.
 
         Returns:
             {"loss": the cross-entropy summed over all target tokens, fp32 scalar}, on the last
@@ -87,11 +86,11 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         if cu_seqlens is not None:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             rows = locate(
-                cu_seqlens,
+                cu_seqlens.view(-1),
                 input_ids.shape[1],
                 self.longest_row,
                 head_dim,
-                product_dtype(decoder.embed_tokens.weight),
+                product_dtype(self.own_layers[0].final_layer_norm.weight),
             )
         if self.stage.is_first:
             hidden_states = decoder.embed_tokens(input_ids)

@@ -111,7 +111,7 @@ def is_padding_free(plan: Namespace, here: Place, dataset: Dataset) -> bool:
     if plan.padding_free is not None:
         return plan.padding_free
     fill = dataset.train.num_tokens / len(dataset.train) / dataset.longest
-    return plan.pp_size == 1 and fill < 0.9 and (fill > 0.4 or here.device.type == "cuda")
+    return fill < 0.9 and (here.device.type == "cuda" or fill > 0.4 and plan.pp_size == 1)
 
 
 def missing_kernels(
