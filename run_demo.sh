@@ -69,12 +69,12 @@ rows=32 lr=5e-5 epochs=10
 [ -n "$frozen" ] && lr=2e-4 # adapters take larger steps
 flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --plugin "$plugin")
 flags+=($more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
-# By hybrid_parallel on several GPUs too, if they are one tensor-parallel group.
-if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * nodes))" = "$tp" ] && [ "$plugin" != gemini ]; }; }; then
+# By hybrid_parallel on several GPUs too, if they hold one model together.
+if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * nodes))" = "$((tp * pp))" ] && [ "$plugin" != gemini ]; }; }; then
   flags+=(--fused_loss)
   # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded, and some of what a user may ask for not at all.
   if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then
-    case "$tp $*" in *" --grad_checkpoint"* | *" --precision"* | *" --load_in_4bit"* | [!1]*" --zero_stage"*) ;; *) flags+=(--cuda_graph) ;; esac
+    case "$((tp * pp)) $*" in *" --grad_checkpoint"* | *" --precision"* | *" --load_in_4bit"* | [!1]*" --zero_stage"*) ;; *) flags+=(--cuda_graph) ;; esac
   fi
 fi
 flags+=("$@")

@@ -537,12 +537,14 @@ def test_what_a_cuda_graph_cannot_record(flags, says):
         ("--plugin hybrid_parallel --tp_size 2", 2, True),
         ("--plugin hybrid_parallel --tp_size 2", 4, False),
         ("--plugin hybrid_parallel --tp_size 2 --zero_stage 1", 2, False),
-        ("--plugin hybrid_parallel --pp_size 2", 2, False),
+        ("--plugin hybrid_parallel --pp_size 2", 2, True),
+        ("--plugin hybrid_parallel --tp_size 2 --pp_size 2", 4, True),
+        ("--plugin hybrid_parallel --pp_size 2", 4, False),
         ("--plugin torch_ddp", 2, False),
     ],
 )
 def test_which_collectives_a_cuda_graph_records(monkeypatch, flags, processes, is_recorded):
-    """As on GPUs: ZeRO's, and those of processes that share all layers."""
+    """As on GPUs: ZeRO's, and those of processes that hold one model."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: processes)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     args = train_parser().parse_args(["--cuda_graph", *flags.split()])
@@ -550,5 +552,5 @@ def test_which_collectives_a_cuda_graph_records(monkeypatch, flags, processes, i
     if is_recorded:
         assert checks._check_processes(args, here).cuda_graph
     else:
-        with pytest.raises(UserError, match=f"--tp_size {processes} alone"):
+        with pytest.raises(UserError, match=f"--tp_size x --pp_size {processes} "):
             checks._check_processes(args, here)

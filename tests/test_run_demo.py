@@ -229,7 +229,7 @@ GRAPH = "--fused_loss --cuda_graph"
             "low_level_zero",
             {"PLUGIN": "hybrid_parallel"},
             [],
-            "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 32",
+            f"--plugin hybrid_parallel --tp_size 2 --pp_size 2 --batch_size 32 {GRAPH}",
         ),
         (
             "4 1",
@@ -243,7 +243,7 @@ GRAPH = "--fused_loss --cuda_graph"
             "low_level_zero",
             {"PP": "4"},
             [],
-            "--plugin hybrid_parallel --tp_size 1 --pp_size 4 --batch_size 32",
+            f"--plugin hybrid_parallel --tp_size 1 --pp_size 4 --batch_size 32 {GRAPH}",
         ),
     ],
 )

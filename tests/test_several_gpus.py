@@ -102,6 +102,13 @@ def reference(tmp_path_factory) -> list[float]:
             ],
         ),
         (16, [*HYBRID, "--pp_size", "2"]),
+        (16, [*HYBRID, "--pp_size", "2", "--no-padding_free"]),
+        (16, [*HYBRID, "--pp_size", "2", "--cuda_graph", "--fused_loss"]),
+        (16, [*HYBRID, "--pp_size", "2", "--cuda_graph", "--compile", "--num_microbatches", "8"]),
+        (
+            8,
+            [*HYBRID, "--pp_size", "2", "--cuda_graph", "--gradient_accumulation_steps", "2"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else f"{value} rows",
 )

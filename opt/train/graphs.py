@@ -39,8 +39,8 @@ class GraphedBackward:
     A shape of batch that comes for the first time is run as it is, which prepares libraries,
     compiled layers and connections for it, and recorded when it comes again. For parameters that
     are plain tensors: nothing else may happen in backward than arithmetic, also of several
-    processes on one layer, and what `reduction` does (a reduction.LayerwiseZero), which then has
-    the gradients.
+    processes that hold one model, and what `reduction` does (a reduction.LayerwiseZero), which then
+    has the gradients.
     """
 
     def __init__(
