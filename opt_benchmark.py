@@ -11,6 +11,7 @@ run_benchmark.sh sweeps it.
 import json
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from args import benchmark_parser
@@ -27,7 +28,7 @@ from opt import measure
 from opt.colossal import processes
 from opt.data.batches import SyntheticBatches
 from opt.model.lora import Lora
-from opt.train import checks, faults, memory
+from opt.train import checks, faults, fit, memory
 from opt.train import plan as plans
 from opt.train.schedule import Steps
 from opt_train_demo import boost, train_step
@@ -51,9 +52,10 @@ def main(flags, measured_by) -> None:
     processes.stop()
 
 
-def by_training(plan, here, config, weights) -> "Measured":
-    """Train on synthetic tokens."""
-    needed = memory.estimate(plan, config, memory.Rows(plan.seq_length), here.device.type)
+def by_training(flags, plan, here, config, weights) -> "Measured":
+    """Train on synthetic tokens. Raises UserError for what cannot fit."""
+    rows, room = memory.Rows(plan.seq_length), memory.find_room(here, plan.mem_cap)
+    needed = fit.refuse(fit.Case(flags, plan, config, here, rows, room))
     kernels = plans.missing_kernels(plan, here, config, None)
     boosted = boost(plan, here, config, weights, Steps.of_benchmark(plan.learning_rate))
     spread = boosted.plugin.spread
@@ -215,4 +217,4 @@ def describe(result) -> str:
 
 if __name__ == "__main__":
     with faults.reported(FLAGS):
-        main(FLAGS, by_training)
+        main(FLAGS, partial(by_training, FLAGS))

@@ -43,6 +43,7 @@ def main(flags) -> None:
     setup = checks.check(flags, here)
     if not flags.dry_run:
         processes.start(here, flags.mem_cap, flags.timeout_minutes)
+    plans.refuse_early(setup, here)
     tokenized = processes.node_first(here, lambda: tokens.tokenize(setup.plan, setup.tokenizer))
     run = plans.make_run(setup, here, open_dataset(tokenized))
     if here.is_main:

@@ -82,7 +82,7 @@ flags+=("$@")
 # ---- run
 if [ -n "${HOSTFILE:-}" ]; then
   # Mistakes first: here they are said once.
-  WORLD_SIZE=$((processes * nodes)) "$python" opt_train_demo.py "${flags[@]}" --dry_run >/dev/null
+  WORLD_SIZE=$((processes * nodes)) LOCAL_WORLD_SIZE=$processes "$python" opt_train_demo.py "${flags[@]}" --dry_run >/dev/null
   launch=("$python" -m opt.hosts run_demo "$HOSTFILE" "$processes")
 elif [ "$processes" -gt 1 ]; then
   launch=("$python" -m opt.torchrun --standalone --nproc_per_node "$processes")

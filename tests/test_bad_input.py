@@ -550,7 +550,7 @@ def test_which_collectives_a_cuda_graph_records(monkeypatch, flags, processes, i
     args = train_parser().parse_args(["--cuda_graph", *flags.split()])
     here = Place(0, processes, 0, torch.device("cuda", 0))
     if is_recorded:
-        assert checks._check_processes(args, here).cuda_graph
+        assert checks.settle(args, here).cuda_graph
     else:
         with pytest.raises(UserError, match=f"--tp_size x --pp_size {processes} "):
-            checks._check_processes(args, here)
+            checks.settle(args, here)

@@ -11,7 +11,7 @@ from args import resolve, train_parser
 from opt.colossal.processes import Place
 from opt.errors import UserError
 from opt.model.linear import Linear, attach, fp8
-from opt.train.checks import _check_processes
+from opt.train.checks import settle
 
 TOKENS, IN, OUT = 64, 96, 160  # no two alike: a product of the wrong side would not fit
 
@@ -157,7 +157,7 @@ def test_fp8_needs_a_gpu_that_has_it(capability, monkeypatch):
     here = Place(0, 1, 0, torch.device("cuda", 0) if capability else torch.device("cpu"))
     args = train_parser().parse_args(["--fp8"])
     if capability and capability >= (8, 9):
-        assert _check_processes(args, here).precision == "bf16"
+        assert settle(args, here).precision == "bf16"
     else:
         with pytest.raises(UserError, match="8.9"):
-            _check_processes(args, here)
+            settle(args, here)

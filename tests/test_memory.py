@@ -1,14 +1,22 @@
 """The memory that the plan says a run takes, what there is of it, and what is refused."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from args import benchmark_parser
 from benchmarks import predicted
+from opt.colossal.processes import Place
+from opt.data.batches import Batches
+from opt.errors import UserError
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, num_parameters, preset_config
+from opt.train import checks, fit, memory
 
-from .conftest import REPO
+from .conftest import REPO, stored
 
 RECORDS = REPO / "benchmarks" / "results"
 
@@ -66,3 +74,119 @@ def test_the_estimate_is_near_every_measured_peak():
     assert list(outside) == ["two_stacks/users.350m.fp8.json"] and max(outside.values()) < 1.2
     near = [ratio for ratio in ratios.values() if 0.95 < ratio < 1.05]
     assert len(near) > 0.7 * len(ratios)
+
+
+@pytest.mark.parametrize("dp_size", [1, 4])
+def test_the_largest_batch_is_that_of_an_epoch(tmp_path, dp_size):
+    lengths = np.random.default_rng(1).geometric(1 / 40, 3000).clip(2, 300)
+    rows = stored(lengths.tolist(), tmp_path)
+    batches = Batches(rows, 16, dp_size - 1, dp_size, 1, seed=5, padding_free=True)
+    largest = max(batch.inputs["input_ids"].numel() for batch in batches.epoch())
+    plan = benchmark_parser().parse_args([]).but(batch_size=16, dp_size=dp_size, padding_free=True)
+    expected = memory.Rows(rows.longest, rows.lengths).tokens(plan)
+    assert expected == pytest.approx(largest, rel=0.15)  # another order of the rows
+    padded = Batches(rows, 16, dp_size - 1, dp_size, 1, seed=5)
+    largest = max(batch.inputs["input_ids"].numel() for batch in padded.epoch())
+    assert memory.Rows(rows.longest).tokens(plan.but(padding_free=False)) == largest
+
+
+# ---- what is there
+
+
+def test_control_groups_are_asked(tmp_path):
+    """Both versions; the group itself and those above it; what the kernel lets go of first is
+    free."""
+    second = tmp_path / "v2" / "slice" / "job"
+    second.mkdir(parents=True)
+    for folder, limit, used in ((second, "max", 5000), (second.parent, "9000", 6000)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 100\ninactive_file 1500\n")
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slice/job\n")
+    assert memory.left_in_groups(tmp_path / "v2", own) == [9000 - 6000 + 1500]
+
+    first = tmp_path / "v1" / "memory"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text("8000\n")
+    (first / "memory.usage_in_bytes").write_text("7000\n")
+    (first / "memory.stat").write_text("total_inactive_file 10\ninactive_file 1\n")
+    own.write_text("9:cpu:/\n4:memory:/docker/of-the-host\n0::/\n")
+    assert memory.left_in_groups(tmp_path / "v1", own) == [8000 - 7000 + 10]
+
+
+# ---- what is refused
+
+
+def case(monkeypatch, *arguments, gpus=1, device=79.2, host=125.0) -> fit.Case:
+    """On so many GPUs of one host; there is none here: what is asked of one is that it has bf16.
+    Memory in GiB."""
+    monkeypatch.setattr(checks, "has_bf16", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    flags = benchmark_parser().parse_args([str(argument) for argument in arguments])
+    here = Place(0, gpus, 0, torch.device("cuda", 0))
+    config = preset_config(flags.model_name_or_path)
+    room = memory.Room(device * 2**30, host * 2**30, gpus)
+    rows = memory.Rows(flags.seq_length)
+    return fit.Case(flags, checks.settle(flags, here), config, here, rows, room)
+
+
+FAST = ("--compile", "--fused_loss", "--plugin", "low_level_zero")
+
+
+@pytest.mark.parametrize("rows, is_refused, is_enough", [(32, 0, 1), (64, 0, 0), (84, 1, 0)])
+def test_only_what_cannot_fit_is_refused(monkeypatch, rows, is_refused, is_enough):
+    """OPT-1.3b: 32 rows took 51.2 GiB, 64 ran out of memory of 79.2, by less than the estimate may
+    be wrong."""
+    asked = case(monkeypatch, "--model_name_or_path", "1.3b", *FAST, "--batch_size", rows)
+    assert asked.room.is_enough(asked.estimate()) == is_enough
+    if not is_refused:
+        fit.refuse(asked)
+        return
+    with pytest.raises(UserError) as refused:
+        fit.refuse(asked)
+    line = str(refused.value)
+    assert re.match(
+        r"it would take about 10\d\.\d GiB on each GPU, 2\d\.\d more than the 79\.2 ", line
+    )
+    ways = re.findall(r"(--[^;]*?) (?:fits )?in ([\d.]+)", line)
+    assert ways[0][0] == "--batch_size 42 --gradient_accumulation_steps 2"
+    assert ways[1][0] == "--grad_checkpoint 2"
+    for words, gib in ways:  # what it names does fit, by the flags as it has written them
+        of_way = case(monkeypatch, "--model_name_or_path", "1.3b", *FAST, "--batch_size", rows)
+        other = case(
+            monkeypatch,
+            *("--model_name_or_path", "1.3b", *FAST, "--batch_size", rows),
+            *words.split(),
+        )
+        assert other.estimate().device / 2**30 == pytest.approx(float(gib), abs=0.06)
+        assert of_way.room.is_enough(other.estimate())
+
+
+@pytest.mark.parametrize(
+    "model, arguments, gpus, host, named",
+    [
+        ("6.7b", [], 1, 125, ["--plugin gemini --offload_optim_frac 1", "--lora_r 16"]),
+        # Adam's 80 GB do not fit into this host either
+        ("6.7b", [], 1, 64, ["--lora_r 16"]),
+        ("66b", ["--lora_r", 16], 1, 125, ["--load_in_4bit"]),
+        ("13b", [], 4, 500, ["--zero_stage 2", "--plugin gemini"]),
+        ("175b", ["--lora_r", 16, "--load_in_4bit", "--grad_checkpoint"], 1, 500, []),
+    ],
+)
+def test_what_would_fit_is_named(monkeypatch, model, arguments, gpus, host, named):
+    asked = case(
+        *(monkeypatch, "--model_name_or_path", model, *FAST, "--batch_size", 8, *arguments),
+        gpus=gpus,
+        host=host,
+    )
+    with pytest.raises(UserError) as refused:
+        fit.refuse(asked)
+    ways = str(refused.value).split(": ", 1)[1].split("; ")
+    if not named:
+        assert ways == ["use more processes, shorter rows or a smaller model"]
+    else:
+        assert len(ways) <= 3
+        assert [any(way.startswith(words) for way in ways) for words in named] == [True] * len(
+            named
+        )

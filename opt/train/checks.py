@@ -37,6 +37,7 @@ DEFAULT_MAX_LENGTH = 512
 class Setup:
     """What check() found: enough to start without another look at the disk's directories."""
 
+    flags: Namespace
     plan: Namespace  # the flags, with what they left open
     directory: Path  # of the model
     source: OPTConfig  # as config.json has it
@@ -48,7 +49,7 @@ class Setup:
 
 def check(flags: Namespace, here: Place) -> Setup:
     """Check flags, paths, model and tokenizer. Raises UserError."""
-    plan = _check_processes(flags, here)
+    plan = settle(flags, here)
     if plan.report_to != "none" and importlib.util.find_spec(plan.report_to) is None:
         raise UserError(
             f"--report_to {plan.report_to} needs a package that is not installed: pip install "
@@ -86,13 +87,13 @@ def check(flags: Namespace, here: Place) -> Setup:
             f"{directory} has no weights, and adapters are trained beside those of a trained "
             "model: give one, or leave out --lora_r"
         )
-    return Setup(plan, directory, source, config, tokenizer, said, contents)
+    return Setup(flags, plan, directory, source, config, tokenizer, said, contents)
 
 
 def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig, weights.Weights]:
     """The same for the benchmark, which needs no data and no trained weights: its plan, and the
     model. Raises UserError."""
-    plan = _check_processes(flags, here)
+    plan = settle(flags, here)
     size = plan.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
     if size in PRESETS:
         config = with_dropout(preset_config(size), plan.dropout)
@@ -153,8 +154,8 @@ def warning_of_first_loss(loss: float, setup: Setup) -> str | None:
     )
 
 
-def _check_processes(flags: Namespace, here: Place) -> Namespace:
-    """The plan, as far as processes and devices make it."""
+def settle(flags: Namespace, here: Place) -> Namespace:
+    """The plan, as far as processes and devices make it. Raises UserError."""
     if flags.fp8 and not has_fp8(here.device):
         raise UserError(
             "--fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later: leave it out"

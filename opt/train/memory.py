@@ -10,7 +10,7 @@ more would not.
 import os
 import resource
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +40,17 @@ class Rows:
     """What batches are made of, as far as memory asks."""
 
     longest: int  # tokens of the longest row
-    lengths: np.ndarray | None = None  # of all training rows, where batches have no pads
+    lengths: np.ndarray | None = None  # of all training rows, where batches may have no pads
+    _found: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def tokens(self, batch_size: int, dp_size: int) -> int:
+    def tokens(self, plan: Namespace) -> int:
         """Of the largest batch on a rank, pads included."""
-        if self.lengths is None:
-            return batch_size * self.longest
-        return largest_batch(self.lengths, self.longest, batch_size, dp_size)
+        if not getattr(plan, "padding_free", False):
+            return plan.batch_size * self.longest
+        sizes = plan.batch_size, plan.dp_size
+        if sizes not in self._found:
+            self._found[sizes] = largest_batch(self.lengths, self.longest, *sizes)
+        return self._found[sizes]
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,11 @@ def estimate(
     weights += plugin.frozen_bytes(plan, frozen, plan.dp_size)
 
     microbatches = plan.num_microbatches or 1
-    tokens = rows.tokens(plan.batch_size, plan.dp_size) / microbatches
+    tokens = rows.tokens(plan) / microbatches
     unit = tokens * config.hidden_size
     # Norms and dropout are of the whole width on each tensor-parallel rank
     of_layer = unit * plugin.kept_bytes(plan) * (10 + 24 / plan.tp_size) / 34 * width / 2
-    if not is_on_gpu and rows.lengths is not None:  # attention needs a rectangle there
+    if not is_on_gpu and getattr(plan, "padding_free", False):  # attention needs a rectangle there
         of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
     every = plan.grad_checkpoint
     number = config.num_hidden_layers
@@ -220,7 +224,7 @@ def _host_memory(local: int) -> float:
     process = psutil.Process()
     held = process.memory_info()
     there = psutil.virtual_memory().available + psutil.swap_memory().free
-    there = min([there, *_left_in_groups()]) + local * held.rss
+    there = min([there, *left_in_groups()]) + local * held.rss
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         there = min(there, local * (limit - held.vms + held.rss))
@@ -230,7 +234,7 @@ def _host_memory(local: int) -> float:
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def _left_in_groups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[float]:
+def left_in_groups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[float]:
     """What each control group that this process is in lets it have more, version 1 or 2."""
     found = []
     lines = own.read_text().splitlines() if own.is_file() else []

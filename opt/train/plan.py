@@ -3,7 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from opt.model import kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
 from opt.registry import plugin_class
-from opt.train import checkpoints, hub, memory
+from opt.train import checkpoints, fit, hub, memory
 from opt.train.checkpoints import Checkpoint
 from opt.train.checks import Setup, check_shared, lock_output
 from opt.train.export import output_directory
@@ -73,15 +73,25 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     _check_evaluations(plan, dataset, before)
     start = before.position if before else Position()
     steps = count_steps(plan, len(dataset.train), start)
-    of_data = rows_of(dataset, plan), here.device.type, setup.weights.reading_bytes
-    needed = memory.estimate(plan, setup.config, *of_data)
+    rows = memory.Rows(dataset.longest, dataset.train.lengths)
+    case = case_of(setup, plan, here, rows)
+    return Run(plan, here, setup, dataset, before, steps, fit.refuse(case), case.room)
+
+
+def refuse_early(setup: Setup, here: Place) -> None:
+    """Raise UserError for what cannot fit whatever the rows are: before they are made."""
+    plan = setup.plan.but(padding_free=False)
+    shortest, longest = memory.Rows(1), memory.Rows(plan.block_size or plan.max_length)
+    case = case_of(setup, plan, here, shortest)
+    fit.refuse(case, others=replace(case, rows=longest))
+
+
+def case_of(setup: Setup, plan: Namespace, here: Place, rows: memory.Rows) -> fit.Case:
+    """What memory is asked for."""
     room = memory.find_room(here, plan.mem_cap)
-    return Run(plan, here, setup, dataset, before, steps, needed, room)
-
-
-def rows_of(dataset: Dataset, plan: Namespace) -> memory.Rows:
-    """What the memory depends on."""
-    return memory.Rows(dataset.longest, dataset.train.lengths if plan.padding_free else None)
+    has_weights = bool(weights.weight_files(setup.directory))
+    reading = setup.weights.reading_bytes
+    return fit.Case(setup.flags, plan, setup.config, here, rows, room, reading, has_weights)
 
 
 def _check_evaluations(plan: Namespace, dataset: Dataset, before: Checkpoint | None) -> None:
