@@ -1,7 +1,6 @@
 """HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -119,12 +118,19 @@ PIECE = 2**20  # elements: 4 MiB in fp32, which the cores' caches hold between t
 
 
 def _pieces(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
-    """`lists`, a piece of one tensor of each at a time: 16-bit gradients in host memory are widened
-    where they are used, with fewer passes over memory than one after the other, and no fp32 copy of
-    them all."""
+    """`lists`, about PIECE elements of each at a time, of one tensor or of several small ones:
+    16-bit gradients in host memory are widened where they are used, with fewer passes over memory
+    than one after the other, and no fp32 copy of them all."""
+    some, elements = [], 0
     for tensors in zip(*lists, strict=True):
         for pieces in zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True):
-            yield [[piece] for piece in pieces]
+            if some and elements + len(pieces[0]) > PIECE:
+                yield list(map(list, zip(*some, strict=True)))
+                some, elements = [], 0
+            some.append(pieces)
+            elements += len(pieces[0])
+    if some:
+        yield list(map(list, zip(*some, strict=True)))
 
 
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
@@ -148,6 +154,9 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before
     # it calls step().
     find_norm: Callable[[], float] | None = None
+    # Has parameters in it whose state is in host memory, and which it updates later: a
+    # host_adam.HostAdam
+    host_adam = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -178,13 +187,17 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
                 return
             divisor *= max(1.0, (float(norm) + 1e-6) / max_norm)
         for group in self.param_groups:
-            by_device = defaultdict(list)
+            here, later = [], []
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_device[parameter.device].append(parameter)
-            for parameters in by_device.values():
-                self.count(group, parameters)
-                self.update_group(group, parameters, [p.grad for p in parameters], None, divisor)
+                    is_later = self.host_adam is not None and parameter in self.host_adam
+                    (later if is_later else here).append(parameter)
+            if here:
+                self.count(group, here)
+                self.update_group(group, here, [p.grad for p in here], None, divisor)
+            if later:
+                self.count(group, later)
+                self.host_adam.update_later(group, later, divisor)
 
     def count(self, group: dict, params: list) -> None:
         """Before an update of parameters of `group`, on one device: one more for each, and the

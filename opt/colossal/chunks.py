@@ -52,19 +52,30 @@ class Chunks(Form):
         for parameter, start, part in self._frozen():
             yield self.model.param2name[parameter], parameter.shape, start, part
 
+    def finish(self) -> None:
+        """See Form: updates in host memory are made when forward asks for them."""
+        if self.optimizer.optim.host_adam:
+            self.optimizer.optim.host_adam.finish()
+
     def place(self, weights: Weights, spread) -> None:
-        """[F10] [F11] Fill chunks and fp32 copies. Raises RuntimeError if any parameter was left
-        without its weights."""
-        missing = self.model.load_state_dict(weights, strict=False).missing_keys
-        missing += [name for name in self.model.name2param if name not in weights]
+        """[F10] [F11] Fill fp32 copies and, from these, chunks. Raises RuntimeError if any
+        parameter was left without its weights."""
+        missing = [name for name in self.model.name2param if name not in weights]
         if missing:
             raise RuntimeError(f"weights did not load: missing {missing[:3]}")
+        self.finish()
+        for name, parameter in self.model.unwrap().named_parameters():
+            if is_ddp_ignored(parameter):
+                parameter.data.copy_(weights[name])
         self._place_frozen(weights)
         for piece in self.pieces():
             if piece.size:
                 piece.weights.copy_(
                     weights[piece.name].flatten()[piece.start : piece.start + piece.size]
                 )
+        for chunk in self.optimizer.chunk16_set:
+            chunk.optim_update()
+        self.finish()
 
     def _place_frozen(self, weights: Weights) -> None:
         for parameter, start, part in self._frozen():
@@ -85,6 +96,7 @@ class Chunks(Form):
 
     def whole_weights(self, only_trained=False) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole tensors in 16 bits, chunk by chunk. A collective."""
+        self.finish()
         model, gathered = self.model, {}
         # Gradients take the place of those weights that have copies
         reused = model.chunk_manager.reuse_fp16_chunk

@@ -7,8 +7,7 @@ whole: ColossalAI fetches parameters around each torch function that they go thr
 gradients one by one, each in a Python hook of its own, 388 a step for OPT-350m, which keep the host
 busy for longer than the GPU computes. [C7] Besides, each chunk's norm is taken of an fp32 copy of
 the chunk, and waited for in the middle of backward; [C8] bf16 gradients are searched for overflows,
-which only fp16's loss scale asks about; [C9] and the host waits for each chunk that comes from its
-memory.
+which only fp16's loss scale asks about. What is offloaded: host_adam.
 """
 
 import logging
@@ -28,12 +27,12 @@ from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.memory_tracer import OrderedParamGenerator
 from torch import nn
 
+from opt.colossal import host_adam
 from opt.colossal.chunks import Chunks
 from opt.colossal.plugin import Plugin
 from opt.model.config import DTYPES
 
 _finds_overflow = Chunk.has_inf_or_nan.fget
-_shard_move = Chunk.shard_move
 _reduce_chunk = Chunk.reduce
 _init_chunks = GeminiDDP._init_chunks
 
@@ -50,7 +49,7 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         super().__init__(
             precision=plan.precision,
             placement_policy="static",
-            offload_optim_frac=plan.offload_optim_frac,
+            offload_optim_frac=0.0,  # that is host_adam's part
             enable_gradient_accumulation=plan.gradient_accumulation_steps > 1,
             # A model of fewer parameters than a chunk holds is kept whole: one process saves
             # nothing by letting go of parameters that it will gather from itself (see
@@ -60,15 +59,18 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
             min_chunk_size_m=num_parameters / 2**20 + 1
             if alone
             else min(32, num_parameters / 2**20 / 4),
-            # Pinned memory and a reduction stream exist beside a GPU only.
+            # A reduction stream exists beside a GPU only.
             enable_async_reduce=on_gpu and several,
             max_prefetch=3
             if several
             else 0,  # chunks of 32 Mi elements or more; a layer of OPT-1.3b has 48 Mi
-            pin_memory=on_gpu,
+            pin_memory=True,
             initial_scale=2**16,
             max_norm=plan.max_norm,
         )
+        # [C26] A pinned copy of each chunk, which nothing here reads; without a reduction stream it
+        # would have been left out above
+        self.gemini_config["pin_memory"] = False
         self._begin(plan, device)
 
     # ---- before there are processes
@@ -107,8 +109,11 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         """Booster.boost calls this."""
-        with patch.object(
-            GeminiDDP, "_init_chunks", _init_frozen_chunks if self.adapters else _init_chunks
+        init_chunks = _init_frozen_chunks if self.adapters else _init_chunks
+        close_chunk = host_adam.close_chunk(self.plan.offload_optim_frac)
+        with (
+            patch.object(GeminiDDP, "_init_chunks", init_chunks),
+            patch.object(Chunk, "close_chunk", close_chunk),
         ):
             model, optimizer, *rest = super().configure(
                 model, optimizer, criterion, dataloader, lr_scheduler
@@ -117,6 +122,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         frozen = model.chunk_manager.get_chunks(getattr(model, "frozen_params", []))
         optimizer.chunk16_set -= set(frozen)
         _mend(model)
+        if any(host_adam.is_on_host(c.paired_chunk) for c in optimizer.chunk16_set):
+            optimizer.optim.host_adam = host_adam.HostAdam(model, optimizer)
         self.form = Chunks(model, optimizer)
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm
@@ -180,7 +187,6 @@ def _mend(model: GeminiDDP) -> None:
     Chunk.reduce = _reduce
     Chunk.set_l2_norm = _set_l2_norm
     Chunk.has_inf_or_nan = property(_has_inf_or_nan)
-    Chunk.shard_move = _move_shard
     _prefetch_in_training(model)
     _wait_on_device(model)
     _forget_gradients_once(model)
@@ -242,10 +248,8 @@ def _prefetch_in_training(model: GeminiDDP) -> None:
 
 def _wait_on_device(model: GeminiDDP) -> None:
     """[C10] Let the GPU, not the host, wait for the gradients' reduction, or the host could not get
-    ahead with the update and the next forward. An update in host memory has to wait."""
-    if model.async_reduce_stream is None or any(
-        device.type == "cpu" for device in model.grads_device.values()
-    ):
+    ahead with the update and the next forward."""
+    if model.async_reduce_stream is None:
         return
     model.enable_async_reduce = False  # which only asks for the host's wait
     post_backward = model._post_backward
@@ -350,10 +354,6 @@ class _Layer:
                         chunk.pg_size
                     )
                     _record(self._model, chunk)
-                    device = self._model.grads_device[chunk.get_tensors()[0]]
-                    self._manager.move_chunk(
-                        chunk, device, force_copy=True, async_move=stream is not None
-                    )
 
     def _turn(self, state: TensorState, chunks: list[Chunk] | None = None) -> None:
         """Chunk.tensor_trans_state for the parameters in `chunks`, by default in all, which are
@@ -428,11 +428,3 @@ def _set_l2_norm(self) -> None:
 def _has_inf_or_nan(self):
     """[C8] Asked of fp16 alone."""
     return _finds_overflow(self) if self.dtype == torch.float16 else False
-
-
-def _move_shard(
-    self, device: torch.device, force_copy: bool = False, non_blocking: bool = False
-) -> None:
-    """[C9] To the GPU the host only sends it on its way: the memory that it comes from is written
-    to again by the update, which waits for the gradients. (Its gradient is waited for.)"""
-    _shard_move(self, device, force_copy, non_blocking or device.type == "cuda")

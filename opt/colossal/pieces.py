@@ -56,6 +56,9 @@ class Form:
         """Whether the output projection is the embedding."""
         return self.model.unwrap().config.tie_word_embeddings
 
+    def finish(self) -> None:
+        """End what is under way of the last update, before weights or state are read or written."""
+
     def pieces(self) -> Iterator[Piece]:
         """All parameters of this pipeline stage that are trained, in the same order on all its
         processes."""
@@ -151,7 +154,7 @@ class TrainingState:
 
     def __init__(self, form: Form, spread: Spread, shapes: dict[str, torch.Size]):
         """`shapes`: of the named parameters in the whole model, unsplit and unpadded."""
-        self._spread, self._shapes, self._adam = spread, shapes, form.optimizer
+        self._spread, self._shapes, self._form, self._adam = spread, shapes, form, form.optimizer
         while isinstance(self._adam, OptimizerWrapper):
             self._adam = self._adam.optim
         self._pieces = list(form.pieces())
@@ -162,6 +165,7 @@ class TrainingState:
         Each tensor of the model comes out on one process alone, which is to write it; they are
         dealt out by size.
         """
+        self._form.finish()
         spread = self._spread
         # Elements so far, by process of this pipeline stage
         dealt = [0] * (spread.dp_size * spread.tp_size)
@@ -186,6 +190,7 @@ class TrainingState:
 
     def load(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take this process's pieces of whole tensors."""
+        self._form.finish()
         for piece in self._pieces:
             if piece.size:
                 part = _part(tensors[piece.name], piece.shape, self._spread.tp_rank)
