@@ -68,8 +68,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
             initial_scale=2**16,
             max_norm=plan.max_norm,
         )
-        # [C26] A pinned copy of each chunk, which nothing here reads; without a reduction stream it
-        # would have been left out above
+        # [C30] A pinned copy of each chunk, which nothing here reads. Where there is a reduction
+        # stream ColossalAI insists on it.
         self.gemini_config["pin_memory"] = False
         self._begin(plan, device)
 

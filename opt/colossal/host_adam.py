@@ -3,7 +3,7 @@ no more.
 
 What is on the device stays there: 16-bit weights, and the gradients, which take their place until
 the update or have chunks of their own. On the way to Adam and back they pass through a few pinned
-buffers; nothing else is pinned, and nothing is there twice. [C26] ColossalAI's own offload has
+buffers; nothing else is pinned, and nothing is there twice. [C30] ColossalAI's own offload has
 pinned copies of the 16-bit chunks as well, each pinned tensor takes up the next power of two, and a
 step goes through them in turn: the host waits for each gradient, and the device for fp32 weights.
 
@@ -42,8 +42,11 @@ def close_chunk(fraction: float) -> Callable[[Chunk], None]:
         closed += self.utilized_size
         if on_host + self.utilized_size / 2 <= fraction * closed:
             on_host += self.utilized_size
-            # Not pinned. Pages that nothing is written to, behind its last parameter, take none.
-            self.cpu_shard, self.cuda_shard = torch.empty(self.shard_size), None
+            # Not pinned. All cores make its pages, but for those behind the last parameter, which
+            # are never made.
+            self.cpu_shard = torch.empty(self.shard_size, dtype=self.dtype, device="cpu")
+            self.cpu_shard[: self.valid_end].zero_()
+            self.cuda_shard = None
             self.shard_move = lambda *_, **__: None  # it stays
 
     return close
