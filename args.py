@@ -296,6 +296,13 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "default off",
     )
     g.add_argument(
+        "--activation_memory_budget",
+        type=_number(float, 0, 1),
+        metavar="SHARE",
+        help="with --compile: how much of what backward needs is kept, the rest is computed again; "
+        "1 all of it, 0 as little as can be; default 0.9, in fp32 0.98, with --cuda_graph 1",
+    )
+    g.add_argument(
         "--fp8",
         action="store_true",
         help="multiply the decoder layers' matrices in 8-bit floats, scaled tensor by tensor, the "
@@ -698,6 +705,10 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
             "gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp"
         )
 
+    if args.activation_memory_budget is not None and not args.compile:
+        raise UserError(
+            "--activation_memory_budget is the compiler's: give --compile too, or leave it out"
+        )
     if args.cuda_graph:
         if device_type != "cuda" or gemini:
             raise UserError(

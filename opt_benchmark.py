@@ -145,6 +145,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "grad_checkpoint": plan.grad_checkpoint,
         "compile": plan.compile,
+        "activation_memory_budget": plan.activation_memory_budget,
         "cuda_graph": plan.cuda_graph,
         "fused_loss": plan.fused_loss,
         "fp8": plan.fp8,

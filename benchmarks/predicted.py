@@ -19,7 +19,7 @@ from opt.train.memory import Estimate, Rows, estimate
 
 # The flags that a result has, by their names; those of the second line only where they are not off
 _FLAGS = """plugin precision batch_size seq_length gradient_accumulation_steps compile cuda_graph
-fused_loss fp8 grad_checkpoint optim lora_r load_in_4bit""".split()
+fused_loss fp8 grad_checkpoint optim activation_memory_budget lora_r load_in_4bit""".split()
 _SIZES = "tp_size pp_size num_microbatches zero_stage offload_optim_frac".split()
 
 

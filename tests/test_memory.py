@@ -90,6 +90,16 @@ def test_the_largest_batch_is_that_of_an_epoch(tmp_path, dp_size):
     assert memory.Rows(rows.longest).tokens(plan.but(padding_free=False)) == largest
 
 
+def test_the_compilers_budget_is_counted(monkeypatch):
+    """Less is kept with a smaller one; without the compiler it is refused."""
+    small = ("--model_name_or_path", "1.3b", "--fused_loss", "--activation_memory_budget")
+    budgets = (0, 0.5, 0.8, 0.9, 1)
+    kept = [case(monkeypatch, "--compile", *small, f).estimate().activations for f in budgets]
+    assert kept == sorted(set(kept))
+    with pytest.raises(UserError, match="give --compile too"):
+        case(monkeypatch, *small, 0.5)
+
+
 # ---- what is there
 
 

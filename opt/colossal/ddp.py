@@ -7,7 +7,7 @@ from colossalai.booster.plugin import TorchDDPPlugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 
 from opt.colossal.plain import ClippingOptimizer, Plain
-from opt.colossal.plugin import Plugin
+from opt.colossal.plugin import Plugin, kept_within
 from opt.colossal.reduction import LayerwiseDDP
 from opt.model.config import DTYPES
 
@@ -36,7 +36,9 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
     @staticmethod
     def kept_bytes(plan):
         """Under autocast the stream between layers is fp32, but where frozen weights are not."""
-        return Plugin.kept_bytes(plan) if plan.lora_r else 25.5
+        if plan.lora_r:
+            return Plugin.kept_bytes(plan)
+        return kept_within(plan, 0.98, {0.9: 19.0, 0.98: 25.5, 1.0: 29.5})
 
     @staticmethod
     def update_kernels(plan):

@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from colossalai.lazy import LazyInitContext
@@ -89,14 +90,13 @@ class Plugin:
 
         34 in Korthikanti et al., arXiv:2205.05198, table 2, without the attention scores, which the
         kernels do not keep; ReLU's input its output is enough for. Fitted to measured peaks, see
-        tests/test_memory.py: 26 is all of it, see compile_layers for what it computes again.
+        tests/test_memory.py.
         """
-        if not plan.compile or plan.cuda_graph:
-            return 26
-        # Layers of tensor-parallel ranks are compiled in pieces, between collectives. Inputs of
-        # products in fp8 are kept so, but where adapters read them too.
-        eight = 3.6 if plan.fp8 and not plan.lora_r else 0
-        return (24.5 if plan.tp_size > 1 else 22.3) - eight
+        kept = kept_within(plan, 0.9, {0.8: 18.2, 0.9: 22.3, 1.0: 26.0})
+        if plan.compile and plan.tp_size > 1 and plan.activation_memory_budget is None:
+            kept = 24.5  # compiled in pieces, between collectives
+        # Inputs of products in fp8 are kept so, but where adapters read them too.
+        return kept - (3.6 if plan.compile and plan.fp8 and not plan.lora_r else 0)
 
     @staticmethod
     def update_kernels(plan: Namespace) -> Iterable[tuple]:
@@ -171,7 +171,8 @@ class Plugin:
         )
         if self.plan.compile:
             # Recorded steps are short ones
-            compile_layers(model, saves_memory=not self.plan.cuda_graph)
+            budget = self.plan.activation_memory_budget
+            compile_layers(model, saves_memory=not self.plan.cuda_graph, budget=budget)
 
     def accumulate(self, model, optimizer, is_last_batch: bool):
         """The context for the backward of one of several batches of a step."""
@@ -194,6 +195,15 @@ class Plugin:
         self.form.place(weights, self.spread)
         self.form.check(weights, self.spread)
         model.train()
+
+
+def kept_within(plan: Namespace, default: float, measured: dict[float, float]) -> float:
+    """What Plugin.kept_bytes is by the budget that compile_layers is given, or takes by `default`:
+    between those that were `measured`, and the layer's input alone, which 0 leaves."""
+    budget = plan.activation_memory_budget if plan.compile else 1.0
+    if budget is None:
+        budget = 1.0 if plan.cuda_graph else default
+    return float(np.interp(budget, [0.0, *measured], [2.0, *measured.values()]))
 
 
 @contextmanager
