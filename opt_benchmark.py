@@ -166,6 +166,8 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "memory_limit_bytes": measure.memory_limit(here.device),
         "loss": measured.loss,
         "seconds_to_first_step": measured.first_step,
+        "seed": plan.seed,
+        "arguments": {k: v for k, v in vars(plan).items() if k not in ("json", "profile")},
         "device": measure.device_name(here.device),
         "versions": measure.versions(),
         "commit": installed.commit(),

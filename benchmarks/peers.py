@@ -36,8 +36,12 @@ ENGINES = {
     "deepspeed_offload": ["deepspeed"],
     "peft": ["peft"],
     "peft_bf16": ["peft"],
+    "peft_4bit": ["peft", "bitsandbytes"],
+    "bitsandbytes_8bit": ["bitsandbytes"],
 }
-LORA = ("peft", "peft_bf16")
+LORA = ("peft", "peft_bf16", "peft_4bit")
+# Nothing in fp32 and no autocast, with --precision bf16
+ALL_IN_BF16 = ("peft_bf16", "peft_4bit", "bitsandbytes_8bit")
 
 
 def main() -> None:
@@ -80,18 +84,13 @@ def main() -> None:
     )
     installed.check()
     args = parser.parse_args()
-    if args.fused_loss and args.engine == "hf_trainer":
-        parser.error(
-            "--fused_loss is not for hf_trainer: Liger has none for OPT there; leave it out"
-        )
-
     if bool(args.lora_r) != (args.engine in LORA):
         parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
     if args.grad_checkpoint > 1:
         parser.error("--grad_checkpoint of peers is of all layers: leave the number out")
     if args.load_in_4bit:
-        parser.error("--load_in_4bit is not for peers: leave it out")
+        parser.error("--load_in_4bit is not for peers: --engine peft_4bit has it")
 
     missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
     if missing:
@@ -149,7 +148,8 @@ def measure_engine(args, here, config, contents):
     if args.engine == "hf_trainer":
         measured = hf_trainer(args, here, model, batches)
     else:
-        engines = {"fsdp2": fsdp2, **dict.fromkeys(("torch_amp", *LORA), torch_amp)}
+        plain = ("torch_amp", "bitsandbytes_8bit", *LORA)
+        engines = {"fsdp2": fsdp2, **dict.fromkeys(plain, torch_amp)}
         engine = engines.get(args.engine, deepspeed_zero)
         step, about = engine(args, here, model)
 
@@ -178,21 +178,27 @@ def build_model(args, here, config, contents):
     from transformers.modeling_utils import no_init_weights
 
     config.use_cache = False  # keys and values kept for generation would only cost memory
-    if args.engine in LORA and args.precision == "bf16":
+    if args.engine in (*LORA, *ALL_IN_BF16) and args.precision == "bf16":
         torch.set_default_dtype(torch.bfloat16)
-    with torch.device(here.device), no_init_weights():
+    dtype = torch.get_default_dtype()
+    # What is to be packed would not fit before
+    device = torch.device("meta") if args.engine == "peft_4bit" else here.device
+    with device, no_init_weights():
         model = transformers.OPTForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    if args.engine == "peft_4bit":
+        fill_packed(model, contents, here.device, dtype)
     model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(contents[name])
+    if args.engine != "peft_4bit":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(contents[name])
     if args.engine in LORA:
         add_peft_adapters(model, args, contents)
     model.train()
-    if args.engine == "hf_trainer":
+    if args.engine == "hf_trainer" and not args.fused_loss:
         return model  # which brings its own checkpointing and compiles the whole model
-    if args.grad_checkpoint:
+    if args.grad_checkpoint and args.engine != "hf_trainer":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # ZeRO-3 fetches each submodule's weights in hooks, between which nothing is left to compile.
     if args.compile:
@@ -206,6 +212,30 @@ def build_model(args, here, config, contents):
     if args.fused_loss:
         use_fused_loss(model, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     return model
+
+
+def fill_packed(model, contents, device, dtype) -> None:
+    """Give `model`, which is on the meta device, its weights: the layers' matrices in
+    bitsandbytes' 4 bits, computed with in `dtype`, one after the other; the rest in `dtype`."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    kind = {"compress_statistics": True, "quant_type": "nf4"}
+    named = dict(model.named_parameters())
+    for place, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and ".layers." in place:
+            sizes = linear.in_features, linear.out_features
+            packed = Linear4bit(*sizes, compute_dtype=dtype, **kind, device="meta")
+            whole = contents[f"{place}.weight"].to(device, dtype)
+            packed.weight = Params4bit(whole, **kind, module=packed).to(device)
+            packed.bias = linear.bias
+            del named[f"{place}.weight"]
+            model.set_submodule(place, packed)
+    for name in named:
+        place, _, leaf = name.rpartition(".")
+        value = torch.nn.Parameter(contents[name].to(device, dtype))
+        setattr(model.get_submodule(place), leaf, value)
+    model.is_loaded_in_4bit = True  # by which PEFT knows
 
 
 def add_peft_adapters(model, args, contents) -> None:
@@ -222,10 +252,13 @@ def add_peft_adapters(model, args, contents) -> None:
         target_modules=list(args.lora_target_modules),
         use_rslora=args.use_rslora,
     )
-    get_peft_model(model, settings, autocast_adapter_dtype=args.engine != "peft_bf16")
+    get_peft_model(model, settings, autocast_adapter_dtype=args.engine == "peft")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
+                if args.engine == "peft_4bit" and args.precision == "bf16":
+                    # PEFT takes an adapter's dtype from the weight's, which is no float there
+                    parameter.data = parameter.data.bfloat16()
                 place, matrix, _ = name.replace(".default.", ".").rsplit(".", 2)
                 parameter.copy_(contents[f"{place}.adapter.{matrix}.weight"])
 
@@ -273,9 +306,13 @@ def torch_amp(args, here, model):
 
     from opt.colossal.adam import decay_groups
 
-    adam = torch.optim.AdamW(
-        decay_groups(model, args.weight_decay), **adam_numbers(args), fused=True
-    )
+    groups = decay_groups(model, args.weight_decay)
+    if args.engine == "bitsandbytes_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        adam = AdamW8bit(groups, **adam_numbers(args))
+    else:
+        adam = torch.optim.AdamW(groups, **adam_numbers(args), fused=True)
     if here.world_size > 1:
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
         model = DistributedDataParallel(
@@ -283,14 +320,15 @@ def torch_amp(args, here, model):
         )
 
     def forward(inputs):
-        is_mixed = args.precision == "bf16" and args.engine != "peft_bf16"
+        is_mixed = args.precision == "bf16" and args.engine not in ALL_IN_BF16
         with torch.autocast(here.device.type, torch.bfloat16, enabled=is_mixed):
             return model(**inputs)["loss"]
 
     def reducing(is_last):
         return nullcontext() if is_last or here.world_size == 1 else model.no_sync()
 
-    return (lambda group: accumulate(adam, group, forward, reducing)), {}
+    about = {"optimizer": type(adam).__name__, "load_in_4bit": args.engine == "peft_4bit"}
+    return (lambda group: accumulate(adam, group, forward, reducing)), about
 
 
 def fsdp2(args, here, model):
@@ -459,7 +497,7 @@ def hf_trainer(args, here, model, batches):
             max_grad_norm=0.0,
             optim="adamw_torch_fused",
             bf16=args.precision == "bf16",
-            torch_compile=args.compile,
+            torch_compile=args.compile and not args.fused_loss,  # its layers are already
             gradient_checkpointing=bool(args.grad_checkpoint),
             gradient_checkpointing_kwargs={"use_reentrant": False}
             if args.grad_checkpoint

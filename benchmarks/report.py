@@ -72,39 +72,72 @@ def rows(results: list[dict], columns: dict) -> list[list[str]]:
 _KNOWN = ("model", "plugin", "engine", "precision", "gpus", "batch", "status")
 
 
-def write_failed(
-    file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int
-) -> None:
-    """Record a combination that did not run, with the reason that its log gives."""
+def lines(file: Path) -> list[dict]:
+    """A campaign's results, of each measurement the last; none of a file that is not there. A last
+    line that a killed campaign has left unfinished is not one."""
+    found = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue
+        found[result["commit"], result["command"]] = result
+    return list(found.values())
+
+
+def spread(result: dict) -> str:
+    """How far the repeats lie apart: the slowest block's time less the fastest's, in percent of the
+    median."""
+    blocks = result["repeats"]
+    return f"{(max(blocks) - min(blocks)) / result['step_seconds']['median']:.1%}"
+
+
+def in_a_line(result: dict) -> str:
+    """What came out, for the terminal."""
+    if status(result) != "ok":
+        return status(result)
+    if "tokens_per_second" not in result:
+        return f"{result['step_seconds']['median'] * 1000:.1f} ms a step, loss {result['loss']:.4f}"
+    return (
+        f"{result['tokens_per_second']:,.0f} tokens/s (spread {spread(result)}), peak "
+        f"{peak_bytes(result) / GIB:.2f} GiB, loss {result['loss']:.4f}"
+    )
+
+
+def reason(log: Path, status: int) -> str:
+    """Why a measurement ended with this exit status, by what it printed."""
     lines = (
         [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         if log.is_file()
         else []
     )
     if status == 124:
-        reason = "took too long"
-    elif status == 137:
-        reason = "killed, most likely for host memory"
-    elif any("out of memory" in line.lower() for line in lines):
-        reason = "out of memory"
-    else:
-        # Errors of ours are one line; otherwise the first line that names an exception, without
-        # torch's "[rank0]: ".
-        errors = [
-            re.sub(r"^\[rank\d+\]: *", "", line)
-            for line in lines
-            if ": error: " in line or "Error: " in line
-        ]
-        reason = (
-            "failed: "
-            + (errors[0].split("error: ")[-1] if errors else f"exit status {status}")[:120]
-        )
+        return "took too long"
+    if status == 137:
+        return "killed, most likely for host memory"
+    if any("out of memory" in line.lower() for line in lines):
+        return "out of memory"
+    # Errors of ours are one line; otherwise the first line that names an exception, without torch's
+    # "[rank0]: ".
+    errors = [
+        re.sub(r"^\[rank\d+\]: *", "", line)
+        for line in lines
+        if ": error: " in line or "Error: " in line
+    ]
+    said = errors[0].split("error: ")[-1] if errors else f"exit status {status}"
+    return f"failed: {said}"[:130]
+
+
+def write_failed(
+    file: Path, log: Path, status: int, model: str, plugin: str, batch_size: int, world_size: int
+) -> None:
+    """Record a combination that did not run, with the reason that its log gives."""
     result = {
         "model": model,
         "plugin": plugin,
         "batch_size": batch_size,
         "world_size": world_size,
-        "status": reason,
+        "status": reason(log, status),
     }
     file.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ function takes}}.
 RESULTS.json: {case: what the function returns}, written anew after each case.
 """
 
+import functools
 import gc
 import json
 import sys
@@ -105,6 +106,8 @@ def compiled(args, here, rows: str) -> dict[str, list]:
     """first_losses, and how many graphs compiled layers have become by then, on each process."""
     from torch._dynamo.utils import counters  # which loads the compiler
 
+    # Graphs are Dynamo's and autograd's matter: not to wait for a C++ compiler as well
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     losses = first_losses(args, here, rows)
     graphs = torch.zeros(here.world_size, dtype=torch.int64)
     graphs[here.rank] = counters["aot_autograd"]["ok"]
