@@ -101,6 +101,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print what is left, measure nothing")
     args = parser.parse_args()
     installed.check()
+    args.out, args.logs = args.out.resolve(), args.logs.resolve()
+    os.chdir(REPO)
     commit = args.commit or commit_of_code()
     if not commit:
         parser.error("this is no git checkout: say --commit, which the results are kept under")
@@ -270,7 +272,7 @@ class Campaign:
 
     def _key(self, m: Measurement) -> str:
         # A launched one is another measurement than the same command forked off.
-        return ("" if m.gpus > 1 or not m.launched else "time ") + self.command(m)
+        return "time " * m.launched + self.command(m)
 
     def measure(self, missing: list[Measurement]) -> None:
         """All of them, in their order, as many at a time as there are GPUs for."""

@@ -92,10 +92,12 @@ def in_eight_bits(model: str, rows: int):
 
 def parallel(gpus: int):
     """Layers and stages cut over the GPUs, and what does without."""
-    hybrid = "hybrid_parallel --compile"
+    hybrid = f"hybrid_parallel {FAST}"
     for model, rows in (("1.3b", 16), ("6.7b", 8)):
         yield measured("tp", gpus, model, rows, f"{hybrid} --tp_size {gpus}")
-        yield measured("pp", gpus, model, rows, f"{hybrid} --fused_loss --pp_size {gpus}")
+        yield measured("pp", gpus, model, rows, f"{hybrid} --pp_size {gpus}")
+    graphed = f"hybrid_parallel --fused_loss --cuda_graph --tp_size {gpus}"
+    yield measured("tp-cuda_graph", gpus, "350m", 32, f"{graphed} --seq_length 64")
     if gpus == 4:
         yield measured("tp2pp2", gpus, "1.3b", 16, f"{hybrid} --tp_size 2 --pp_size 2")
         yield measured("low_level_zero-2", 4, "6.7b", 8, f"low_level_zero {FAST} --zero_stage 2")
@@ -116,11 +118,12 @@ def on_several(gpus: int):
 def on_a_cpu():
     """Beside a plain loop, which is torch_amp not compiled."""
     short = "--seq_length 128 --precision fp32 --dropout 0.1"
-    for model, engine in itertools.product(
-        ("sample/opt-tiny", "125m"), ("torch_ddp", "torch_amp --no_compile")
-    ):
-        name = engine.split()[0]
-        yield measured(f"cpu-{name}", 1, model, 4, f"{engine} {short}", on_cpu=True)
+    engines = ("torch_ddp", "torch_amp --no_compile")
+    peers = ("fsdp2 --no_compile", "deepspeed_zero2 --no_compile")
+    for model, names in (("sample/opt-tiny", engines + peers), ("125m", engines)):
+        for engine in names:
+            name = engine.split()[0]
+            yield measured(f"cpu-{name}", 1, model, 4, f"{engine} {short}", on_cpu=True)
 
 
 def everything():

@@ -1,25 +1,30 @@
-"""The benchmark's results as a table, results.csv, results.md and two plots.
+"""The benchmark's results as tables and plots.
 
+    python -m benchmarks.report campaign 2026-11-27
+        a campaign's, by the beginning of its files' names in benchmarks/results: 2026-11-27.md and
+        .png beside them, all rows, each with its floor by arithmetic; and the rows that carry the
+        claim, as a table for the README and as docs/speed.png
     python -m benchmarks.report table benchmark_results
-        run_benchmark.sh calls it at the end
+        results.csv, results.md and two plots: run_benchmark.sh calls it at the end
     python -m benchmarks.report failed FILE --log LOG ...
         writes the row of a combination that did not run
-    python -m benchmarks.report picture benchmarks/results/comparison.csv 1.3b 16 docs/speed.png
-        the README's picture: a comparison's rows of one model and batch size
-
-benchmarks/compare.py makes its table with the same functions.
 """
 
 import argparse
 import csv
+import functools
 import json
 import math
 import re
 from pathlib import Path
 
-from opt.registry import PLUGINS
+from benchmarks.peers import ENGINES
+from opt.model.sizes import PRESETS, layer_matrices, preset_config
 
 GIB = 2**30
+RESULTS = Path(__file__).resolve().parent / "results"
+# Bytes a second of a device's memory, as its maker's data sheet has it
+BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12}
 # heading, how to read it off a result
 COLUMNS = {
     "model": lambda r: r["model"],
@@ -226,35 +231,280 @@ def draw(results: list[dict], directory: Path) -> None:
         pyplot.close(figure)
 
 
-def draw_rows(comparison: Path, model: str, batch_size: int, picture: Path) -> None:
-    """A bar for each row of a comparison.csv of one model, batch size and GPU: tokens/s, with the
-    peak memory beside it."""
+# ---- campaigns
+
+
+def campaign(name: str) -> list[dict]:
+    """The results whose files' names begin so, in the order of GPUs, model, rows and rate."""
+    found = [line for file in sorted(RESULTS.glob(f"{name}*.jsonl")) for line in lines(file)]
+    return sorted(found, key=lambda r: (*group(r), -r.get("tokens_per_second", 0)))
+
+
+def group(result: dict) -> tuple:
+    """What has to be equal for rates to be compared: GPUs, model, rows of one step, their length.
+    Models by size."""
+    sizes = list(PRESETS)
+    model = result["model"]
+    place = sizes.index(model) if model in sizes else -1
+    length = result.get("seq_length", 0)
+    return result["world_size"], place, model, result["batch_size"], length
+
+
+def is_peer(result: dict) -> bool:
+    return result["engine"].split()[0] in ENGINES
+
+
+def words(result: dict) -> str:
+    """The engine and those of its flags that are not the same for all."""
+    given = result["engine"].split()
+    shown, skipped = [], False
+    for word, following in zip(given, [*given[1:], "--"], strict=True):
+        if word in _SAME_FOR_ALL:
+            skipped = not following.startswith("--")
+        elif skipped:
+            skipped = False
+        else:
+            shown.append(word)
+    return " ".join(shown)
+
+
+_SAME_FOR_ALL = ("--model_name_or_path", "--batch_size", "--repeats", "--max_train_steps")
+_SAME_FOR_ALL += ("--warmup_steps", "--seq_length")
+
+
+def floor(result: dict) -> dict[str, float] | None:
+    """Seconds of a step that no program could do without, on this device: its operations at the
+    rate of the matrix product that was measured beside it, and what the update has to read and
+    write at the memory's rate. None where one of them is not known.
+
+    Operations are the model's (opt.measure.flops_per_token), none twice; with --fp8 those of the
+    layers' matrices at twice the rate. The update of a parameter moves 28 bytes: its gradient, in
+    and out the fp32 weight and two means, the 16-bit weight (without one an fp32 gradient), spread
+    over the GPUs by ZeRO; with both means in 8 bits and all else in bf16 10. Adapters' is nothing.
+    Communication is not in it.
+    """
+    if "mfu" not in result or result["model"] not in PRESETS:
+        return None
+    config = preset_config(result["model"])
+    operations = result["mfu"] * result["step_seconds"]["median"]
+    if result.get("fp8"):
+        share = 6 * layer_matrices(config)
+        if result.get("lora_r"):
+            share = 4 * layer_matrices(config)
+        rate = result["matmul_tflops"] * 1e12
+        tokens = result["tokens_per_second_per_gpu"] * result["step_seconds"]["median"]
+        operations -= tokens * share / rate / 2
+    bandwidth = next((b for name, b in BANDWIDTH.items() if name in result["device"]), None)
+    if bandwidth is None or result.get("offload_optim_frac"):
+        return None  # the host's memory decides
+    bytes_each = 10 if "8bit" in result["engine"] else 28
+    parameters = 0 if result.get("lora_r") else num_parameters(result["model"])
+    parts = result["world_size"] if is_sharded(result) else result["tp_size"] * result["pp_size"]
+    return {"operations": operations, "update": bytes_each * parameters / parts / bandwidth}
+
+
+@functools.cache
+def num_parameters(model: str) -> int:
+    """Of a published size."""
+    from opt.model.opt import meta_model  # which imports PyTorch: the sweep's table does without
+
+    return sum(p.numel() for p in meta_model(preset_config(model)).parameters())
+
+
+def is_sharded(result: dict) -> bool:
+    """Whether each GPU updates a part of the parameters."""
+    return result["plugin"] == "gemini" or bool(result.get("zero_stage"))
+
+
+def columns_of_campaign() -> dict:
+    """Heading, how to read it off a result."""
+
+    def ms(seconds: float) -> str:
+        return f"{1000 * seconds:.1f}"
+
+    def least(r, *parts) -> str:
+        found = floor(r)
+        return ms(sum(found[part] for part in parts)) if found else ""
+
+    def left(r) -> str:
+        found = floor(r)
+        return ms(r["step_seconds"]["median"] - sum(found.values())) if found else ""
+
+    def predicted(r) -> str:
+        known = r.get("predicted_memory_bytes")
+        return f"{known / GIB:.1f}" if known else ""
+
+    return {
+        "engine": lambda r: f"*{words(r)}*" if is_peer(r) else words(r),
+        "tokens/s/gpu": lambda r: f"{r['tokens_per_second_per_gpu']:,.0f}",
+        "spread": spread,
+        "ms": lambda r: ms(r["step_seconds"]["median"]),
+        "operations": lambda r: least(r, "operations"),
+        "update": lambda r: least(r, "update"),
+        "left": left,
+        "MFU": lambda r: f"{r['mfu']:.3f}",
+        "GiB": lambda r: f"{peak_bytes(r) / GIB:.1f}",
+        "predicted": predicted,
+        "host GiB": lambda r: f"{r['peak_host_memory_bytes'] / GIB:.1f}",
+        "loss": lambda r: f"{r['loss']:.3f}",
+    }
+
+
+def write_campaign(name: str, results: list[dict]) -> None:
+    """NAME.md: every row, in a table for each GPUs, model and rows."""
+    columns = columns_of_campaign()
+    text = [f"# Campaign {name}\n\n{conditions(results)}{_ABOUT}"]
+    groups = {}
+    for r in results:
+        groups.setdefault(group(r), []).append(r)
+    for (gpus, _, model, rows_each, length), members in groups.items():
+        what = f"{rows_each} rows of {length}" if length else f"{rows_each} rows"
+        text.append(f"\n## {model}, {what}, {gpus} GPU{'s' * (gpus > 1)}\n\n")
+        measured = [r for r in members if status(r) == "ok" and "tokens_per_second" in r]
+        if measured:
+            used = {h: c for h, c in columns.items() if any(c(r) for r in measured)}
+            text += [f"| {' | '.join(used)} |\n", "|---" * len(used) + "|\n"]
+            text += [f"| {' | '.join(c(r) for c in used.values())} |\n" for r in measured]
+        others = [r for r in members if r not in measured]
+        text += [f"\n- {words(r)}: {others_line(r)}\n" for r in others]
+    (RESULTS / f"{name}.md").write_text("".join(text))
+
+
+_ABOUT = """Peers in italics. *ms*: a step, the median of the blocks; *spread*: the slowest block less
+the fastest. The floor by arithmetic, ms: *operations* of the model at the matrix rate measured beside
+it, *update*: what Adam reads and writes at the memory's rate; *left* is what is between. It has no
+communication in it, and no host: where Adam is in host memory there is none.
+"""
+
+
+def others_line(result: dict) -> str:
+    """A failure, or the demo, which has no rate of full rows."""
+    if status(result) != "ok":
+        return status(result)
+    losses, first = result["held_out_losses"], result["seconds_to_first_step"]
+    return (
+        f"{result['wall_seconds']:.1f} s from launch to the saved model, "
+        f"{result['seconds_of_all_steps']:.1f} of them {result['steps']} steps, median "
+        f"{1000 * result['step_seconds']['median']:.2f} ms; first step after {first} s; held-out "
+        f"loss {losses[0]:.4f}, at the end {losses[-1]:.4f}"
+    )
+
+
+def claim(results: list[dict], model: str = "1.3b", rows_each: int = 16) -> list[dict]:
+    """The rows that carry the claim: one GPU, this model and rows, nothing in host memory; the
+    fastest first."""
+    return [
+        r
+        for r in results
+        if (r["world_size"], r["model"], r["batch_size"]) == (1, model, rows_each)
+        and status(r) == "ok"
+        and not r.get("offload_optim_frac")
+        and not r.get("lora_r")
+    ]
+
+
+def short(result: dict) -> str:
+    """`words` without what all plugins, or all peers, have."""
+    return " ".join(w for w in words(result).split() if w not in ("--compile", "--fused_loss"))
+
+
+def table_of_claim(results: list[dict]) -> str:
+    """For the README, in markdown."""
+    head = "| | tokens/s | peak GiB | ms a step | of them not by arithmetic |\n|---|---|---|---|---|\n"
+    columns = columns_of_campaign()
+    return head + "".join(
+        f"| {f'*{short(r)}*' if is_peer(r) else short(r)} | {r['tokens_per_second']:,.0f} "
+        f"| {peak_bytes(r) / GIB:.1f} | {columns['ms'](r)} | {columns['left'](r)} |\n"
+        for r in results
+    )
+
+
+def draw_claim(results: list[dict], picture: Path) -> None:
+    """Two bars for each: tokens/s and peak memory. Plugins in blue."""
     from matplotlib import pyplot
 
-    with open(comparison, newline="") as file:
-        rows = [
-            r
-            for r in csv.DictReader(file)
-            if (r["model"], r["batch"], r["gpus"], r["status"])
-            == (model, str(batch_size), "1", "ok")
-            and "offload" not in r["engine"]
-        ]
-    rows.sort(key=lambda r: int(r["tokens/s"]))
-    ours = [r["engine"].split()[0] in PLUGINS for r in rows]
-    figure, panel = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1))
-    bars = panel.barh(
-        [" ".join(re.sub("--(compile|fused_loss)?", "", r["engine"]).split()) for r in rows],
-        [int(r["tokens/s"]) / 1000 for r in rows],
-        color=["tab:blue" if is_ours else "silver" for is_ours in ours],
+    shown = list(reversed(results))
+    names = [short(r) for r in shown]
+    colors = ["silver" if is_peer(r) else "tab:blue" for r in shown]
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(9, 0.36 * len(shown) + 1.1), sharey=True, width_ratios=(3, 2)
     )
-    labels = [f"{int(r['tokens/s']) / 1000:.1f}k, {float(r['peak GiB']):.1f} GiB" for r in rows]
-    panel.bar_label(bars, labels, padding=3)
-    panel.set(xlabel="thousand tokens/s, and peak memory", xlim=(0, 1.25 * bars[-1].get_width()))
-    panel.set_title(f"OPT-{model}, {batch_size} rows of 1,024 tokens, one H100: plugins in blue")
-    panel.spines[["top", "right"]].set_visible(False)
+    rates = [r["tokens_per_second"] / 1000 for r in shown]
+    peaks = [peak_bytes(r) / GIB for r in shown]
+    kinds = ((rates, "thousand tokens/s: more is better"), (peaks, "peak GiB: less is better"))
+    for panel, (values, label) in zip(panels, kinds, strict=True):
+        bars = panel.barh(names, values, color=colors)
+        panel.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
+        panel.set(xlabel=label, xlim=(0, 1.2 * max(values)))
+        panel.spines[["top", "right"]].set_visible(False)
+    first = shown[0]
+    device = re.sub(r" \d+GB.*", "", first["device"])
+    figure.suptitle(
+        f"OPT-{first['model']}, {first['batch_size']} rows of {first['seq_length']:,} tokens, one "
+        f"{device}: ColossalAI's plugins here in blue"
+    )
     figure.tight_layout()
     figure.savefig(picture, dpi=90)
     pyplot.close(figure)
+
+
+def draw_campaign(results: list[dict], picture: Path) -> None:
+    """Throughput as bars, a panel for each GPUs, model and rows; a line on each bar from its
+    slowest to its fastest repeat."""
+    from matplotlib import pyplot
+
+    groups = {}
+    for r in results:
+        if status(r) == "ok" and "tokens_per_second" in r:
+            groups.setdefault(group(r), []).append(r)
+    if not groups:
+        return
+    width = min(3, len(groups))
+    height = -(-len(groups) // width)
+    most = max(map(len, groups.values()))
+    figure, axes = pyplot.subplots(
+        height,
+        width,
+        figsize=(5.5 * width, height * (0.9 + 0.2 * most)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel in axes.flat[len(groups) :]:
+        panel.set_visible(False)
+    for panel, (key, members) in zip(axes.flat, groups.items(), strict=False):
+        gpus, _, model, rows_each, length = key
+        title = f"{model}, {rows_each} rows of {length}" + f", {gpus} GPUs" * (gpus > 1)
+        panel.set_title(title, fontsize=9)
+        for y, r in enumerate(members):
+            rate = r["tokens_per_second_per_gpu"] / 1000
+            ends = [rate * r["step_seconds"]["median"] / block for block in r["repeats"]]
+            panel.barh(y, rate, color="silver" if is_peer(r) else "tab:blue")
+            panel.plot([min(ends), max(ends)], [y, y], color="red", linewidth=1.5)
+            label = f" {rate:,.1f}, {peak_bytes(r) / GIB:.1f} GiB"
+            panel.text(max(ends), y, label, va="center", fontsize=6)
+        panel.set_yticks(range(len(members)), [short(r)[:60] for r in members], fontsize=6)
+        panel.set_ylim(len(members) - 0.5, -0.5)
+        panel.margins(x=0.3)  # room for the figures
+        panel.set_xlim(left=0)
+        panel.tick_params(axis="x", labelsize=7)
+    figure.supxlabel(
+        "thousand tokens/s a GPU, peak memory; plugins in blue; red: the repeats", fontsize=9
+    )
+    figure.savefig(picture, dpi=90)
+    pyplot.close(figure)
+
+
+def report_campaign(name: str, picture: Path) -> None:
+    """Everything of a campaign; prints the README's table."""
+    results = campaign(name)
+    if not results:
+        raise SystemExit(f"report: error: {RESULTS} has no campaign {name}*.jsonl")
+    write_campaign(name, results)
+    draw_campaign(results, RESULTS / f"{name}.png")
+    print(f"{RESULTS}: {name}.md, {name}.png of {len(results)} measurements")
+    if shown := claim(results):
+        draw_claim(shown, picture)
+        print(f"{picture}\n\n{table_of_claim(shown)}")
 
 
 def main() -> None:
@@ -273,14 +523,14 @@ def main() -> None:
         ("world_size", int),
     ):
         failed.add_argument(f"--{flag}", type=kind, required=True)
-    picture = commands.add_parser("picture", help="draw rows of a comparison.csv")
-    picture.add_argument("comparison", type=Path)
-    picture.add_argument("model")
-    picture.add_argument("batch_size", type=int)
-    picture.add_argument("picture", type=Path)
+    whole = commands.add_parser("campaign", help="tables and plots of a campaign")
+    whole.add_argument("name", help="what its files' names begin with, in benchmarks/results")
+    whole.add_argument(
+        "--picture", type=Path, default=RESULTS.parent.parent / "docs" / "speed.png"
+    )
     args = parser.parse_args()
-    if args.command == "picture":
-        draw_rows(args.comparison, args.model, args.batch_size, args.picture)
+    if args.command == "campaign":
+        report_campaign(args.name, args.picture)
         return
     if args.command == "failed":
         write_failed(
