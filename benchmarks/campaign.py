@@ -439,7 +439,7 @@ class Campaign:
         return about | {
             "plugin": m.engine,
             "model": flags.get("--model_name_or_path", self.args.demo_model),
-            "batch_size": int(flags.get("--batch_size", 0)),
+            "batch_size": int(flags.get("--batch_size", 32 // m.gpus)),
             "world_size": m.gpus,
             "status": report.reason(log, status),
         }

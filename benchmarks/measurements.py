@@ -124,6 +124,8 @@ def on_a_cpu():
         for engine in names:
             name = engine.split()[0]
             yield measured(f"cpu-{name}", 1, model, 4, f"{engine} {short}", on_cpu=True)
+    two = f"torch_ddp {short}"
+    yield measured("cpu-torch_ddp", 2, "sample/opt-tiny", 4, two, on_cpu=True)
 
 
 def everything():

@@ -45,6 +45,26 @@ ALL_IN_BF16 = ("peft_bf16", "peft_4bit", "bitsandbytes_8bit")
 
 
 def main() -> None:
+    installed.check()
+    args = parse()
+    missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
+    if missing:
+        not_installed(args, missing)
+        return
+
+    import torch
+
+    import opt_benchmark  # behind the flags: it takes seconds
+    from opt.train import faults
+
+    precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args = args.but(precision=precision, compile=args.compile and args.engine != "deepspeed_zero3")
+    with faults.reported(args):
+        opt_benchmark.main(args, measure_engine)
+
+
+def parse(arguments: list[str] | None = None):
+    """The flags, of the command line by default."""
     parser = Parser(
         prog="peers.py",
         description="Measure a training engine other than ColossalAI on the work of "
@@ -82,8 +102,7 @@ def main() -> None:
         cuda_graph=False,
         fp8=False,
     )
-    installed.check()
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if bool(args.lora_r) != (args.engine in LORA):
         parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
@@ -91,21 +110,7 @@ def main() -> None:
         parser.error("--grad_checkpoint of peers is of all layers: leave the number out")
     if args.load_in_4bit:
         parser.error("--load_in_4bit is not for peers: --engine peft_4bit has it")
-
-    missing = [name for name in packages(args) if importlib.util.find_spec(name) is None]
-    if missing:
-        not_installed(args, missing)
-        return
-
-    import torch
-
-    import opt_benchmark  # behind the flags: it takes seconds
-    from opt.train import faults
-
-    precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    args = args.but(precision=precision, compile=args.compile and args.engine != "deepspeed_zero3")
-    with faults.reported(args):
-        opt_benchmark.main(args, measure_engine)
+    return args
 
 
 def packages(args) -> list[str]:

@@ -1,18 +1,17 @@
-"""The plan's memory beside what was measured: a table of results in any folders.
+"""The plan's memory beside what was measured: a table of campaigns' results.
 
-    python -m benchmarks.predicted benchmarks/results benchmarks/results/lora
+    python -m benchmarks.predicted benchmarks/results/2026-11-27-*.jsonl
 
 Predicted is what the result says (opt_benchmark.py --json has it), or else what the plan says
 today.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from args import Settings, benchmark_parser, resolve
-from benchmarks.report import GIB
+from benchmarks.report import GIB, lines
 from opt.model.sizes import PRESETS, preset_config
 from opt.registry import PLUGINS
 from opt.train.memory import Estimate, Rows, estimate
@@ -23,14 +22,12 @@ fused_loss fp8 grad_checkpoint optim activation_memory_budget lora_r load_in_4bi
 _SIZES = "tp_size pp_size num_microbatches zero_stage offload_optim_frac".split()
 
 
-def results(*folders: Path) -> Iterator[tuple[Path, dict]]:
-    """Those that the plan has an estimate for: of a plugin and a published size."""
-    for folder in folders:
-        for file in sorted(folder.glob("*.json")):
-            result = json.loads(file.read_text())
-            if isinstance(result, dict) and result.get("plugin") in PLUGINS:
-                if result["model"] in PRESETS and "status" not in result:
-                    yield file, result
+def results(*files: Path) -> Iterator[tuple[str, dict]]:
+    """Name and result of those that the plan has an estimate for: of a plugin and a published
+    size."""
+    for result in (line for file in files for line in lines(file)):
+        if result["plugin"] in PLUGINS and result["model"] in PRESETS and "status" not in result:
+            yield result.get("file", result["name"]), result
 
 
 def plan_of(result: dict) -> Settings:
@@ -58,14 +55,14 @@ def predicted(result: dict) -> Estimate:
     return estimate(plan_of(result), config, Rows(result["seq_length"]), device_type(result))
 
 
-def table(found: list[tuple[Path, dict]]) -> str:
+def table(found: list[tuple[str, dict]]) -> str:
     """A row for each result, GiB."""
     lines = ["| result | predicted | measured | ratio | predicted, host | measured, host | ratio |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for file, result in found:
+    for name, result in found:
         needed = predicted(result)
         said = result.get("predicted_bytes") or {"device": needed.device, "host": needed.host}
-        cells = [f"{file.parent.name}/{file.stem}"]
+        cells = [name]
         measured = {
             "device": result["peak_memory_allocated_bytes"],
             "host": result["peak_host_memory_bytes"],
@@ -85,5 +82,5 @@ def table(found: list[tuple[Path, dict]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of results")
-    print(table(list(results(*parser.parse_args().folders))))
+    parser.add_argument("files", nargs="+", type=Path, help="of campaigns")
+    print(table(list(results(*parser.parse_args().files))))

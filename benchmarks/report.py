@@ -1,28 +1,29 @@
 """The benchmark's results as tables and plots.
 
-    python -m benchmarks.report campaign 2026-11-27
-        a campaign's, by the beginning of its files' names in benchmarks/results: 2026-11-27.md and
-        .png beside them, all rows, each with its floor by arithmetic; and the rows that carry the
-        claim, as a table for the README and as docs/speed.png
-    python -m benchmarks.report table benchmark_results
-        results.csv, results.md and two plots: run_benchmark.sh calls it at the end
-    python -m benchmarks.report failed FILE --log LOG ...
-        writes the row of a combination that did not run
+python -m benchmarks.report campaign 2026-11-27
+    a campaign's, by the beginning of its files' names in benchmarks/results: 2026-11-27.md and
+    .png beside them, all rows, each with its floor by arithmetic; and the rows that carry the
+    claim, as a table for the README and as docs/speed.png
+python -m benchmarks.report table benchmark_results
+    results.csv, results.md and two plots: run_benchmark.sh calls it at the end
+python -m benchmarks.report failed FILE --log LOG ...
+    writes the row of a combination that did not run
 """
 
 import argparse
 import csv
-import functools
 import json
 import math
 import re
 from pathlib import Path
 
 from benchmarks.peers import ENGINES
-from opt.model.sizes import PRESETS, layer_matrices, preset_config
+from opt.errors import report_user_error
+from opt.model.sizes import PRESETS, layer_matrices, num_parameters, preset_config
 
 GIB = 2**30
-RESULTS = Path(__file__).resolve().parent / "results"
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
 # Bytes a second of a device's memory, as its maker's data sheet has it
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12}
 # heading, how to read it off a result
@@ -86,7 +87,8 @@ def lines(file: Path) -> list[dict]:
             result = json.loads(line)
         except ValueError:
             continue
-        found[result["commit"], result["command"]] = result
+        # Records of before there were campaigns have the file that they were
+        found[result["commit"], result["command"], result.get("file")] = result
     return list(found.values())
 
 
@@ -94,6 +96,8 @@ def spread(result: dict) -> str:
     """How far the repeats lie apart: the slowest block's time less the fastest's, in percent of the
     median."""
     blocks = result["repeats"]
+    if len(blocks) < 2:
+        return ""
     return f"{(max(blocks) - min(blocks)) / result['step_seconds']['median']:.1%}"
 
 
@@ -234,9 +238,9 @@ def draw(results: list[dict], directory: Path) -> None:
 # ---- campaigns
 
 
-def campaign(name: str) -> list[dict]:
+def campaign(name: str, folder: Path = RESULTS) -> list[dict]:
     """The results whose files' names begin so, in the order of GPUs, model, rows and rate."""
-    found = [line for file in sorted(RESULTS.glob(f"{name}*.jsonl")) for line in lines(file)]
+    found = [line for file in sorted(folder.glob(f"{name}*.jsonl")) for line in lines(file)]
     return sorted(found, key=lambda r: (*group(r), -r.get("tokens_per_second", 0)))
 
 
@@ -246,7 +250,7 @@ def group(result: dict) -> tuple:
     sizes = list(PRESETS)
     model = result["model"]
     place = sizes.index(model) if model in sizes else -1
-    length = result.get("seq_length", 0)
+    length = result.get("seq_length", 0 if result["plugin"] == "demo" else 1024)
     return result["world_size"], place, model, result["batch_size"], length
 
 
@@ -298,17 +302,9 @@ def floor(result: dict) -> dict[str, float] | None:
     if bandwidth is None or result.get("offload_optim_frac"):
         return None  # the host's memory decides
     bytes_each = 10 if "8bit" in result["engine"] else 28
-    parameters = 0 if result.get("lora_r") else num_parameters(result["model"])
+    parameters = 0 if result.get("lora_r") else num_parameters(config)
     parts = result["world_size"] if is_sharded(result) else result["tp_size"] * result["pp_size"]
     return {"operations": operations, "update": bytes_each * parameters / parts / bandwidth}
-
-
-@functools.cache
-def num_parameters(model: str) -> int:
-    """Of a published size."""
-    from opt.model.opt import meta_model  # which imports PyTorch: the sweep's table does without
-
-    return sum(p.numel() for p in meta_model(preset_config(model)).parameters())
 
 
 def is_sharded(result: dict) -> bool:
@@ -331,8 +327,8 @@ def columns_of_campaign() -> dict:
         return ms(r["step_seconds"]["median"] - sum(found.values())) if found else ""
 
     def predicted(r) -> str:
-        known = r.get("predicted_memory_bytes")
-        return f"{known / GIB:.1f}" if known else ""
+        said = r.get("predicted_bytes")
+        return f"{(said['device'] or said['host']) / GIB:.1f}" if said else ""
 
     return {
         "engine": lambda r: f"*{words(r)}*" if is_peer(r) else words(r),
@@ -350,16 +346,16 @@ def columns_of_campaign() -> dict:
     }
 
 
-def write_campaign(name: str, results: list[dict]) -> None:
-    """NAME.md: every row, in a table for each GPUs, model and rows."""
+def tables_of_campaign(results: list[dict]) -> str:
+    """Every row in markdown, in a table for each number of GPUs, model and rows."""
     columns = columns_of_campaign()
-    text = [f"# Campaign {name}\n\n{conditions(results)}{_ABOUT}"]
+    text = [f"{conditions(results)}{_ABOUT}"]
     groups = {}
     for r in results:
         groups.setdefault(group(r), []).append(r)
     for (gpus, _, model, rows_each, length), members in groups.items():
         what = f"{rows_each} rows of {length}" if length else f"{rows_each} rows"
-        text.append(f"\n## {model}, {what}, {gpus} GPU{'s' * (gpus > 1)}\n\n")
+        text.append(f"\n### {model}, {what}, {gpus} GPU{'s' * (gpus > 1)}\n\n")
         measured = [r for r in members if status(r) == "ok" and "tokens_per_second" in r]
         if measured:
             used = {h: c for h, c in columns.items() if any(c(r) for r in measured)}
@@ -367,13 +363,13 @@ def write_campaign(name: str, results: list[dict]) -> None:
             text += [f"| {' | '.join(c(r) for c in used.values())} |\n" for r in measured]
         others = [r for r in members if r not in measured]
         text += [f"\n- {words(r)}: {others_line(r)}\n" for r in others]
-    (RESULTS / f"{name}.md").write_text("".join(text))
+    return "".join(text)
 
 
-_ABOUT = """Peers in italics. *ms*: a step, the median of the blocks; *spread*: the slowest block less
-the fastest. The floor by arithmetic, ms: *operations* of the model at the matrix rate measured beside
-it, *update*: what Adam reads and writes at the memory's rate; *left* is what is between. It has no
-communication in it, and no host: where Adam is in host memory there is none.
+_ABOUT = """Peers in italics. *ms*: a step, the median of the blocks; *spread*: the slowest block
+less the fastest. The floor by arithmetic, ms: *operations* of the model at the matrix rate measured
+beside it, *update*: what Adam reads and writes at the memory's rate; *left* is what is between. It
+has no communication in it, and no host: where Adam is in host memory there is none.
 """
 
 
@@ -404,19 +400,21 @@ def claim(results: list[dict], model: str = "1.3b", rows_each: int = 16) -> list
 
 
 def short(result: dict) -> str:
-    """`words` without what all plugins, or all peers, have."""
-    return " ".join(w for w in words(result).split() if w not in ("--compile", "--fused_loss"))
+    """`words` without what all plugins have; a peer with Liger's loss says so."""
+    own = {"--compile": None, "--fused_loss": "+ Liger" if is_peer(result) else None}
+    return " ".join(filter(None, (own.get(word, word) for word in words(result).split())))
 
 
 def table_of_claim(results: list[dict]) -> str:
     """For the README, in markdown."""
-    head = "| | tokens/s | peak GiB | ms a step | of them not by arithmetic |\n|---|---|---|---|---|\n"
-    columns = columns_of_campaign()
-    return head + "".join(
-        f"| {f'*{short(r)}*' if is_peer(r) else short(r)} | {r['tokens_per_second']:,.0f} "
-        f"| {peak_bytes(r) / GIB:.1f} | {columns['ms'](r)} | {columns['left'](r)} |\n"
+    left = columns_of_campaign()["left"]
+    rows = [
+        f"{f'*{short(r)}*' if is_peer(r) else short(r)} | {r['tokens_per_second']:,.0f} "
+        f"| {peak_bytes(r) / GIB:.1f} | {left(r)}"
         for r in results
-    )
+    ]
+    head = ["| tokens/s | GiB | ms not by arithmetic", "---|---|---|---"]
+    return "".join(f"| {row} |\n" if row != head[1] else f"|{row}|\n" for row in [*head, *rows])
 
 
 def draw_claim(results: list[dict], picture: Path) -> None:
@@ -433,9 +431,10 @@ def draw_claim(results: list[dict], picture: Path) -> None:
     peaks = [peak_bytes(r) / GIB for r in shown]
     kinds = ((rates, "thousand tokens/s: more is better"), (peaks, "peak GiB: less is better"))
     for panel, (values, label) in zip(panels, kinds, strict=True):
-        bars = panel.barh(names, values, color=colors)
+        bars = panel.barh(range(len(shown)), values, color=colors)
         panel.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
         panel.set(xlabel=label, xlim=(0, 1.2 * max(values)))
+        panel.set_yticks(range(len(shown)), names)
         panel.spines[["top", "right"]].set_visible(False)
     first = shown[0]
     device = re.sub(r" \d+GB.*", "", first["device"])
@@ -494,17 +493,33 @@ def draw_campaign(results: list[dict], picture: Path) -> None:
     pyplot.close(figure)
 
 
-def report_campaign(name: str, picture: Path) -> None:
-    """Everything of a campaign; prints the README's table."""
-    results = campaign(name)
+def report_campaign(name: str, folder: Path, docs: Path | None) -> None:
+    """NAME.md and NAME.png in `folder`; into the README and docs/ of `docs`, where it is given.
+    Prints the table of the claim."""
+    results = campaign(name, folder)
     if not results:
-        raise SystemExit(f"report: error: {RESULTS} has no campaign {name}*.jsonl")
-    write_campaign(name, results)
-    draw_campaign(results, RESULTS / f"{name}.png")
-    print(f"{RESULTS}: {name}.md, {name}.png of {len(results)} measurements")
-    if shown := claim(results):
-        draw_claim(shown, picture)
-        print(f"{picture}\n\n{table_of_claim(shown)}")
+        report_user_error(f"{folder} has no campaign {name}*.jsonl")
+    text = tables_of_campaign(results)
+    (folder / f"{name}.md").write_text(f"# Campaign {name}\n\n{text}")
+    draw_campaign(results, folder / f"{name}.png")
+    print(f"{folder}: {name}.md, {name}.png of {len(results)} measurements")
+    shown = claim(results)
+    if shown:
+        print(table_of_claim(shown))
+    if docs:
+        fill(docs / "docs" / "measured.md", "campaign", text)
+        fill(docs / "README.md", "claim", table_of_claim(shown))
+        draw_claim(shown, docs / "docs" / "speed.png")
+
+
+def fill(file: Path, name: str, text: str) -> None:
+    """Put `text` in the place of what stands between the marks of that name."""
+    marks = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = file.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not end:
+        report_user_error(f"{file} has no {marks[0].strip()} and {marks[1].strip()}")
+    file.write_text(f"{before}{marks[0]}{text}{end}{after}")
 
 
 def main() -> None:
@@ -524,13 +539,14 @@ def main() -> None:
     ):
         failed.add_argument(f"--{flag}", type=kind, required=True)
     whole = commands.add_parser("campaign", help="tables and plots of a campaign")
-    whole.add_argument("name", help="what its files' names begin with, in benchmarks/results")
+    whole.add_argument("name", help="what its files' names begin with, such as 2026-11-27")
     whole.add_argument(
-        "--picture", type=Path, default=RESULTS.parent.parent / "docs" / "speed.png"
+        "--results", type=Path, default=RESULTS, help="their folder; default benchmarks/results"
     )
+    whole.add_argument("--docs", action="store_true", help="fill README.md and docs/ as well")
     args = parser.parse_args()
     if args.command == "campaign":
-        report_campaign(args.name, args.picture)
+        report_campaign(args.name, args.results, REPO if args.docs else None)
         return
     if args.command == "failed":
         write_failed(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig
 
-from benchmarks import compare, report
+from args import benchmark_parser, resolve
+from benchmarks import measurements, peers, report
 from opt.measure import flops_per_token
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
+from opt.registry import PLUGINS
 
-from .conftest import REPO, SAMPLE_MODEL, run, workers
+from .conftest import REPO, SAMPLE_MODEL, run, start, workers
 
 # Large steps, no dropout: whoever updates other weights, or with another decay, has another loss
 # after the third.
@@ -221,44 +224,77 @@ def result_of(directory, name) -> dict:
 # ---- the peers beside the plugins
 
 
+def of_campaign(out, *more) -> list:
+    """The arguments of benchmarks/campaign.py for two rows of the CPU's list, and what is to be
+    seen of it."""
+    steps = "--batch_size 16 --repeats 2"
+    flags = ["--flags", " ".join(map(str, (*WORK, steps))), "--commit", "c0ffee"]
+    script = REPO / "benchmarks" / "campaign.py"
+    return [script, "--only", "opt-tiny-*", "--out", out, "--logs", out / "logs", *flags, *more]
+
+
+def results_of_campaign(out) -> dict[str, dict]:
+    return {
+        line["name"].removeprefix("opt-tiny-4-").removeprefix("cpu-"): line
+        for file in out.glob("*.jsonl")
+        for line in report.lines(file)
+    }
+
+
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    """What benchmarks/compare.py finds: {engine: result}. Nothing is compiled, which takes long on
-    two cores."""
-    out = tmp_path_factory.mktemp("comparison")
-    engines = ["torch_ddp", "torch_amp --no_compile", "fsdp2 --no_compile"]
-    if not DEEPSPEED:  # which compiles for minutes before its first step on a CPU
-        engines.append("deepspeed_zero2")
-    arguments = (
-        "--models",
-        SAMPLE_MODEL,
-        "--batch_sizes",
-        16,
-        "--engines",
-        *engines,
-        "--reference",
-        "torch_ddp",
-        "--repeats",
-        2,
+def campaign(tmp_path_factory):
+    """benchmarks/campaign.py on a CPU, killed while it measures the second, started again.
+
+    Returns the folder, the results when it was killed, and the second run's output.
+    """
+    out = tmp_path_factory.mktemp("campaign")
+    cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    first = start(*of_campaign(out), env=cpu, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(out.glob("logs/*torch_amp.log")))
+    before = results_of_campaign(out)
+    first.send_signal(signal.SIGTERM)
+    first.wait(60)
+    assert not any(str(out) in command_line for command_line in command_lines()), (
+        "the measurement goes on without the campaign"
     )
-    done = run(
-        REPO / "benchmarks" / "compare.py",
-        *arguments,
-        "--out",
-        out,
-        *WORK,
-        env={"CUDA_VISIBLE_DEVICES": ""},
-        timeout=400,
-    )
+    done = run(*of_campaign(out), env=cpu, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "x torch_ddp" in done.stdout
-    assert_picture(out / "comparison.png")
-    return {compare.engine_of(result).split()[0]: result for result in report.load(out)}
+    return out, before, done.stdout
+
+
+def test_a_killed_campaign_measures_only_what_is_missing(campaign):
+    out, before, printed = campaign
+    now = results_of_campaign(out)
+    assert list(before) == ["torch_ddp"] and now["torch_ddp"] == before["torch_ddp"]
+    assert "5 measurements, 0 for more than 2 GPUs, 1 done" in printed
+    # A line that a lost machine has left unfinished, and a deleted one, are measured again; what
+    # was not installed too.
+    files = {file: file.read_text() for file in out.glob("*-one-cpu.jsonl")}
+    ((file, text),) = files.items()
+    kept = [line for line in text.splitlines() if json.loads(line)["plugin"] != "torch_amp"]
+    file.write_text("\n".join(kept) + '\n{"name": "opt-ti')
+    left = run(*of_campaign(out, "--list"), env={"CUDA_VISIBLE_DEVICES": ""})
+    file.write_text(text)
+    missing = [line.split()[0] for line in left.stdout.splitlines()[1:]]
+    names = ["torch_amp", *(() if DEEPSPEED else ("deepspeed_zero2",))]
+    assert missing == [f"opt-tiny-4-cpu-{name}" for name in names], left.stdout + left.stderr
+
+
+def test_a_result_says_all_that_it_depends_on(campaign):
+    result = results_of_campaign(campaign[0])["torch_ddp"]
+    assert [key for key in KEYS if key not in result] == []
+    assert result["commit"] == "c0ffee" and result["started"] == "forked"
+    assert result["host"].keys() >= {"cpu", "cores", "memory_bytes", "gpus"}
+    assert result["arguments"].items() >= {"learning_rate": 0.01, "seed": 42}.items()
+    script, *flags = shlex.split(result["command"].removeprefix("python "))
+    again = benchmark_parser().parse_args(flags)
+    assert script == "opt_benchmark.py" and again.batch_size == 16 and again.dropout == 0
 
 
 @pytest.mark.parametrize("engine", ["torch_amp", "fsdp2"])
-def test_peers_do_the_same_work(comparison, engine):
-    ours, peer = comparison["torch_ddp"], comparison[engine]
+def test_peers_do_the_same_work(campaign, engine):
+    results = results_of_campaign(campaign[0])
+    ours, peer = results["torch_ddp"], results[engine]
     if "requires CUDA" in peer.get("status", ""):
         pytest.skip("FSDP2 of PyTorch 2.5 is for CUDA devices alone")
     assert peer["loss"] == pytest.approx(ours["loss"], abs=1e-4)
@@ -268,13 +304,24 @@ def test_peers_do_the_same_work(comparison, engine):
     ] <= max(peer["repeats"])
 
 
+def test_two_forked_processes_are_one_run(campaign):
+    """Twice the rows, half of them others: another loss than one process's, and no diverged one."""
+    results = results_of_campaign(campaign[0])
+    one, two = results["torch_ddp"], results["x2-cpu-torch_ddp"]
+    assert two["world_size"] == 2 and "--nproc_per_node 2 opt_benchmark.py" in two["command"]
+    assert two["loss"] != one["loss"] and two["loss"] == pytest.approx(one["loss"], abs=0.5)
+
+
 @pytest.mark.skipif(DEEPSPEED, reason="deepspeed is installed here")
-def test_a_peer_that_is_not_installed_is_a_row_that_says_so(comparison):
-    assert comparison["deepspeed_zero2"]["status"] == "not installed"
+def test_a_peer_that_is_not_installed_is_a_row_that_says_so(campaign):
+    assert results_of_campaign(campaign[0])["deepspeed_zero2"]["status"] == "not installed"
 
 
-def test_peak_memory_grows_with_batch_size(sweep, comparison):
-    small, large = result_of(sweep[0], "torch_ddp"), comparison["torch_ddp"]
+def test_peak_memory_grows_with_batch_size(sweep, campaign):
+    small, large = (
+        result_of(sweep[0], "torch_ddp"),
+        results_of_campaign(campaign[0])["torch_ddp"],
+    )
     assert (small["batch_size"], large["batch_size"]) == (2, 16)
     logits = (16 - 2) * 64 * 2048 * 4  # bytes, of the rows that are more
     assert large["peak_host_memory_bytes"] > small["peak_host_memory_bytes"] + logits
@@ -326,7 +373,10 @@ def recorded_result(model, engine, batch_size, rate):
         "memory_limit_bytes": 80 * 2**30,
         "loss": 10.8765,
         "seconds_to_first_step": 12.3,
-        "device": "NVIDIA H100",
+        "device": "NVIDIA H100 80GB HBM3",
+        "tp_size": 1,
+        "pp_size": 1,
+        "matmul_tflops": 800.0,
         "versions": {"torch": "2.11.0"},
         "commit": "abc",
     }
@@ -350,29 +400,70 @@ def test_tables_and_plots_from_recorded_results(recorded):
     assert found["350m", "gemini", "16"]["tokens/s"] == ""
     assert found["350m", "gemini", "8"]["status"] == "loss is nan"
     markdown = (recorded / "results.md").read_text().splitlines()
-    assert markdown[0] == "NVIDIA H100; torch 2.11.0; commit abc"
+    assert markdown[0] == "NVIDIA H100 80GB HBM3; torch 2.11.0; commit abc"
     assert len([line for line in markdown if line.startswith("|")]) == 16
     assert "out of memory" in done.stdout
     assert_picture(recorded / "throughput.png")
     assert_picture(recorded / "memory.png")
 
 
-def test_comparison_from_recorded_results(recorded):
-    # No minute to measure in: the table and the plot of what is there.
-    done = run(REPO / "benchmarks" / "compare.py", "--out", recorded, "--minutes", 0)
-    assert done.returncode == 0, done.stderr
-    with open(recorded / "comparison.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert len(rows) == 14
-    # The fastest first
-    assert [row["engine"] for row in rows[:3]] == [
-        "fsdp2 --fused_loss",
-        "torch_ddp",
-        "deepspeed_zero2",
+def test_report_of_a_campaign(recorded, tmp_path):
+    """Each row with its floor: what six operations a weight take, and 28 bytes a parameter."""
+    lines = [json.loads(file.read_text()) for file in sorted(recorded.glob("*.json"))]
+    lines = [line | {"engine": line.get("engine", line["plugin"])} for line in lines]
+    lines = [line | {"command": str(i), "commit": "abc"} for i, line in enumerate(lines)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "2026-11-27-one-h100.jsonl").write_text(text)
+    report.report_campaign("2026-11-27", tmp_path, None)
+    assert_picture(tmp_path / "2026-11-27.png")
+    tables = (tmp_path / "2026-11-27.md").read_text().split("\n### ")
+    assert tables[0].splitlines()[2] == "NVIDIA H100 80GB HBM3; torch 2.11.0; commit abc"
+    (table,) = [t.splitlines() for t in tables if t.startswith("350m, 8 rows of 1024, 1 GPU")]
+    head, _, *rows = ([c.strip() for c in t.strip("|").split("|")] for t in table[2:6] if t)
+    # The fastest first, peers in italics
+    assert [row[0] for row in rows[:2]] == ["*fsdp2 --fused_loss*", "torch_ddp"]
+    row = dict(zip(head, rows[1], strict=True))
+    ms = 8 * 1024 / 50_000 * 1000
+    assert float(row["ms"]) == pytest.approx(ms, abs=0.06)
+    assert float(row["operations"]) == pytest.approx(0.25 * ms, abs=0.06)
+    update = 28 * PUBLISHED["350m"] / 3.35e12 * 1000
+    assert float(row["update"]) == pytest.approx(update, abs=0.06)
+    assert float(row["left"]) == pytest.approx(0.75 * ms - update, abs=0.11)
+    assert "- gemini: loss is nan" in "\n".join(table)
+
+
+def test_the_readmes_table_keeps_who_is_faster(tmp_path, capsys):
+    """A peer ahead of the plugins stays in its place; what lies between two marks is replaced."""
+    pages = {"README.md": "claim", "docs/measured.md": "campaign"}
+    (tmp_path / "docs").mkdir()
+    for page, name in pages.items():
+        text = f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
+        (tmp_path / page).write_text(text)
+    rates = {"fsdp2 --fused_loss": 70_000, "low_level_zero --compile --fused_loss": 60_000}
+    offloaded = recorded_result("1.3b", "gemini", 16, 90_000) | {"offload_optim_frac": 1.0}
+    found = [recorded_result("1.3b", engine, 16, rate) for engine, rate in rates.items()]
+    lines = [r | {"command": r["engine"]} for r in [*found, offloaded]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.report_campaign("x", tmp_path, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n<!-- claim -->\n") and readme.endswith("-->\nafter\n")
+    rows = [line.split("|")[1:4] for line in readme.splitlines() if line.startswith("| ")][1:]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["*fsdp2 + Liger*", "70,000", "16.0"],
+        ["low_level_zero", "60,000", "16.0"],
     ]
-    assert [row["x deepspeed_zero2"] for row in rows[:3]] == ["4.00", "2.00", "1.00"]
-    assert {row["spread"] for row in rows} == {"2.0%", ""}
-    assert_picture(recorded / "comparison.png")
+    assert "1.3b, 16 rows of 1024" in (tmp_path / "docs" / "measured.md").read_text()
+    assert_picture(tmp_path / "docs" / "speed.png")
+
+
+def test_every_measurement_is_one_that_its_script_takes():
+    """All flags of the list are flags, and go together."""
+    for one in measurements.MEASUREMENTS:
+        if one.engine in PLUGINS:
+            flags = benchmark_parser().parse_args(["--plugin", one.engine, *one.flags])
+            resolve(flags, "cpu" if one.on_cpu else "cuda", True)
+        elif one.engine in peers.ENGINES:
+            peers.parse(["--engine", one.engine, *one.flags])
 
 
 def assert_picture(file):
