@@ -136,17 +136,7 @@ def main() -> None:
 def commit_of_code() -> str:
     """opt.installed.commit, but for the results, which a campaign changes itself."""
     commit = installed.commit()
-    code = [
-        "git",
-        "-c",
-        "safe.directory=*",
-        "diff",
-        "--quiet",
-        "HEAD",
-        "--",
-        ".",
-        ":!benchmarks/results",
-    ]
+    code = "git -c safe.directory=* diff --quiet HEAD -- . :!benchmarks/results".split()
     if commit.endswith("+") and not subprocess.run(code, cwd=REPO).returncode:
         return commit.removesuffix("+")
     return commit
@@ -213,6 +203,7 @@ class Running:
     beside: int  # others that ran when it began
     began: float = field(default_factory=time.time)
     pids: dict[int, int | None] = field(default_factory=dict)  # its processes -> wait's status
+    launched: subprocess.Popen | None = None  # held: one that is let go of is waited for by Python
 
     @property
     def status(self) -> int | None:
@@ -314,7 +305,7 @@ class Campaign:
         if m.launched:
             with open(log, "w") as output:
                 command = ["bash", "-c", self._launch(m, result)]
-                pid = subprocess.Popen(
+                running.launched = subprocess.Popen(
                     command,
                     cwd=REPO,
                     env=os.environ | env,
@@ -322,8 +313,8 @@ class Campaign:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=lambda: os.sched_setaffinity(0, cores),
-                ).pid
-            running.pids[pid] = None
+                )
+            running.pids[running.launched.pid] = None
         else:
             self._get_ready()
             running.began = time.time()
@@ -405,9 +396,7 @@ class Campaign:
             end(running)
             self._running.remove(running)
             line = self._line(running, status, seconds)
-            file = self.file(running.measurement.gpus)
-            with open(file, "a") as out:
-                out.write(json.dumps(line) + "\n")
+            append(self.file(running.measurement.gpus), json.dumps(line))
             self._before[line["commit"], line["command"]] = line
             at = time.monotonic() - self._begun
             said = f"[{number}/{total}, {at:.0f} s] {line['name']}: {report.in_a_line(line)}"
@@ -428,9 +417,10 @@ class Campaign:
             "cores": len(running.cores),
             "beside": running.beside,
         }
+        demo = self.args.logs / f"{m.name}.model"
         if status == 0 and m.engine == "demo":
-            return about | demo_result(self.args.logs / f"{m.name}.model", log, self.machine, m)
-        if status == 0:
+            return about | demo_result(demo, log, self.machine, m)
+        if status == 0 and result.is_file():
             found = json.loads(result.read_text())
             if not m.launched:
                 found["seconds_to_first_step"] = None  # a fork has none of its own
@@ -465,6 +455,13 @@ def run_script(arguments: list[str]) -> None:
     flags = benchmark_parser().parse_args(given)
     with faults.reported(flags):
         opt_benchmark.main(flags, opt_benchmark.by_training)
+
+
+def append(file: Path, line: str) -> None:
+    """Also behind a line that a killed campaign has left unfinished."""
+    is_torn = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with open(file, "a") as out:
+        out.write("\n" * is_torn + line + "\n")
 
 
 def free_port() -> int:

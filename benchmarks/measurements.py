@@ -87,7 +87,7 @@ def offloaded(model: str, rows: int):
 
 def in_eight_bits(model: str, rows: int):
     """All parameters trained, Adam's state in 8 bits."""
-    yield measured("8bit-bitsandbytes", 1, model, rows, "bitsandbytes_8bit --fused_loss")
+    yield measured("8bit-bitsandbytes", 1, model, rows, "bnb_8bit --fused_loss")
 
 
 def parallel(gpus: int):

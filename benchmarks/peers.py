@@ -37,11 +37,11 @@ ENGINES = {
     "peft": ["peft"],
     "peft_bf16": ["peft"],
     "peft_4bit": ["peft", "bitsandbytes"],
-    "bitsandbytes_8bit": ["bitsandbytes"],
+    "bnb_8bit": ["bitsandbytes"],
 }
 LORA = ("peft", "peft_bf16", "peft_4bit")
 # Nothing in fp32 and no autocast, with --precision bf16
-ALL_IN_BF16 = ("peft_bf16", "peft_4bit", "bitsandbytes_8bit")
+ALL_IN_BF16 = ("peft_bf16", "peft_4bit", "bnb_8bit")
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def measure_engine(args, here, config, contents):
     if args.engine == "hf_trainer":
         measured = hf_trainer(args, here, model, batches)
     else:
-        plain = ("torch_amp", "bitsandbytes_8bit", *LORA)
+        plain = ("torch_amp", "bnb_8bit", *LORA)
         engines = {"fsdp2": fsdp2, **dict.fromkeys(plain, torch_amp)}
         engine = engines.get(args.engine, deepspeed_zero)
         step, about = engine(args, here, model)
@@ -312,7 +312,7 @@ def torch_amp(args, here, model):
     from opt.colossal.adam import decay_groups
 
     groups = decay_groups(model, args.weight_decay)
-    if args.engine == "bitsandbytes_8bit":
+    if args.engine == "bnb_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         adam = AdamW8bit(groups, **adam_numbers(args))
@@ -333,6 +333,8 @@ def torch_amp(args, here, model):
         return nullcontext() if is_last or here.world_size == 1 else model.no_sync()
 
     about = {"optimizer": type(adam).__name__, "load_in_4bit": args.engine == "peft_4bit"}
+    if args.engine == "bnb_8bit":
+        about["optim"] = "adamw_bnb_8bit"
     return (lambda group: accumulate(adam, group, forward, reducing)), about
 
 

@@ -284,7 +284,8 @@ def floor(result: dict) -> dict[str, float] | None:
     Operations are the model's (opt.measure.flops_per_token), none twice; with --fp8 those of the
     layers' matrices at twice the rate. The update of a parameter moves 28 bytes: its gradient, in
     and out the fp32 weight and two means, the 16-bit weight (without one an fp32 gradient), spread
-    over the GPUs by ZeRO; with both means in 8 bits and all else in bf16 10. Adapters' is nothing.
+    over the GPUs by ZeRO; without fp32 weights 14 with both means in bf16, 10 in 8 bits. Adapters'
+    is nothing.
     Communication is not in it.
     """
     if "mfu" not in result or result["model"] not in PRESETS:
@@ -301,7 +302,8 @@ def floor(result: dict) -> dict[str, float] | None:
     bandwidth = next((b for name, b in BANDWIDTH.items() if name in result["device"]), None)
     if bandwidth is None or result.get("offload_optim_frac"):
         return None  # the host's memory decides
-    bytes_each = 10 if "8bit" in result["engine"] else 28
+    bytes_each = {"adamw_8bit": 10, "adamw_bnb_8bit": 10, "adamw_anyprecision": 14}
+    bytes_each = bytes_each.get(result.get("optim"), 28)
     parameters = 0 if result.get("lora_r") else num_parameters(config)
     parts = result["world_size"] if is_sharded(result) else result["tp_size"] * result["pp_size"]
     return {"operations": operations, "update": bytes_each * parameters / parts / bandwidth}
