@@ -124,8 +124,9 @@ def on_a_cpu():
         for engine in names:
             name = engine.split()[0]
             yield measured(f"cpu-{name}", 1, model, 4, f"{engine} {short}", on_cpu=True)
-    two = f"torch_ddp {short}"
-    yield measured("cpu-torch_ddp", 2, "sample/opt-tiny", 4, two, on_cpu=True)
+    tiny = ("sample/opt-tiny", 4, f"torch_ddp {short}")
+    yield measured("cpu-torch_ddp", 2, *tiny, on_cpu=True)
+    yield measured("cpu-first_step", 1, *tiny, on_cpu=True, launched=True)
 
 
 def everything():

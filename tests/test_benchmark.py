@@ -266,7 +266,7 @@ def test_a_killed_campaign_measures_only_what_is_missing(campaign):
     out, before, printed = campaign
     now = results_of_campaign(out)
     assert list(before) == ["torch_ddp"] and now["torch_ddp"] == before["torch_ddp"]
-    assert "5 measurements, 0 for more than 2 GPUs, 1 done" in printed
+    assert "6 measurements, 0 for more than 2 GPUs, 1 done" in printed
     # A line that a lost machine has left unfinished, and a deleted one, are measured again; what
     # was not installed too.
     files = {file: file.read_text() for file in out.glob("*-one-cpu.jsonl")}
@@ -283,7 +283,7 @@ def test_a_killed_campaign_measures_only_what_is_missing(campaign):
 def test_a_result_says_all_that_it_depends_on(campaign):
     result = results_of_campaign(campaign[0])["torch_ddp"]
     assert [key for key in KEYS if key not in result] == []
-    assert result["commit"] == "c0ffee" and result["started"] == "forked"
+    assert result["commit"] == "c0ffee"
     assert result["host"].keys() >= {"cpu", "cores", "memory_bytes", "gpus"}
     assert result["arguments"].items() >= {"learning_rate": 0.01, "seed": 42}.items()
     script, *flags = shlex.split(result["command"].removeprefix("python "))
@@ -317,11 +317,13 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(campaign):
     assert results_of_campaign(campaign[0])["deepspeed_zero2"]["status"] == "not installed"
 
 
-def test_peak_memory_grows_with_batch_size(sweep, campaign):
-    small, large = (
-        result_of(sweep[0], "torch_ddp"),
-        results_of_campaign(campaign[0])["torch_ddp"],
-    )
+def test_a_launched_measurement_has_a_first_step_and_memory_of_its_own(sweep, campaign):
+    """That grows with the batch, and does not depend on what forked it off."""
+    results = results_of_campaign(campaign[0])
+    small, large = result_of(sweep[0], "torch_ddp"), results["first_step"]
+    assert large["started"] == "launched" and results["torch_ddp"]["started"] == "forked"
+    assert results["torch_ddp"]["seconds_to_first_step"] is None
+    assert 0 < large["seconds_to_first_step"] < large["wall_seconds"]
     assert (small["batch_size"], large["batch_size"]) == (2, 16)
     logits = (16 - 2) * 64 * 2048 * 4  # bytes, of the rows that are more
     assert large["peak_host_memory_bytes"] > small["peak_host_memory_bytes"] + logits
