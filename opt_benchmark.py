@@ -218,6 +218,11 @@ def describe(result) -> str:
     )
 
 
+def run(flags) -> None:
+    """All of it; benchmarks/campaign.py calls it in processes that it has forked."""
+    with faults.reported(flags):
+        main(flags, partial(by_training, flags))
+
+
 if __name__ == "__main__":
-    with faults.reported(FLAGS):
-        main(FLAGS, partial(by_training, FLAGS))
+    run(FLAGS)

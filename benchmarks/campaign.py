@@ -445,16 +445,13 @@ def run_script(arguments: list[str]) -> None:
     import opt_benchmark
     from args import benchmark_parser
     from benchmarks import peers
-    from opt.train import faults
 
     script, *given = arguments
     if script == "benchmarks/peers.py":
         sys.argv = [script, *given]
         peers.main()
         return
-    flags = benchmark_parser().parse_args(given)
-    with faults.reported(flags):
-        opt_benchmark.main(flags, opt_benchmark.by_training)
+    opt_benchmark.run(benchmark_parser().parse_args(given))
 
 
 def append(file: Path, line: str) -> None:
