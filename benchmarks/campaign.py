@@ -359,7 +359,8 @@ class Campaign:
             os.setsid()
             os.sched_setaffinity(0, cores)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            output = os.open(log, os.O_CREAT | os.O_WRONLY | (os.O_APPEND if rank else os.O_TRUNC))
+            kind = os.O_APPEND if rank else os.O_TRUNC
+            output = os.open(log, os.O_CREAT | os.O_WRONLY | kind, 0o666)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ |= env
