@@ -138,3 +138,34 @@ def test_every_nth_layer_is_recomputed():
         found[every] = [p.grad.clone() for p in model.parameters()]
     for every in (1, 2):
         assert all(torch.equal(a, b) for a, b in zip(found[0], found[every], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_products_that_add_up(backend):
+    """Of several micro-batches under way at a time the sum of the gradients, where the totals are,
+    also in compiled layers, whose backward has been taken apart from their forward."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    batches = torch.randn(4, 3, 5, 8, requires_grad=True)
+    for batch in batches:
+        layers(batch).square().sum().backward()
+    wanted = [batches.grad, *(p.grad for p in layers.parameters())]
+    batches.grad = None
+
+    linear.attach(layers, linear.plain)
+    for part in (layers[0], layers[2]):
+        part.total = part.weight.grad = torch.zeros_like(part.weight)
+        part.bias.grad = None
+    totals = [layers[0].total, layers[2].total]
+    layers.compile(backend=backend)
+    losses = []
+    for number in range(5):
+        if number < 4:
+            losses.append(layers(batches[number]).square().sum())
+        if number > 0:
+            with linear.in_place(totals):
+                losses.pop(0).backward()
+    assert all(layers[i].weight.grad is total for i, total in zip((0, 2), totals, strict=True))
+    found = [batches.grad, *(p.grad for p in layers.parameters())]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)

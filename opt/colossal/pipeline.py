@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from colossalai.pipeline.schedule import OneForwardOneBackwardSchedule
 
+from opt.model.linear import in_place
+
 
 class Schedule(OneForwardOneBackwardSchedule):
     """ColossalAI's, for batches whose shapes every stage knows: each has the whole batch.
@@ -23,6 +25,7 @@ class Schedule(OneForwardOneBackwardSchedule):
         # Of the hidden states that stages exchange, set with the model
         self.width, self.dtype = 0, torch.float32
         self._sent: list[dist.Work] = []
+        self.totals: list[torch.Tensor] = []  # that backwards add to, see linear.adding_up
 
     # ---- the batch
 
@@ -105,6 +108,11 @@ class Schedule(OneForwardOneBackwardSchedule):
         if input_obj is not None and not self.forward_only:
             input_obj["hidden_states"].requires_grad_()
         return super().forward_step(model, input_obj, criterion, accum_loss, outputs)
+
+    def backward_step(self, *arguments):
+        """See ColossalAI's."""
+        with in_place(self.totals):
+            return super().backward_step(*arguments)
 
     def forward_backward_step(self, *arguments, **named) -> dict:
         """See ColossalAI's."""

@@ -6,7 +6,8 @@ Weights in 4 bits (four_bits) are another product.
 parameters: after the plugin, and before the layers are compiled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 
 import torch
@@ -33,6 +34,9 @@ class Linear(nn.Module):
     """
 
     is_cut = False  # whether it is a part of a map that a plugin has cut
+    # (out, in), where the weight's gradients of several backwards are added up, see adding_up; the
+    # product is to be `plain` then
+    total: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -57,7 +61,11 @@ class Linear(nn.Module):
         """(..., in) -> (..., out)."""
         if self.enter is not None:
             x = self.enter(x)
-        out = self.product(x, self.weight, self.bias if self.leave is None else None)
+        bias = self.bias if self.leave is None else None
+        if self.total is None:
+            out = self.product(x, self.weight, bias)
+        else:
+            out = adding_up(x, self.weight, bias, self.total)
         if self.adapter is not None:
             out = self.adapter(x, out)
         if self.leave is None:
@@ -156,6 +164,49 @@ class _FewTokens(torch.autograd.Function):
 def _ones(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Made once: a kernel less for each bias, 145 a step of OPT-350m."""
     return torch.ones(length, dtype=dtype, device=device)
+
+
+def adding_up(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, total: torch.Tensor
+) -> torch.Tensor:
+    """plain, whose backward adds the weight's gradient to `total` (out, in) within the product, and
+    leaves none to autograd: which would write it out, read it and the sum, and write the sum.
+
+    Of several micro-batches each changes what the others' backwards have taken along: they are to
+    run within in_place(totals).
+    """
+    return _AddsUp.apply(x.flatten(0, -2), weight, bias, total).view(*x.shape[:-1], -1)
+
+
+class _AddsUp(torch.autograd.Function):
+    """x (tokens, in), weight (out, in), bias (out,) or None -> (tokens, out)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, total):
+        ctx.save_for_backward(x, weight, total)
+        ctx.has_bias = bias is not None
+        return plain(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, total = ctx.saved_tensors
+        _add_product(total, grad.t(), x)
+        return grad @ weight, None, grad.sum(0) if ctx.has_bias else None, None
+
+
+@torch.library.custom_op("opt::add_product", mutates_args=("total",))
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b: an operation of its own, or a compiled layer would add in a second pass."""
+    total.addmm_(a, b)
+
+
+@contextmanager
+def in_place(totals: Iterable[torch.Tensor]) -> Iterator[None]:
+    """The backwards of one micro-batch: autograd takes no notice that `totals` change."""
+    with ExitStack() as stack:
+        for total in totals:
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(total))
+        yield
 
 
 UNIT = 16  # the fp8 kernel takes matrices whose sizes are multiples of this

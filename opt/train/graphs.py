@@ -25,7 +25,9 @@ def record(run: Callable, plugin: Plugin, model) -> "GraphedBackward":
     """A step of a boosted model, recorded: `run(inputs, weight)` of forward and backward, and the
     plugin's update if it can be."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    graphed = GraphedBackward(run, trained, getattr(plugin.form, "reduction", None))
+    graphed = GraphedBackward(
+        run, trained, getattr(plugin.form, "reduction", None), getattr(plugin, "totals", {})
+    )
     if hasattr(plugin.form, "run") and all(
         has_kernel(name, plugin.device, *kind) for name, *kind in plugin.update_kernels(plugin.plan)
     ):
@@ -48,7 +50,10 @@ class GraphedBackward:
         run: Callable[[dict, torch.Tensor], torch.Tensor],
         parameters: list[torch.Tensor],
         reduction=None,
+        places: dict[torch.Tensor, torch.Tensor] | None = None,
     ):
+        """`places`: by parameter, where `run` puts its gradient, and adds to one that is there."""
+        self._places = places or {}
         self._run, self._parameters, self._reduction = run, parameters, reduction
         self._recorded, self._seen = {}, set()
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -64,7 +69,12 @@ class GraphedBackward:
         that loss."""
         reduces = self._reduction is not None and self._reduction.is_on
         if not reduces and not self._gradients:
-            self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+            self._gradients = [
+                self._places[parameter]
+                if parameter in self._places
+                else torch.zeros_like(parameter)
+                for parameter in self._parameters
+            ]
         key = (
             tuple(next(iter(inputs.values())).shape),
             self._is_first,
@@ -113,7 +123,8 @@ class GraphedBackward:
         """The loss; its gradients go to where the optimizer finds them."""
         # To be reduced with those of the batches before, which are added to; otherwise they are
         # added together below.
-        start = self._gradients if reduces and not self._is_first else self._nothing
+        adds = (reduces or self._places) and not self._is_first
+        start = self._gradients if adds else self._nothing
         for parameter, gradient in zip(self._parameters, start, strict=True):
             parameter.grad = gradient
         loss = self._run(inputs, weight)
@@ -123,7 +134,13 @@ class GraphedBackward:
             # [C21] In a few kernels: left to autograd, adding them to what is there is a kernel for
             # each.
             gather = torch._foreach_copy_ if self._is_first else torch._foreach_add_
-            gather(self._gradients, [parameter.grad for parameter in self._parameters])
+            apart = [
+                (gradient, parameter.grad)
+                for gradient, parameter in zip(self._gradients, self._parameters, strict=True)
+                if gradient is not parameter.grad
+            ]
+            if apart:
+                gather(*zip(*apart, strict=True))
         return loss
 
 
