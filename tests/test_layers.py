@@ -1,12 +1,13 @@
 """The parts of a decoder layer that are this project's own, against PyTorch's: packed attention and
-linear maps."""
+linear maps; and how layers are dealt to pipeline stages."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import OPTConfig
 
-from opt.model import linear
+from opt.colossal.pipeline import layers_per_stage
+from opt.model import linear, sizes
 from opt.model.attention import attend, locate
 from opt.model.opt import OPTForCausalLM
 
@@ -169,3 +170,19 @@ def test_products_that_add_up(backend):
     found = [batches.grad, *(p.grad for p in layers.parameters())]
     for a, b in zip(found, wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_stages_are_as_fast_as_one_another(stages):
+    """All layers, at least one each; the slowest, the last one with the head, is no slower than if
+    the layers were dealt evenly, and clearly faster where the head is worth several layers."""
+    for size in sizes.PRESETS:
+        config = sizes.preset_config(size)
+        layers, head = config.num_hidden_layers, config.vocab_size * config.word_embed_proj_dim
+        own = layers_per_stage(config, stages)
+        assert sum(own) == layers and min(own) >= 1 and own[:-1] == sorted(own[:-1])
+        head /= 1.5 * sizes.layer_matrices(config) / layers
+        evenly = max(-(-layers // stages), layers // stages + head)
+        assert max(*own[:-1], own[-1] + head) <= evenly
+    assert layers_per_stage(sizes.preset_config("125m"), 2) == [8, 4]
+    assert layers_per_stage(sizes.preset_config("6.7b"), 2) == [16, 16]

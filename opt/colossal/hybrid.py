@@ -21,7 +21,7 @@ from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer
 
 from opt.colossal.copies import Copies
-from opt.colossal.pipeline import Schedule
+from opt.colossal.pipeline import Schedule, layers_per_stage
 from opt.colossal.plain import Plain
 from opt.colossal.plugin import Plugin
 from opt.colossal.processes import Spread
@@ -105,6 +105,14 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         )
         if own and plan.max_norm > 0 and plan.tp_size * plan.pp_size == 1:
             yield "norm", torch.bfloat16
+
+    # ---- hold
+
+    def new_model(self, config):
+        """See Plugin. On GPUs stages are as many layers as make them as fast as one another."""
+        if self.stage_manager and self.device.type == "cuda":
+            self.stage_manager.num_layers_per_stage = layers_per_stage(config, self.plan.pp_size)
+        return super().new_model(config)
 
     # ---- plugin, travel, form
 

@@ -6,8 +6,33 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from colossalai.pipeline.schedule import OneForwardOneBackwardSchedule
+from transformers import OPTConfig
 
 from opt.model.linear import in_place
+from opt.model.sizes import layer_matrices
+
+
+def layers_per_stage(config: OPTConfig, stages: int) -> list[int]:
+    """How many decoder layers each stage has, the slowest as fast as may be: the last one also has
+    the head.
+
+    By their matrices; what a layer does beside its own takes half as long again (OPT-1.3b,
+    compiled, one H100: 1.36 ms of 2,048 tokens, the head with a fused loss 1.84). As many for each
+    where that is within 2 %.
+    """
+    layers = config.num_hidden_layers
+    head = config.vocab_size * config.word_embed_proj_dim / (1.5 * layer_matrices(config) / layers)
+
+    def slowest(last: int) -> float:
+        return max(-(-(layers - last) // (stages - 1)), last + head)
+
+    last = layers // stages
+    best = min(range(1, last + 1), key=lambda number: (slowest(number), -number))
+    if slowest(best) < 0.98 * slowest(last):
+        last = best
+    each, more = divmod(layers - last, stages - 1)
+    # The first ones keep most activations
+    return [each + (stage >= stages - 1 - more) for stage in range(stages - 1)] + [last]
 
 
 class Schedule(OneForwardOneBackwardSchedule):
