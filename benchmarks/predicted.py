@@ -1,12 +1,14 @@
 """The plan's memory beside what was measured: a table of campaigns' results.
 
     python -m benchmarks.predicted benchmarks/results/2026-11-27-*.jsonl
+    python -m benchmarks.predicted result.json ...      what opt_benchmark.py --json wrote
 
 Predicted is what the result says (opt_benchmark.py --json has it), or else what the plan says
 today.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +27,15 @@ _SIZES = "tp_size pp_size num_microbatches zero_stage offload_optim_frac".split(
 def results(*files: Path) -> Iterator[tuple[str, dict]]:
     """Name and result of those that the plan has an estimate for: of a plugin and a published
     size."""
-    for result in (line for file in files for line in lines(file)):
+    found = []
+    for file in files:
+        if file.suffix == ".json":
+            found.append((file.stem, json.loads(file.read_text())))
+        else:
+            found += [(result.get("file", result["name"]), result) for result in lines(file)]
+    for name, result in found:
         if result["plugin"] in PLUGINS and result["model"] in PRESETS and "status" not in result:
-            yield result.get("file", result["name"]), result
+            yield name, result
 
 
 def plan_of(result: dict) -> Settings:
@@ -82,5 +90,5 @@ def table(found: list[tuple[str, dict]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, help="of campaigns")
+    parser.add_argument("files", nargs="+", type=Path, help="of campaigns, or results")
     print(table(list(results(*parser.parse_args().files))))

@@ -549,6 +549,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "campaign":
         report_campaign(args.name, args.results, REPO if args.docs else None)
+        if args.docs:
+            from benchmarks import fits  # which reads campaigns by this module
+
+            fits.write()
         return
     if args.command == "failed":
         write_failed(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from args import benchmark_parser
-from benchmarks import predicted
+from benchmarks import fits, predicted
 from opt.colossal.processes import Place
 from opt.data.batches import Batches
 from opt.errors import UserError
@@ -98,6 +98,13 @@ def test_the_compilers_budget_is_counted(monkeypatch):
     assert kept == sorted(set(kept))
     with pytest.raises(UserError, match="give --compile too"):
         case(monkeypatch, *small, 0.5)
+
+
+def test_the_document_is_what_the_plan_says():
+    """docs/memory.md, written anew; and what it has of 6.7b with LoRA is the record's peak."""
+    document = fits.DOCUMENT.read_text()
+    assert fits.written(document) == document, "python -m benchmarks.fits"
+    assert re.search(r"\| 6.7b .*\| \*\*35.6\*\* \|", document)
 
 
 # ---- what is there
