@@ -26,6 +26,8 @@ SCHEDULES = (
     "inverse_sqrt",
     "warmup_stable_decay",
 )
+# By the names of transformers' OptimizerNames; the first one is the default
+OPTIMS = ("adamw_torch", "adamw_anyprecision", "adamw_8bit")
 # What LoRA can be given to: the matrices of a decoder layer (opt/model/lora.py)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -287,6 +289,16 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "--offload_optim_frac",
         type=_number(float, 0, 1),
         help="share of the optimizer state kept in host memory, 0 to 1, gemini only; default 0",
+    )
+    g.add_argument(
+        "--optim",
+        choices=OPTIMS,
+        default=OPTIMS[0],
+        help="what AdamW keeps: adamw_torch two fp32 moments, and fp32 weights (16 bytes a "
+        "parameter with gradients); adamw_anyprecision bf16 weights alone and bf16 moments (8 "
+        "bytes); adamw_8bit bf16 weights alone and 8-bit moments (6 bytes), both rounded "
+        "stochastically; these two with torch_ddp or low_level_zero, in bf16, not with LoRA; "
+        "default adamw_torch",
     )
     g.add_argument(
         "--compile",
@@ -692,6 +704,8 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
                 f"torch_ddp --precision {args.precision}"
             )
         args.precision = "fp16"
+    if args.optim != OPTIMS[0]:
+        _resolve_optim(args, device_type)
     if args.precision is None:
         args.precision = (
             ("bf16" if has_bf16 else "fp16")
@@ -700,6 +714,8 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
         )
     if args.precision == "bf16" and device_type == "cuda" and not has_bf16:
         raise UserError("this GPU has no bf16: use --precision fp16")
+    if args.optim != OPTIMS[0] and args.precision != "bf16":
+        raise UserError(f"--optim {args.optim} updates bf16 weights, and this GPU has no bf16")
     if gemini and args.precision == "fp32":
         raise UserError(
             "gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp"
@@ -768,6 +784,25 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
                 "micro-batches: change --batch_size or --num_microbatches"
             )
     return Settings(**vars(args))
+
+
+def _resolve_optim(args: argparse.Namespace, device_type: str) -> None:
+    """Settle what an optimizer of fewer bits needs. Raises UserError where it cannot be had."""
+    if args.plugin not in ("torch_ddp", "low_level_zero"):
+        raise UserError(
+            f"--optim {args.optim} is for torch_ddp and low_level_zero, not for {args.plugin}: "
+            "change the plugin, or leave it out"
+        )
+    if args.lora_r or getattr(args, "lora_adapter", None):
+        raise UserError(
+            f"--optim {args.optim} is not for LoRA, whose adapters' state is small: leave it out"
+        )
+    if args.precision is None and device_type == "cpu":
+        args.precision = "bf16"
+    if args.precision not in (None, "bf16"):
+        raise UserError(
+            f"--optim {args.optim} updates bf16 weights: use --precision bf16, or leave one out"
+        )
 
 
 def _check_schedule(args: argparse.Namespace) -> None:

@@ -149,6 +149,7 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
         "cuda_graph": plan.cuda_graph,
         "fused_loss": plan.fused_loss,
         "fp8": plan.fp8,
+        "optim": plan.optim,
         "offload_optim_frac": plan.offload_optim_frac,
         "lora_r": plan.lora_r,
         "load_in_4bit": plan.load_in_4bit,

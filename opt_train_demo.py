@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from opt.colossal import processes
 from opt.colossal.adam import HybridAdam, decay_groups
+from opt.colossal.low_memory import LowMemoryAdam
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
 from opt.data.rows import Rows, open_dataset
@@ -80,7 +81,8 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
     booster = Booster(plugin=plugin, mixed_precision=plugin.mixed_precision)
     model = plugin.new_model(config)
     # With --lora_r the model's own weights are frozen, and the groups hold its adapters alone.
-    optimizer = HybridAdam(
+    adam = HybridAdam if plan.optim == "adamw_torch" else LowMemoryAdam.of(plan.optim)
+    optimizer = adam(
         decay_groups(model, plan.weight_decay),
         lr=steps.learning_rate,
         betas=(plan.adam_beta1, plan.adam_beta2),

@@ -101,6 +101,7 @@ def parse(arguments: list[str] | None = None):
         offload_optim_frac=None,
         cuda_graph=False,
         fp8=False,
+        optim="adamw_torch",
     )
     args = parser.parse_args(arguments)
     if bool(args.lora_r) != (args.engine in LORA):

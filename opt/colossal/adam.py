@@ -56,7 +56,7 @@ def update(
         divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not finite,
             nothing changes.
         step: the number of this update, from 1.
-        rates: rates() of lr and step, on the parameters' device, if they are there already.
+        rates: rates_of() them, on the parameters' device, if they are there already.
     """
     device = params[0].device
     if has_kernel("update", device, grads[0].dtype, outputs[0].dtype if outputs else None):
@@ -110,8 +110,9 @@ def update(
 
 
 def rates_of(lr: float, beta1: float, beta2: float, step: int) -> torch.Tensor:
-    """What kernels.adamw reads: fp32 (3,), on the host."""
-    return torch.tensor([lr, 1 - beta1**step, (1 - beta2**step) ** 0.5])
+    """What kernels.adamw and adamw_low read: fp32 (4,), on the host. Learning rate, 1 -
+    beta1**step, sqrt(1 - beta2**step), and `step`, the number of this update."""
+    return torch.tensor([lr, 1 - beta1**step, (1 - beta2**step) ** 0.5, step])
 
 
 PIECE = 2**20  # elements: 4 MiB in fp32, which the cores' caches hold between them
@@ -150,6 +151,9 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     [F16] In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen
     passes over it, without `div_scale`.
     """
+
+    # What its state has of each parameter, and of how many elements a number of it is
+    moments: dict[str, int] = {"exp_avg": 1, "exp_avg_sq": 1}
 
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before
     # it calls step().
@@ -208,7 +212,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         device = params[0].device
         if device.type == "cuda":
             if (id(group), device) not in self._rates:
-                self._rates[id(group), device] = torch.empty(3, device=device)
+                self._rates[id(group), device] = torch.empty(4, device=device)
             self._rates[id(group), device].copy_(
                 rates_of(group["lr"], *group["betas"], state["step"]), non_blocking=True
             )
@@ -224,7 +228,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         """update() of parameters of `group`, on one device, that have been counted, and of their
         state."""
         states = [adam_state(self, param, param.shape) for param in params]
-        moments = ([state[name] for state in states] for name in MOMENTS)
+        moments = ([state[name] for state in states] for name in self.moments)
         if not isinstance(divisor, torch.Tensor):
             divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
         numbers = (
@@ -244,6 +248,10 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
             rates=self._rates.get((id(group), params[0].device)),
         )
 
+    def new_moments(self, key: torch.Tensor, shape: torch.Size | tuple) -> dict[str, torch.Tensor]:
+        """Ahead of the first update of the parameter `key`, of `shape`."""
+        return {name: torch.zeros(shape, device=key.device) for name in self.moments}
+
     def _gradients(self) -> list[torch.Tensor]:
         return [
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
@@ -257,15 +265,12 @@ for _loader in (FusedOptimizerLoader, CPUAdamLoader):
     _loader.REGISTRY = [_NoKernel]
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def adam_state(adam: torch.optim.Optimizer, key: torch.Tensor, shape: torch.Size | tuple) -> dict:
+def adam_state(adam: HybridAdam, key: torch.Tensor, shape: torch.Size | tuple) -> dict:
     """HybridAdam's state of the parameter `key`, of `shape`; made if the first update, which would
     make it, has not come yet."""
     state = adam.state[key]
     if not state:
-        state |= {"step": 0, **{name: torch.zeros(shape, device=key.device) for name in MOMENTS}}
+        state |= {"step": 0, **adam.new_moments(key, shape)}
     return state
 
 

@@ -1,11 +1,12 @@
 """--plugin torch_ddp and torch_ddp_fp16: a whole model in fp32 on each device, forward under
-autocast."""
+autocast; with an --optim of fewer bits in bf16."""
 
 import torch
 from colossalai.booster.mixed_precision.mixed_precision_base import MixedPrecision
 from colossalai.booster.plugin import TorchDDPPlugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 
+from opt.colossal import low_memory
 from opt.colossal.plain import ClippingOptimizer, Plain
 from opt.colossal.plugin import Plugin, kept_within
 from opt.colossal.reduction import LayerwiseDDP
@@ -23,26 +24,36 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
         super().__init__()
         self._begin(plan, device)
         self.knows_grad_norm = plan.max_norm > 0  # ClippingOptimizer's has no loss scale in it
-        self.mixed_precision = AutocastPrecision(DTYPES[plan.precision], device.type, plan.max_norm)
+        dtype = DTYPES[plan.precision]
+        if low_memory.is_low(plan):
+            self.weights_dtype = dtype
+        self.mixed_precision = AutocastPrecision(
+            dtype, self.weights_dtype, device.type, plan.max_norm
+        )
         self._ddp: LayerwiseDDP | None = None
 
     # ---- before there are processes
 
     @staticmethod
     def state_bytes(plan, parameters, dp_size):
-        """fp32: weights, gradients, two moments."""
+        """fp32: weights, gradients, two moments. With --optim bf16 and what it keeps."""
+        if low_memory.is_low(plan):
+            return 2 * parameters, 2 * parameters, low_memory.moment_bytes(plan) * parameters
         return 4 * parameters, 4 * parameters, 8 * parameters
 
     @staticmethod
     def kept_bytes(plan):
-        """Under autocast the stream between layers is fp32, but where frozen weights are not."""
-        if plan.lora_r:
+        """Under autocast the stream between layers is fp32, but where weights are not."""
+        if plan.lora_r or low_memory.is_low(plan):
             return Plugin.kept_bytes(plan)
         return kept_within(plan, 0.98, {0.9: 19.0, 0.98: 25.5, 1.0: 29.5})
 
     @staticmethod
     def update_kernels(plan):
         """Of fp32 gradients, and no 16-bit weights."""
+        if low_memory.is_low(plan):
+            yield from low_memory.update_kernels(plan)
+            return
         yield "update", torch.float32, None
         if plan.max_norm > 0:
             yield "norm", torch.float32
@@ -57,6 +68,7 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
         self._finish_layers(model)
         model, optimizer = ModelWrapper(model), OptimizerWrapper(optimizer)
         self.form = Plain(model, optimizer)
+        self._know_pieces(optimizer)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
     def no_sync(self, model, optimizer):
@@ -69,19 +81,20 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
 
 
 class AutocastPrecision(MixedPrecision):
-    """fp32 weights, forward under autocast to `dtype`, gradients clipped by the update; with a loss
-    scaler for fp16.
+    """Forward in `dtype`, under autocast where the weights are in another, gradients clipped by the
+    update; with a loss scaler for fp16.
 
     [F24] Booster's own 'bf16' is an empty class in ColossalAI 0.5.0, [F25] and its 'fp16' scales on
     CUDA only.
     """
 
-    def __init__(self, dtype: torch.dtype, device_type: str, max_norm: float):
-        self.dtype, self.device_type, self.max_norm = dtype, device_type, max_norm
+    def __init__(self, dtype: torch.dtype, weights: torch.dtype, device_type: str, max_norm: float):
+        self.dtype, self.weights = dtype, weights
+        self.device_type, self.max_norm = device_type, max_norm
 
     def configure(self, model, optimizer=None, criterion=None):
         """Called by Booster.boost."""
-        if self.dtype != torch.float32:
+        if self.dtype != self.weights:
             inner = model.unwrap()
             inner.forward = torch.autocast(self.device_type, dtype=self.dtype)(inner.forward)
         scaler = torch.amp.GradScaler(

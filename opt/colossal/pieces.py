@@ -16,16 +16,15 @@ from colossalai.checkpoint_io.utils import gather_distributed_param
 from colossalai.interface import OptimizerWrapper
 from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
-from opt.colossal.adam import MOMENTS, adam_state
+from opt.colossal.adam import adam_state
 from opt.colossal.processes import Spread
 from opt.model.four_bits import FourBits
 from opt.model.linear import Linear
 from opt.model.weights import HEAD, Weights
 
-# Adam's update is made in fp32: on the fp32 weights, or on an fp32 copy of 16-bit ones, which are
-# that copy rounded.
+# What Adam updates: fp32 weights, or an fp32 copy of 16-bit ones, which are that copy rounded; with
+# low_memory.LowMemoryAdam 16-bit weights that have no copy.
 WEIGHTS = "weights"
-KINDS = (WEIGHTS, *MOMENTS)
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Piece:
     start: int  # of the piece in that parameter, flattened
     size: int  # elements of the piece; 0 where this process holds none
     key: torch.Tensor | None  # what Adam's state is found by
-    weights: torch.Tensor | None  # the flat fp32 weights, `size` elements, a view
+    weights: torch.Tensor | None  # what Adam updates, flat, `size` elements, a view
     # The processes whose pieces make up the parameter; None: this one holds it all
     group: dist.ProcessGroup | None
 
@@ -150,7 +149,7 @@ class Form:
 
 
 class TrainingState:
-    """Reads and writes the fp32 weights and Adam's state of a boosted model."""
+    """Reads and writes the weights that Adam updates and its state, of a boosted model."""
 
     def __init__(self, form: Form, spread: Spread, shapes: dict[str, torch.Size]):
         """`shapes`: of the named parameters in the whole model, unsplit and unpadded."""
@@ -159,8 +158,13 @@ class TrainingState:
             self._adam = self._adam.optim
         self._pieces = list(form.pieces())
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What there is to read and write, the weights first."""
+        return (WEIGHTS, *self._adam.moments)
+
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and whole fp32 tensors (host memory, copies) of one of KINDS. A collective.
+        """Names and whole tensors (host memory, copies) of one of `kinds`. A collective.
 
         Each tensor of the model comes out on one process alone, which is to write it; they are
         dealt out by size.
@@ -179,7 +183,10 @@ class TrainingState:
             split = _split_dim(piece.shape, whole)
             if piece.group is None and split is None and not is_owner:
                 continue
-            tensor = self._flat(piece, kind).view(piece.shape)
+            tensor = self._flat(piece, kind)
+            if tensor is None:
+                continue
+            tensor = tensor.view(piece.shape if self._span(kind) == 1 else -1)
             if split is not None:
                 parts = [torch.empty_like(tensor) for _ in range(spread.tp_size)]
                 dist.all_gather(parts, tensor, group=spread.tp_group)
@@ -191,11 +198,16 @@ class TrainingState:
     def load(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take this process's pieces of whole tensors."""
         self._form.finish()
+        span = self._span(kind)
         for piece in self._pieces:
-            if piece.size:
-                part = _part(tensors[piece.name], piece.shape, self._spread.tp_rank)
-                flat = part.flatten()[piece.start : piece.start + piece.size]
-                self._own(piece, kind)[: flat.numel()].copy_(flat)
+            own = self._own(piece, kind) if piece.size else None
+            if own is not None:
+                part = tensors[piece.name]
+                if span == 1:
+                    part = _part(part, piece.shape, self._spread.tp_rank)
+                start = piece.start // span
+                flat = part.flatten()[start : start + own.numel()]
+                own[: flat.numel()].copy_(flat)
 
     @property
     def updates(self) -> int:
@@ -208,26 +220,37 @@ class TrainingState:
         for state in self._adam.state.values():
             state["step"] = number
 
-    def _own(self, piece: Piece, kind: str) -> torch.Tensor:
-        """This process's piece, flat; a view, to be written through."""
+    def _span(self, kind: str) -> int:
+        """Of how many elements of a parameter a number of `kind` is."""
+        return self._adam.moments.get(kind, 1)
+
+    def _own(self, piece: Piece, kind: str) -> torch.Tensor | None:
+        """This process's piece, flat; a view, to be written through. None if the parameter has
+        nothing of this kind."""
         if kind == WEIGHTS:
             return piece.weights
         # Adam makes its state at the first update; what is saved or loaded before that has to be
         # there. Gemini's keys are empty between updates.
-        return adam_state(
+        own = adam_state(
             self._adam, piece.key, piece.key.shape if piece.key.numel() else (piece.size,)
-        )[kind].view(-1)
+        ).get(kind)
+        return None if own is None else own.view(-1)
 
-    def _flat(self, piece: Piece, kind: str) -> torch.Tensor:
+    def _flat(self, piece: Piece, kind: str) -> torch.Tensor | None:
         """The parameter on this tensor-parallel rank, flat, put together from all pieces; a
         copy."""
-        numel = piece.shape.numel()
+        span, own = self._span(kind), self._own(piece, kind) if piece.size else None
+        if piece.size and own is None:
+            return None
+        start, numel = piece.start // span, piece.shape.numel() // span
         # A slice of ZeRO's may reach past the parameter's end, into padding.
         flat = torch.zeros(
-            max(piece.start + piece.size, numel), device=get_accelerator().get_current_device()
+            max((piece.start + piece.size) // span, numel),
+            dtype=torch.float32 if own is None else own.dtype,
+            device=get_accelerator().get_current_device(),
         )
-        if piece.size:
-            flat[piece.start : piece.start + piece.size] = self._own(piece, kind)
+        if own is not None:
+            flat[start : start + own.numel()] = own
         flat = flat[:numel]
         if piece.group is not None:
             flat = flat.contiguous()

@@ -25,6 +25,7 @@ from colossalai.lazy import LazyInitContext
 from transformers import OPTConfig
 from transformers.modeling_utils import no_init_weights
 
+from opt.colossal import low_memory
 from opt.colossal.pieces import Form
 from opt.colossal.processes import Spread, seed_everything
 from opt.model import four_bits, linear, lora
@@ -159,6 +160,12 @@ class Plugin:
         return DTYPES[self.plan.precision]
 
     # ---- plugin
+
+    def _know_pieces(self, optimizer) -> None:
+        """In configure(), behind the form: with --optim what rounds has to know where its pieces
+        lie."""
+        if low_memory.is_low(self.plan):
+            low_memory.adam_of(optimizer).know(self.form.pieces(), self.plan.seed)
 
     def _finish_layers(self, model: OPTForCausalLM, cut=lambda module: None) -> None:
         """The last thing in configure(): linear maps of the layers that are here, put together of

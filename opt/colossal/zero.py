@@ -4,6 +4,7 @@
 import torch
 from colossalai.booster.plugin import LowLevelZeroPlugin
 
+from opt.colossal import low_memory
 from opt.colossal.plugin import Plugin
 from opt.colossal.sharded import Sharded
 from opt.model.config import DTYPES
@@ -18,6 +19,7 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
             precision=plan.precision,
             initial_scale=2**16,
             max_norm=plan.max_norm,
+            master_weights=not low_memory.is_low(plan),
             overlap_communication=device.type == "cuda",  # by a stream of its own
         )
         self._begin(plan, device)
@@ -34,6 +36,8 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
     def state_bytes(plan, parameters, dp_size):
         """Weights; gradients, spread in stage 2; Adam's moments and the fp32 copies, spread."""
         width, adam = (4, 8) if plan.precision == "fp32" else (2, 12)
+        if low_memory.is_low(plan):
+            adam = low_memory.moment_bytes(plan)
         gradients = width / (dp_size if plan.zero_stage == 2 else 1)
         return parameters * width, parameters * gradients, parameters * adam / dp_size
 
@@ -41,6 +45,9 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
     def update_kernels(plan):
         """In bf16 the update is ours (sharded.Sharded); otherwise ColossalAI widens gradients
         before it."""
+        if low_memory.is_low(plan):
+            yield from low_memory.update_kernels(plan)
+            return
         own = plan.precision == "bf16"
         yield (
             "update",
@@ -58,6 +65,7 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
             model, optimizer, criterion, dataloader, lr_scheduler
         )
         self.form = Sharded(model, optimizer, self.spread.dp_size, recorded=self.plan.cuda_graph)
+        self._know_pieces(optimizer)
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm
         self._finish_layers(model.unwrap())

@@ -13,6 +13,7 @@ import torch
 
 WORK = {
     "update": "the update",
+    "update_low": "the update of bf16 weights",
     "norm": "the gradient's norm",
     "loss": "the fused loss",
     "attention": "the attention of short rows",
@@ -147,6 +148,19 @@ def _try_update(kernels, device, gradient: torch.dtype, output: torch.dtype | No
     )
 
 
+def _try_update_low(kernels, device, bits: int) -> None:
+    from opt.model import low_bits
+
+    bf16 = [torch.zeros(low_bits.BLOCK, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    scales = [None, None]
+    if bits == 8:
+        bf16[2:] = [t.to(torch.uint8) for t in bf16[2:]]
+        scales = [torch.zeros(1, device=device) for _ in range(2)]
+    held = low_bits.Held(*bf16, *scales, seed=0, start=0)
+    ones = torch.ones((), device=device), torch.ones(4, device=device)
+    kernels.adamw_low([held], *ones, 0.9, 0.999, 1e-8, 0.0)
+
+
 def _try_norm(kernels, device, gradient: torch.dtype) -> None:
     kernels.sum_of_squares([torch.zeros(16, dtype=gradient, device=device)])
 
@@ -173,7 +187,13 @@ def _try_attention(kernels, device, dtype: torch.dtype, head_dim: int, length: i
         torch.autograd.grad(kernels.ShortAttention.apply(qkv, cu_seqlens, length).sum(), qkv)
 
 
-_TRIALS = {"update": _try_update, "norm": _try_norm, "loss": _try_loss, "attention": _try_attention}
+_TRIALS = {
+    "update": _try_update,
+    "update_low": _try_update_low,
+    "norm": _try_norm,
+    "loss": _try_loss,
+    "attention": _try_attention,
+}
 
 
 def has_bf16(device: torch.device) -> bool:

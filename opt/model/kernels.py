@@ -8,11 +8,14 @@ bytes a parameter.
 """
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+
+from opt.model import low_bits
 
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs
 # there are. [F39] 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer
@@ -20,6 +23,21 @@ import triton.language as tl
 
 # Elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
 BLOCK = 2048
+
+# Of low_bits, for _adamw_low
+FIRST_SHIFT, SECOND_SHIFT = (
+    tl.constexpr(low_bits.FIRST_SHIFT),
+    tl.constexpr(low_bits.SECOND_SHIFT),
+)
+FIRST_SHIFT_UP, SECOND_SHIFT_UP = (
+    tl.constexpr(1 / low_bits.FIRST_SHIFT),
+    tl.constexpr(1 / low_bits.SECOND_SHIFT),
+)
+FIRST_SCALE, SECOND_SCALE = (
+    tl.constexpr(1 / low_bits.FIRST_MAX),
+    tl.constexpr(1 / low_bits.SECOND_MAX),
+)
+SMALLEST = tl.constexpr(low_bits.SMALLEST)
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
@@ -121,6 +139,161 @@ def adamw(
     )
 
 
+@triton.jit
+def _mixed(number):
+    """See low_bits._mixed."""
+    number = (number ^ (number >> 16)) * 0x85EBCA6B
+    number = (number ^ (number >> 13)) * 0xC2B2AE35
+    return number ^ (number >> 16)
+
+
+@triton.jit
+def _to_bf16(values, random):
+    bits = (values.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    rounded = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+    return rounded.to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["tensors", "programs"])
+def _adamw_low(
+    # Int64 (8, tensors): addresses of gradients, weights, first and second moments and of the
+    # moments' scales (or 0), seeds, first elements' places
+    pointers,
+    blocks,  # as of _adamw
+    divisor,
+    rates,  # fp32 (4,): see adamw_low()
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    tensors,
+    programs,
+    BITS: tl.constexpr,  # of a moment
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # elements that share a scale: a warp's, a row
+):
+    program = tl.program_id(0)
+    tensor = tl.load(blocks + program)
+    block = tl.load(blocks + programs + program)
+    size = tl.load(blocks + 2 * programs + program)
+    gradients = tl.load(pointers + tensor).to(tl.pointer_type(tl.bfloat16))
+    weights = tl.load(pointers + tensors + tensor).to(tl.pointer_type(tl.bfloat16))
+    firsts = tl.load(pointers + 2 * tensors + tensor)
+    seconds = tl.load(pointers + 3 * tensors + tensor)
+    if BITS == 8:
+        firsts = firsts.to(tl.pointer_type(tl.uint8))
+        seconds = seconds.to(tl.pointer_type(tl.uint8))
+        first_scales = tl.load(pointers + 4 * tensors + tensor).to(tl.pointer_type(tl.float32))
+        second_scales = tl.load(pointers + 5 * tensors + tensor).to(tl.pointer_type(tl.float32))
+    else:
+        firsts = firsts.to(tl.pointer_type(tl.bfloat16))
+        seconds = seconds.to(tl.pointer_type(tl.bfloat16))
+    seed = tl.load(pointers + 6 * tensors + tensor).to(tl.uint32)
+    start = tl.load(pointers + 7 * tensors + tensor).to(tl.uint32)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+        gradients = tl.multiple_of(gradients, 16)
+        weights = tl.multiple_of(weights, 16)
+        firsts = tl.multiple_of(firsts, 16)
+        seconds = tl.multiple_of(seconds, 16)
+    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offsets = rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    valid = offsets < size
+    divide_by = tl.load(divisor)
+    if divide_by - divide_by == 0.0:  # neither nan nor infinite
+        gradient = tl.load(gradients + offsets, mask=valid, other=0).to(tl.float32)
+        gradient *= 1.0 / divide_by
+        weight = tl.load(weights + offsets, mask=valid, other=0).to(tl.float32)
+        first = tl.load(firsts + offsets, mask=valid, other=0)
+        second = tl.load(seconds + offsets, mask=valid, other=0)
+        if BITS == 8:
+            exists = rows * COLUMNS < size
+            first_scale = tl.load(first_scales + rows, mask=exists, other=0)[:, None]
+            second_scale = tl.load(second_scales + rows, mask=exists, other=0)[:, None]
+            # The code and fp32 have sign, exponent and mantissa in the same order. A float's
+            # exponent has 120 (or 112) more than the code's: multiplied, subnormal numbers too.
+            code = first.to(tl.uint32)
+            bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+            first = bits.to(tl.float32, bitcast=True) * FIRST_SHIFT_UP * first_scale
+            bits = second.to(tl.uint32) << 19
+            root = bits.to(tl.float32, bitcast=True) * SECOND_SHIFT_UP * second_scale
+            second = root * root
+        else:
+            first = first.to(tl.float32)
+            second = second.to(tl.float32)
+        lr, correction1, correction2_root = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
+        key = _mixed(seed + tl.load(rates + 3).to(tl.uint32) * 0x9E3779B9)
+        weight -= lr * weight_decay * weight
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient * gradient
+        root = tl.sqrt(second)
+        weight -= lr / correction1 * first / (root / correction2_root + eps)
+
+        random = _mixed(offsets.to(tl.uint32) + (start + key))
+        other = random * 0x9E3779B1
+        tl.store(weights + offsets, _to_bf16(weight, random & 0xFFFF), mask=valid)
+        if BITS == 8:
+            magnitude = tl.abs(first)
+            first_scale = tl.max(magnitude, axis=1) * FIRST_SCALE
+            second_scale = tl.max(root, axis=1) * SECOND_SCALE
+            tl.store(first_scales + rows, first_scale, mask=exists)
+            tl.store(second_scales + rows, second_scale, mask=exists)
+            inverse = tl.where(first_scale > SMALLEST, 1.0 / first_scale, 0.0)[:, None]
+            scaled = magnitude * inverse * FIRST_SHIFT
+            code = (scaled.to(tl.uint32, bitcast=True) + (other >> 12)) >> 20
+            sign = (first.to(tl.uint32, bitcast=True) >> 24) & 0x80
+            code = tl.minimum(code, 126) | sign
+            tl.store(firsts + offsets, code.to(tl.uint8), mask=valid)
+            inverse = tl.where(second_scale > SMALLEST, 1.0 / second_scale, 0.0)[:, None]
+            scaled = root * inverse * SECOND_SHIFT
+            code = (scaled.to(tl.uint32, bitcast=True) + (random >> 13)) >> 19
+            tl.store(seconds + offsets, tl.minimum(code, 255).to(tl.uint8), mask=valid)
+        else:
+            tl.store(firsts + offsets, _to_bf16(first, other >> 16), mask=valid)
+            tl.store(seconds + offsets, _to_bf16(second, random >> 16), mask=valid)
+
+
+def adamw_low(
+    held: Sequence[low_bits.Held], divisor, rates, beta1, beta2, eps, weight_decay
+) -> None:
+    """low_bits.adamw on the GPU: 10 bytes a parameter read and written with moments of 8 bits, 14
+    with 16.
+
+    `rates`: as of adamw(), and the number of this update. All else as there.
+    """
+    lists = [
+        [one.grad for one in held],
+        [one.weight for one in held],
+        [one.exp_avg for one in held],
+        [one.exp_avg_sq for one in held],
+    ]
+    bits = held[0].exp_avg.element_size() * 8
+    numbers = [
+        [0 if scale is None else scale.data_ptr() for one in held for scale in [getattr(one, name)]]
+        for name in ("exp_avg_scale", "exp_avg_sq_scale")
+    ]
+    numbers += [[one.seed for one in held], [one.start for one in held]]
+    pointers, blocks, aligned = _tables(lists, numbers)
+    _adamw_low[(blocks.shape[1],)](
+        pointers,
+        blocks,
+        divisor,
+        rates,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        len(held),
+        blocks.shape[1],
+        BITS=bits,
+        ALIGNED=aligned,
+        ROWS=BLOCK // low_bits.BLOCK,
+        COLUMNS=low_bits.BLOCK,
+        num_warps=8,
+    )
+
+
 @triton.jit(do_not_specialize=["programs"])
 def _sums_of_squares(
     pointers,
@@ -160,14 +333,17 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     return sums.sum()
 
 
-def _tables(lists: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """What a kernel over many tensors reads on the device: their addresses, list after list, and
-    what each program works on; and whether all addresses and sizes are multiples of 16. The lists
-    are equally long, of tensors with as many elements each."""
+def _tables(
+    lists: list[list[torch.Tensor]], numbers: Sequence[list[int]] = ()
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """What a kernel over many tensors reads on the device: their addresses, list after list, with
+    lists of other `numbers` behind them, and what each program works on; and whether all addresses
+    and sizes are multiples of 16. The lists are equally long, of tensors with as many elements
+    each."""
     device, sizes = lists[0][0].device, tuple(tensor.numel() for tensor in lists[0])
     addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
     return (
-        _pointers(addresses, device),
+        _pointers((*addresses, *itertools.chain.from_iterable(numbers)), device),
         _blocks(sizes, device),
         all(number % 16 == 0 for number in itertools.chain(addresses, sizes)),
     )

@@ -3,8 +3,10 @@
 A checkpoint is a folder <output_path>/checkpoints/step-00000123:
 
     rank-00000.safetensors ...   a file a process: its share of the model and of Adam's moments, as
-                                 whole fp32 tensors by name (weights/..., exp_avg/...,
-                                 exp_avg_sq/...), and its random-number state (rng/...)
+                                 whole tensors by name (weights/..., exp_avg/..., exp_avg_sq/...),
+                                 in fp32 or, with --optim, as they are kept (in 8 bits with
+                                 exp_avg_scale/..., exp_avg_sq_scale/...), and its random-number
+                                 state (rng/...)
     state.json                   position in the data, Adam's count of updates, loss scale, plan,
                                  checksum of the data, the best evaluation so far
     metrics.jsonl                the run's up to here
@@ -12,7 +14,7 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
 
 Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and
 `latest` names it last. Tensors are copied to host memory while training waits (12 bytes a parameter
-over all processes); a thread writes them while it goes on.
+over all processes, with --optim 6 or 4); a thread writes them while it goes on.
 """
 
 import errno
@@ -33,8 +35,7 @@ import torch
 from colossalai.accelerator import get_accelerator
 from safetensors import safe_open
 
-from opt.colossal.adam import MOMENTS
-from opt.colossal.pieces import KINDS, WEIGHTS, TrainingState, load_scaler_state, scaler_state
+from opt.colossal.pieces import WEIGHTS, TrainingState, load_scaler_state, scaler_state
 from opt.colossal.processes import Place
 from opt.data.batches import Position
 from opt.data.rows import Rows
@@ -46,7 +47,7 @@ from opt.train.schedule import set_step
 from opt.train.signals import Control
 
 _MANIFEST, _WRITING, _REMOVING = "manifest.json", ".writing-", ".removing-"
-_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 class Saver:
@@ -121,7 +122,7 @@ class Saver:
         The random-number state is taken up where the number of processes is the same; otherwise
         dropout starts from the seed.
         """
-        for kind in MOMENTS:
+        for kind in self._state.kinds[1:]:
             self._state.load(kind, checkpoint.tensors(kind))
         self._state.updates = checkpoint.state["updates"]
         set_step(self._lr_schedule, checkpoint.position.step)
@@ -136,7 +137,7 @@ class Saver:
         self.finish()
         tensors = {
             f"{kind}/{name}": tensor
-            for kind in KINDS
+            for kind in self._state.kinds
             for name, tensor in self._state.own_share(kind)
         }
         tensors |= {
@@ -319,7 +320,8 @@ class Checkpoint:
         return (self.path / "metrics.jsonl").read_bytes()
 
     def tensors(self, kind: str) -> weights.Weights:
-        """One of state.KINDS, or "rng": names and whole tensors, each read when it is asked for."""
+        """One of pieces.TrainingState.kinds, or "rng": names and whole tensors, each read when it
+        is asked for."""
         return _Tensors(sorted(self.path.glob("rank-*.safetensors")), f"{kind}/")
 
 
@@ -418,6 +420,12 @@ def check_same_run(
             f"checkpoint {checkpoint.path} was made with other training data "
             f"({changed or 'same flags, other texts or tokenizer'}): give the same"
         )
+    optim = before.get("optim", "adamw_torch")  # the only one in older checkpoints
+    if optim != plan.optim:
+        raise UserError(
+            f"checkpoint {checkpoint.path} was made with --optim {optim}, not {plan.optim}, which "
+            "keeps other state: give the same"
+        )
     frozen = model.frozen_checksum
     if frozen and checkpoint.state.get("frozen") not in (None, frozen):
         raise UserError(
@@ -456,7 +464,7 @@ def safetensors_parts(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memo
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        yield memoryview(tensor.contiguous().view(-1).numpy()).cast("B")
+        yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _write(file: Path, parts) -> dict:

@@ -154,6 +154,13 @@ def _kernels(
         yield "attention", dtype, head_dim, kernel_probe.padded(longest)
 
 
+_OPTIMS = {
+    "adamw_torch": "",
+    "adamw_anyprecision": "; AdamW on these weights, rounded stochastically, moments in bf16",
+    "adamw_8bit": "; AdamW on these weights, rounded stochastically, moments in 8 bits",
+}
+
+
 def describe(run: Run) -> str:
     """The plan in words."""
     plan, here, setup, dataset, steps = run.plan, run.here, run.setup, run.dataset, run.steps
@@ -189,7 +196,8 @@ def describe(run: Run) -> str:
         "plugin": plan.plugin + f" ({about})" * bool(about),
         "precision": plan.precision
         + ", the layers' matrix products in fp8" * plan.fp8
-        + ", the layers' frozen matrices in 4 bits" * plan.load_in_4bit,
+        + ", the layers' frozen matrices in 4 bits" * plan.load_in_4bit
+        + _OPTIMS[plan.optim],
         "model": f"{plan.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M "
         "parameters",
         "weights": origin,

@@ -1,0 +1,116 @@
+"""--optim of fewer bits: Adam on bf16 weights that have no fp32 copy, with moments in 16 or 8 bits.
+What is rounded and how is in opt/model/low_bits.py.
+
+| --optim              | bytes a parameter: weight, gradient, moments |
+|----------------------|-----------------------------------------------|
+| `adamw_torch`        | 2 + 2 + 12 (torch_ddp: 4 + 4 + 8)             |
+| `adamw_anyprecision` | 2 + 2 + 4                                     |
+| `adamw_8bit`         | 2 + 2 + 2.03                                  |
+
+Under low_level_zero, which spreads the last number over the processes, and torch_ddp: the other
+plugins' optimizers update an fp32 copy.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+from colossalai.interface import OptimizerWrapper
+
+from opt.colossal.adam import HybridAdam, adam_state, rates_of
+from opt.model import low_bits
+from opt.model.low_bits import BLOCK, Held
+
+BITS = {"adamw_anyprecision": 16, "adamw_8bit": 8}
+
+
+def is_low(plan: Namespace) -> bool:
+    """Whether weights are bf16 alone."""
+    return plan.optim in BITS
+
+
+def moment_bytes(plan: Namespace) -> float:
+    """Of both moments of a parameter, with their scales."""
+    bits = BITS[plan.optim]
+    return 2 * (bits / 8 + (4 / BLOCK if bits == 8 else 0))
+
+
+def update_kernels(plan: Namespace) -> Iterator[tuple]:
+    """Those that an update comes to, see plugin.Plugin.update_kernels."""
+    # A few parameters have moments of 16 bits in any case
+    for bits in sorted({16, BITS[plan.optim]}):
+        yield "update_low", bits
+    if plan.max_norm > 0:
+        yield "norm", torch.bfloat16
+
+
+class LowMemoryAdam(HybridAdam):
+    """HybridAdam with moments of `bits` bits, on bf16 weights."""
+
+    moments = {"exp_avg": 1, "exp_avg_sq": 1, "exp_avg_scale": BLOCK, "exp_avg_sq_scale": BLOCK}
+
+    def __init__(self, *args, bits: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._bits, self._held, self._pieces, self._seed = bits, {}, {}, 0
+
+    @classmethod
+    def of(cls, optim: str) -> partial:
+        """What makes the one that --optim names."""
+        return partial(cls, bits=BITS[optim])
+
+    def know(self, pieces: Iterable, seed: int) -> None:
+        """Where they lie (pieces.Piece) of all parameters, and the run's --seed: rounding goes by
+        both. To be called before the first update."""
+        self._pieces, self._seed = {piece.key: piece for piece in pieces}, seed
+
+    def new_moments(self, key, shape):
+        """See HybridAdam; with scales, of those in 8 bits."""
+        if self._bits == 16 or not low_bits.has_blocks(self._pieces[key].shape):
+            return {
+                name: torch.zeros(shape, dtype=torch.bfloat16, device=key.device)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
+        return {
+            name: torch.zeros(key.numel() // BLOCK, device=key.device)
+            if span > 1
+            else torch.zeros(shape, dtype=torch.uint8, device=key.device)
+            for name, span in self.moments.items()
+        }
+
+    def update_group(self, group, params, grads, outputs, divisor):
+        """See HybridAdam; `outputs`, where there are any, are the `params` themselves."""
+        if not isinstance(divisor, torch.Tensor):
+            divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
+        by_bits: dict[torch.dtype, list[Held]] = {}
+        for param, grad in zip(params, grads, strict=True):
+            held = self._held_of(param)
+            held.grad = grad.view(-1)
+            by_bits.setdefault(held.exp_avg.dtype, []).append(held)
+        rates = self._rates.get((id(group), params[0].device))
+        if rates is None:
+            step = adam_state(self, params[0], params[0].shape)["step"]
+            rates = rates_of(group["lr"], *group["betas"], step)
+        for same in by_bits.values():
+            low_bits.adamw(
+                same, divisor, rates, *group["betas"], group["eps"], group["weight_decay"]
+            )
+            for held in same:
+                held.grad = None  # its memory is the next forward's
+
+    def _held_of(self, param: torch.Tensor) -> Held:
+        """Made once: weights and moments stay where they are."""
+        if param not in self._held:
+            state, piece = adam_state(self, param, param.shape), self._pieces[param]
+            names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+            moments = [None if (t := state.get(name)) is None else t.view(-1) for name in names]
+            seed = low_bits.parameter_seed(self._seed, piece.name)
+            self._held[param] = Held(None, param.data.view(-1), *moments, seed, piece.start)
+        return self._held[param]
+
+
+def adam_of(optimizer: torch.optim.Optimizer) -> LowMemoryAdam:
+    """The innermost of a boosted optimizer."""
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.optim
+    return optimizer

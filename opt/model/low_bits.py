@@ -1,0 +1,194 @@
+"""AdamW on bf16 weights that have no fp32 copy, with moments in 16 or 8 bits: formats, rounding,
+and the update in PyTorch's own operations, for a CPU; on a GPU it is one kernel for all tensors
+(kernels.adamw_low).
+
+bf16 has 8 bits of precision: rounded to the nearest, most updates at common learning rates would
+leave a weight where it is, and most changes of the second moment, a thousandth each, too. So all
+that is kept is rounded stochastically, up or down with the probability that makes the mean exact
+(Gupta et al., arXiv:1502.02551; for bf16 weights Zamirai et al., arXiv:2010.06192).
+
+In 8 bits moments are floating-point numbers under a scale for each BLOCK elements, their greatest
+magnitude (block-wise: Dettmers et al., arXiv:2110.02861): the first one float8_e4m3fn, as
+torchao's AdamWFp8 has it; of the second one its root, which has half the range, without a sign and
+with four bits of mantissa. Such codes take shifts and sums and no table.
+
+What a number is rounded by depends on the run's seed, the parameter, the number of the update and
+the place in the parameter, and on nothing else: resumed runs and all processes round alike,
+however a parameter is cut into pieces.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opt.model.kernel_probe import has_kernel
+
+BLOCK = 256  # elements that share a scale
+FIRST_MAX, SECOND_MAX = 448.0, 1.9375  # of the codes 126 and 255
+# Powers of two by which the codes' exponents are under fp32's: then an fp32 number's leading bits
+# are the code, down to its subnormal numbers
+FIRST_SHIFT, SECOND_SHIFT = 2.0**-120, 2.0**-112
+SMALLEST = 1e-30  # scales under it are none: their moments are 0
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass
+class Held:
+    """What AdamW updates of one parameter, or of a piece of it: flat tensors with as many elements
+    each."""
+
+    grad: torch.Tensor | None  # bf16; None between updates
+    weight: torch.Tensor  # bf16
+    exp_avg: torch.Tensor  # bf16; or codes, uint8, then whole blocks
+    exp_avg_sq: torch.Tensor  # the same; the codes are of its root
+    exp_avg_scale: torch.Tensor | None  # fp32, of each block of codes
+    exp_avg_sq_scale: torch.Tensor | None
+    seed: int  # of the parameter in this run, see parameter_seed()
+    start: int  # the piece's first element in the parameter
+
+
+def has_blocks(shape: tuple[int, ...]) -> bool:
+    """Whether a parameter's moments are kept in 8 bits, where that is asked for: those of matrices
+    that 64 processes, or a smaller power of two, can cut between blocks. The few others, biases,
+    norms and positions, have them in bf16."""
+    return len(shape) > 1 and math.prod(shape) % (64 * BLOCK) == 0
+
+
+def parameter_seed(seed: int, name: str) -> int:
+    """Of a run with this --seed, 32 bits."""
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def adamw(
+    held: Sequence[Held],
+    divisor: torch.Tensor | None,
+    rates: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW in place, see the module.
+
+    Args:
+        held: all with moments of the same bits.
+        divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not
+            finite, nothing changes.
+        rates: fp32 (4,), see adam.rates_of; where a kernel updates, on its device.
+    """
+    device, bits = held[0].weight.device, held[0].exp_avg.element_size() * 8
+    if has_kernel("update_low", device, bits):
+        from opt.model.kernels import adamw_low
+
+        divisor = torch.ones((), device=device) if divisor is None else divisor
+        adamw_low(held, divisor, rates, beta1, beta2, eps, weight_decay)
+        return
+    if divisor is not None and not divisor.isfinite():
+        return
+    lr, correction1, correction2_root, step = rates.tolist()
+    for one in held:
+        key = _mixed((one.seed + int(step) * 0x9E3779B9) & _MASK)
+        for first in range(0, one.weight.numel(), _PIECE):
+            _update(
+                _piece(one, first),
+                key,
+                1.0 if divisor is None else 1.0 / divisor,
+                *(lr, correction1, correction2_root),
+                *(beta1, beta2, eps, weight_decay),
+            )
+
+
+_PIECE = 2**18  # elements: the fp32 and int64 tensors of one in between are a few MiB each
+
+
+def _piece(held: Held, first: int) -> Held:
+    """Its elements from `first` on, _PIECE at most."""
+    flat = [t.view(-1)[first : first + _PIECE] for t in (held.grad, held.weight)]
+    flat += [t.view(-1)[first : first + _PIECE] for t in (held.exp_avg, held.exp_avg_sq)]
+    scales = [
+        None if t is None else t[first // BLOCK : (first + _PIECE) // BLOCK]
+        for t in (held.exp_avg_scale, held.exp_avg_sq_scale)
+    ]
+    return Held(*flat, *scales, held.seed, held.start + first)
+
+
+def _update(
+    held: Held, key, factor, lr, correction1, correction2_root, beta1, beta2, eps, weight_decay
+) -> None:
+    """What kernels._adamw_low does with each element, operation by operation."""
+    grad, weight = held.grad.float() * factor, held.weight.float()
+    if held.exp_avg_scale is None:
+        first, second = held.exp_avg.float(), held.exp_avg_sq.float()
+    else:
+        first = decoded_first(held.exp_avg, held.exp_avg_scale)
+        second = decoded_second_root(held.exp_avg_sq, held.exp_avg_sq_scale).square()
+    weight -= lr * weight_decay * weight
+    first = beta1 * first + (1 - beta1) * grad
+    second = beta2 * second + (1 - beta2) * grad * grad
+    root = second.sqrt()
+    weight -= lr / correction1 * first / (root / correction2_root + eps)
+
+    positions = torch.arange(held.start, held.start + weight.numel(), device=weight.device)
+    random = _mixed((positions + key) & _MASK)
+    other = random * 0x9E3779B1 & _MASK
+    held.weight.copy_(rounded_to_bf16(weight, random & 0xFFFF))
+    if held.exp_avg_scale is None:
+        held.exp_avg.copy_(rounded_to_bf16(first, other >> 16))
+        held.exp_avg_sq.copy_(rounded_to_bf16(second, random >> 16))
+    else:
+        encode_first(first, other >> 12, held.exp_avg, held.exp_avg_scale)
+        encode_second_root(root, random >> 13, held.exp_avg_sq, held.exp_avg_sq_scale)
+
+
+def _mixed(number):
+    """32 bits (an int, or an int64 tensor) that look random: MurmurHash3's finalizer, in which each
+    bit of the number changes each of the result with a probability of one half."""
+    number = (number ^ number >> 16) * 0x85EBCA6B & _MASK
+    number = (number ^ number >> 13) * 0xC2B2AE35 & _MASK
+    return number ^ number >> 16
+
+
+def rounded_to_bf16(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """fp32 values to bf16, stochastically. `random`: 16 bits each, int64."""
+    bits = (values.view(torch.int32) + random.to(torch.int32)) & -0x10000
+    return torch.where(values == values, bits.view(torch.float32), values).bfloat16()
+
+
+def decoded_first(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """First moments, fp32."""
+    magnitude = ((codes & 0x7F).int() << 20).view(torch.float32) / FIRST_SHIFT
+    signed = torch.where(codes >= 128, -magnitude, magnitude)
+    return (signed.view(-1, BLOCK) * scales[:, None]).view(-1)
+
+
+def encode_first(values, random, codes, scales) -> None:
+    """fp32 first moments into `codes` and `scales`. `random`: 20 bits each, int64."""
+    scales.copy_(values.view(-1, BLOCK).abs().amax(1) * (1 / FIRST_MAX))
+    magnitude = (values.view(-1, BLOCK).abs() * _inverse(scales)).view(-1)
+    code = (_bits(magnitude, FIRST_SHIFT) + random >> 20).clamp(max=126)
+    codes.copy_(code | torch.where(values < 0, 128, 0))
+
+
+def decoded_second_root(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Roots of second moments, fp32."""
+    values = (codes.int() << 19).view(torch.float32) / SECOND_SHIFT
+    return (values.view(-1, BLOCK) * scales[:, None]).view(-1)
+
+
+def encode_second_root(values, random, codes, scales) -> None:
+    """fp32 roots of second moments into `codes` and `scales`. `random`: 19 bits each, int64."""
+    scales.copy_(values.view(-1, BLOCK).amax(1) * (1 / SECOND_MAX))
+    scaled = (values.view(-1, BLOCK) * _inverse(scales)).view(-1)
+    codes.copy_((_bits(scaled, SECOND_SHIFT) + random >> 19).clamp(max=255))
+
+
+def _inverse(scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales > SMALLEST, 1.0 / scales, 0.0)[:, None]
+
+
+def _bits(values: torch.Tensor, shift: float) -> torch.Tensor:
+    return (values * shift).view(torch.int32).long()
