@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from opt.model import kernel_probe, kernels
+from opt.model import kernel_probe, kernels, low_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -72,6 +72,23 @@ def flat(dtype, is_aligned):
     return [torch.zeros(160 if is_aligned else 163, dtype=dtype) for _ in range(2)]
 
 
+NUMBERS = torch.ones(()), torch.ones(4), 0.9, 0.999, 1e-8, 0.01
+
+
+def held(bits, size):
+    """Two parameters with bf16 weights, and moments of so many bits."""
+    dtypes = [torch.bfloat16] * 2 + [torch.uint8 if bits == 8 else torch.bfloat16] * 2
+    return [
+        low_bits.Held(
+            *(torch.zeros(size, dtype=dtype) for dtype in dtypes),
+            *(torch.zeros(size // 256) if bits == 8 else None for _ in range(2)),
+            seed=0,
+            start=0,
+        )
+        for _ in range(2)
+    ]
+
+
 def short_attention_sizes() -> list[tuple[int, int]]:
     """All (longest row, head_dim) for which another kernel of short attention is built."""
     sizes = itertools.product((2**i for i in range(12)), range(1, 2049))
@@ -102,6 +119,12 @@ def call_all(call) -> None:
             kernels.adamw(
                 grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01
             )
+
+    for bits, is_aligned in ((8, True), (16, True), (16, False)):
+        call[0] = {"bits": bits, "aligned": is_aligned}
+        # Gradient in; weight, and moments of 16 bits, in and out: codes move 8 bytes at a time
+        call[0]["bytes_an_element"] = 3 * 2 + (4 * 2 if bits == 16 else 0)
+        kernels.adamw_low(held(bits, 512 if bits == 8 else 160 if is_aligned else 163), *NUMBERS)
 
     # OPT's vocabulary, and one that no row of which begins where 16 bytes do; targets behind the
     # first of a packed batch, and others.
@@ -135,6 +158,8 @@ def call_trials(call) -> None:
     call[0] = "trial"
     for kernel, *variant in (
         ("update", bf16, bf16),
+        ("update_low", 8),
+        ("update_low", 16),
         ("norm", bf16),
         ("loss", bf16, 50272),
         ("loss", bf16, 25136, 2),
@@ -147,6 +172,8 @@ def call_trials(call) -> None:
     fp32 = [[torch.zeros(size) for size in sizes] for _ in range(3)]
     kernels.adamw(grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01)
     kernels.sum_of_squares(grads)
+    for bits in (8, 16):
+        kernels.adamw_low(held(bits, 50272 * 16), *NUMBERS)
     kernels.cross_entropy(
         torch.zeros(1024, 50272, dtype=bf16),
         torch.zeros(1025, dtype=torch.int64)[1:],

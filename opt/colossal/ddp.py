@@ -28,7 +28,7 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
         if low_memory.is_low(plan):
             self.weights_dtype = dtype
         self.mixed_precision = AutocastPrecision(
-            dtype, self.weights_dtype, device.type, plan.max_norm
+            dtype, device.type, plan.max_norm, self.weights_dtype
         )
         self._ddp: LayerwiseDDP | None = None
 
@@ -88,7 +88,10 @@ class AutocastPrecision(MixedPrecision):
     CUDA only.
     """
 
-    def __init__(self, dtype: torch.dtype, weights: torch.dtype, device_type: str, max_norm: float):
+    def __init__(
+        self, dtype: torch.dtype, device_type: str, max_norm: float, weights=torch.float32
+    ):
+        """`weights`: the dtype that they are in."""
         self.dtype, self.weights = dtype, weights
         self.device_type, self.max_norm = device_type, max_norm
 

@@ -11,6 +11,7 @@ Under low_level_zero, which spreads the last number over the processes, and torc
 plugins' optimizers update an fp32 copy.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -19,8 +20,10 @@ import torch
 from colossalai.interface import OptimizerWrapper
 
 from opt.colossal.adam import HybridAdam, adam_state, rates_of
+from opt.errors import UserError
 from opt.model import low_bits
 from opt.model.low_bits import BLOCK, Held
+from opt.model.weights import Weights
 
 BITS = {"adamw_anyprecision": 16, "adamw_8bit": 8}
 
@@ -43,6 +46,20 @@ def update_kernels(plan: Namespace) -> Iterator[tuple]:
         yield "update_low", bits
     if plan.max_norm > 0:
         yield "norm", torch.bfloat16
+
+
+def check_cuts(plan: Namespace, model: Weights) -> None:
+    """Raise UserError where processes would cut moments in 8 bits within a block."""
+    if plan.optim != "adamw_8bit" or plan.plugin != "low_level_zero":
+        return
+    for name in model:
+        shape = model.shape(name)
+        if low_bits.has_blocks(shape) and math.prod(shape) % (BLOCK * plan.dp_size):
+            raise UserError(
+                f"--optim adamw_8bit has a scale for each {BLOCK} moments, within which "
+                f"{plan.dp_size} processes of low_level_zero would cut {name}: use a power of two "
+                "of them, up to 64, or --plugin torch_ddp"
+            )
 
 
 class LowMemoryAdam(HybridAdam):

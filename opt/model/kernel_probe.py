@@ -13,7 +13,7 @@ import torch
 
 WORK = {
     "update": "the update",
-    "update_low": "the update of bf16 weights",
+    "update_low": "AdamW on bf16 weights",
     "norm": "the gradient's norm",
     "loss": "the fused loss",
     "attention": "the attention of short rows",

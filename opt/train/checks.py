@@ -19,11 +19,12 @@ import torch.distributed as dist
 from transformers import OPTConfig, PreTrainedTokenizerFast
 
 from args import resolve
+from opt.colossal import low_memory
 from opt.colossal.processes import Place
 from opt.data import tokens
 from opt.data.texts import WIKITEXT
 from opt.errors import UserError
-from opt.model import lora, low_bits, weights
+from opt.model import lora, weights
 from opt.model.config import load_config, with_dropout
 from opt.model.kernel_probe import has_bf16, has_fp8
 from opt.model.opt import meta_model
@@ -77,7 +78,7 @@ def check(flags: Namespace, here: Place) -> Setup:
     _check_prompts(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
-    _check_blocks(plan, contents)
+    low_memory.check_cuts(plan, contents)
     if plan.lora_r and Path(plan.output_path).resolve() == directory.resolve():
         raise UserError(
             f"--output_path {plan.output_path} is the model's own folder, which its adapters "
@@ -109,22 +110,8 @@ def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig
     _check_length("--seq_length", plan.seq_length, config)
     contents = weights.InitialWeights(meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
-    _check_blocks(plan, contents)
+    low_memory.check_cuts(plan, contents)
     return plan, config, contents
-
-
-def _check_blocks(plan: Namespace, contents: weights.Weights) -> None:
-    """Raise UserError where processes would cut moments in 8 bits within a block."""
-    if plan.optim != "adamw_8bit" or plan.plugin != "low_level_zero":
-        return
-    for name in contents:
-        shape = contents.shape(name)
-        if low_bits.has_blocks(shape) and math.prod(shape) % (low_bits.BLOCK * plan.dp_size):
-            raise UserError(
-                f"--optim adamw_8bit has a scale for each {low_bits.BLOCK} moments, within which "
-                f"{plan.dp_size} processes of low_level_zero would cut {name}: use a power of two "
-                "of them, up to 64, or --plugin torch_ddp"
-            )
 
 
 def with_adapters(
