@@ -206,7 +206,7 @@ def test_a_run(tmp_path, small_model):
     said = train(tmp_path / "low", *low, "--save_steps", 30, "--save_total_limit", 3).stdout
     assert "moments in 8 bits" in said
     ours, theirs = (torch.tensor(losses(tmp_path / name)) for name in ("low", "torch"))
-    assert theirs[0] - theirs[-1] > 1
+    assert theirs[0] - theirs[-1] > 0.5
     assert (ours - theirs).mean().abs() < 0.01, (ours - theirs).mean()
     assert (ours - theirs).abs().max() < 0.1
 
@@ -230,3 +230,25 @@ def test_a_run(tmp_path, small_model):
     few = [part for pair in few.items() for part in pair]
     train(tmp_path / "two", *few, "--resume", halfway, nproc=2)
     assert (torch.tensor(losses(tmp_path / "two")) - ours[30:]).abs().max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_kernel_on_a_gpu(bits):
+    """Is the update of a CPU, but where the last bit of a division decides a rounding."""
+    torch.manual_seed(0)
+    ours = [new_held(torch.randn(n).bfloat16() * 0.02, bits) for n in (2**20, 9 * BLOCK)]
+    theirs = [
+        Held(**{k: getattr(v, "cuda", lambda v=v: v)() for k, v in vars(h).items()}) for h in ours
+    ]
+    one = torch.ones(())
+    for step in range(1, 11):
+        rates = torch.tensor([1e-4, 1 - 0.9**step, (1 - 0.999**step) ** 0.5, step])
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(len(a.weight)).bfloat16() * 1e-3
+            b.grad = a.grad.cuda()
+        low_bits.adamw(ours, one, rates, 0.9, 0.999, 1e-8, 0.1)
+        low_bits.adamw(theirs, one.cuda(), rates.cuda(), 0.9, 0.999, 1e-8, 0.1)
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip((a.weight, *moments(a)), (b.weight, *moments(b)), strict=True):
+            assert x.any() and torch.isclose(x.float(), y.cpu().float()).float().mean() > 0.99
