@@ -144,6 +144,9 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class HybridAdam(colossalai_optimizer.HybridAdam):
     """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is
     not finite.
@@ -153,7 +156,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     """
 
     # What its state has of each parameter, and of how many elements a number of it is
-    moments: dict[str, int] = {"exp_avg": 1, "exp_avg_sq": 1}
+    moments: dict[str, int] = dict.fromkeys(MOMENTS, 1)
 
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before
     # it calls step().

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from colossalai.interface import OptimizerWrapper
 
-from opt.colossal.adam import HybridAdam, adam_state, rates_of
+from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, rates_of
 from opt.errors import UserError
 from opt.model import low_bits
 from opt.model.low_bits import BLOCK, Held
@@ -65,7 +65,7 @@ def check_cuts(plan: Namespace, model: Weights) -> None:
 class LowMemoryAdam(HybridAdam):
     """HybridAdam with moments of `bits` bits, on bf16 weights."""
 
-    moments = {"exp_avg": 1, "exp_avg_sq": 1, "exp_avg_scale": BLOCK, "exp_avg_sq_scale": BLOCK}
+    moments = HybridAdam.moments | {f"{name}_scale": BLOCK for name in MOMENTS}
 
     def __init__(self, *args, bits: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -86,7 +86,7 @@ class LowMemoryAdam(HybridAdam):
         if self._bits == 16 or not low_bits.has_blocks(self._pieces[key].shape):
             return {
                 name: torch.zeros(shape, dtype=torch.bfloat16, device=key.device)
-                for name in ("exp_avg", "exp_avg_sq")
+                for name in MOMENTS
             }
         return {
             name: torch.zeros(key.numel() // BLOCK, device=key.device)
@@ -119,10 +119,14 @@ class LowMemoryAdam(HybridAdam):
         """Made once: weights and moments stay where they are."""
         if param not in self._held:
             state, piece = adam_state(self, param, param.shape), self._pieces[param]
-            names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
-            moments = [None if (t := state.get(name)) is None else t.view(-1) for name in names]
+            moments = {
+                name: None if (moment := state.get(name)) is None else moment.view(-1)
+                for name in self.moments
+            }
             seed = low_bits.parameter_seed(self._seed, piece.name)
-            self._held[param] = Held(None, param.data.view(-1), *moments, seed, piece.start)
+            self._held[param] = Held(
+                grad=None, weight=param.data.view(-1), **moments, seed=seed, start=piece.start
+            )
         return self._held[param]
 
 
