@@ -239,8 +239,15 @@ def draw(results: list[dict], directory: Path) -> None:
 
 
 def campaign(name: str, folder: Path = RESULTS) -> list[dict]:
-    """The results whose files' names begin so, in the order of GPUs, model, rows and rate."""
-    found = [line for file in sorted(folder.glob(f"{name}*.jsonl")) for line in lines(file)]
+    """The results whose files' names begin so, of the commit that was measured last, in the order
+    of GPUs, model, rows and rate. Records of before there were campaigns only by a file's whole
+    name, and of all their commits."""
+    files = sorted(folder.glob(f"{name}*.jsonl"))
+    found = [line for file in files for line in lines(file) if "file" not in line]
+    if found:
+        commit = max(found, key=lambda line: line["date"])["commit"]
+        found = [line for line in found if line["commit"] == commit]
+    found += [line for line in lines(folder / f"{name}.jsonl") if "file" in line]
     return sorted(found, key=lambda r: (*group(r), -r.get("tokens_per_second", 0)))
 
 
@@ -328,6 +335,10 @@ def columns_of_campaign() -> dict:
         found = floor(r)
         return ms(r["step_seconds"]["median"] - sum(found.values())) if found else ""
 
+    def first(r) -> str:
+        known = r.get("seconds_to_first_step") if r.get("started") == "launched" else None
+        return f"{known:.1f}" if known else ""
+
     def predicted(r) -> str:
         said = r.get("predicted_bytes")
         return f"{(said['device'] or said['host']) / GIB:.1f}" if said else ""
@@ -345,6 +356,7 @@ def columns_of_campaign() -> dict:
         "predicted": predicted,
         "host GiB": lambda r: f"{r['peak_host_memory_bytes'] / GIB:.1f}",
         "loss": lambda r: f"{r['loss']:.3f}",
+        "first step s": first,
     }
 
 

@@ -413,7 +413,10 @@ def test_report_of_a_campaign(recorded, tmp_path):
     """Each row with its floor: what six operations a weight take, and 28 bytes a parameter."""
     lines = [json.loads(file.read_text()) for file in sorted(recorded.glob("*.json"))]
     lines = [line | {"engine": line.get("engine", line["plugin"])} for line in lines]
-    lines = [line | {"command": str(i), "commit": "abc"} for i, line in enumerate(lines)]
+    about = {"commit": "abc", "date": "2026-11-27T03:20:00Z"}
+    lines = [line | about | {"command": str(i)} for i, line in enumerate(lines)]
+    earlier = {"commit": "older", "date": "2026-11-27T02:40:00Z", "plugin": "of another commit"}
+    lines.append(lines[0] | earlier)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "2026-11-27-one-h100.jsonl").write_text(text)
     report.report_campaign("2026-11-27", tmp_path, None)
@@ -444,7 +447,7 @@ def test_the_readmes_table_keeps_who_is_faster(tmp_path, capsys):
     rates = {"fsdp2 --fused_loss": 70_000, "low_level_zero --compile --fused_loss": 60_000}
     offloaded = recorded_result("1.3b", "gemini", 16, 90_000) | {"offload_optim_frac": 1.0}
     found = [recorded_result("1.3b", engine, 16, rate) for engine, rate in rates.items()]
-    lines = [r | {"command": r["engine"]} for r in [*found, offloaded]]
+    lines = [r | {"command": r["engine"], "date": ""} for r in [*found, offloaded]]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.report_campaign("x", tmp_path, tmp_path)
     readme = (tmp_path / "README.md").read_text()
