@@ -106,13 +106,16 @@ def parallel(gpus: int):
         yield measured("deepspeed_zero3", 4, "6.7b", 8, "deepspeed_zero3 --fused_loss")
 
 
-def on_several(gpus: int):
+def on_several(gpus: int, model: str):
     """As many rows on each as on one alone."""
-    for model in ("1.3b", "350m"):
-        yield from side_by_side(model, 16, SEVERAL, gpus)
-    yield measured("cuda_graph", gpus, "350m", 16, GRAPHED)
-    yield Measurement(f"demo-x{gpus}", gpus, "demo", launched=True)
-    yield from parallel(gpus)
+    yield from side_by_side(model, 16, SEVERAL, gpus)
+    if model == "350m":
+        yield measured("cuda_graph", gpus, model, 16, GRAPHED)
+
+
+def demo(gpus: int):
+    several = f"-x{gpus}" if gpus > 1 else ""
+    yield Measurement(f"demo{several}", gpus, "demo", launched=True)
 
 
 def on_a_cpu():
@@ -134,7 +137,7 @@ def everything():
     yield from side_by_side("1.3b", 16)
     yield from side_by_side("350m", 16)
     yield measured("cuda_graph", 1, "350m", 16, GRAPHED)
-    yield Measurement("demo", 1, "demo", launched=True)
+    yield from demo(1)
     yield from in_eight_bits("6.7b", 8)
     yield from adapters("6.7b", 8)
     lora = f"low_level_zero {FAST} --fp8 --lora_r 16 --lora_alpha 32"
@@ -145,8 +148,14 @@ def everything():
     yield measured("first_step", 1, "350m", 16, first, launched=True)
     yield from side_by_side("2.7b", 8, ("low_level_zero", "low_level_zero-fp8", "deepspeed_zero2"))
 
-    yield from on_several(4)
-    yield from on_several(2)
+    yield from on_several(4, "1.3b")
+    yield from demo(4)
+    yield from parallel(2)
+    yield from parallel(4)
+    yield from on_several(2, "1.3b")
+    yield from on_several(4, "350m")
+    yield from on_several(2, "350m")
+    yield from demo(2)
 
     yield from offloaded("1.3b", 16)
     yield from offloaded("350m", 16)
