@@ -272,7 +272,7 @@ class Campaign:
         left, total = list(missing), len(missing)
         while left or self._running:
             is_late = self._seconds_left() < AT_ONCE
-            while left and not is_late and (slots := self._free(left[0].gpus)) is not None:
+            while left and not is_late and (slots := self._free(left[0])) is not None:
                 self._start(left.pop(0), slots)
             if not self._running and is_late:
                 break
@@ -286,16 +286,17 @@ class Campaign:
     def _seconds_left(self) -> float:
         return self.args.minutes * 60 - (time.monotonic() - self._begun)
 
-    def _free(self, gpus: int) -> list[int] | None:
+    def _free(self, m: Measurement) -> list[int] | None:
         """The places of the next measurement, None while it has to wait."""
-        if self._running and not self.args.side_by_side:
+        is_alone = m.alone or any(running.measurement.alone for running in self._running)
+        if self._running and (is_alone or not self.args.side_by_side):
             return None
         taken = {slot for running in self._running for slot in running.slots}
         free = [slot for slot in range(self.machine.processes) if slot not in taken]
-        return free[:gpus] if len(free) >= gpus else None
+        return free[: m.gpus] if len(free) >= m.gpus else None
 
     def _start(self, m: Measurement, slots: list[int]) -> None:
-        share = self.args.side_by_side and len(slots) < self.machine.processes
+        share = self.args.side_by_side and not m.alone and len(slots) < self.machine.processes
         cores = self.machine.cores_of(slots) if share else self.machine.cores
         running = Running(m, slots, cores, len(self._running))
         log, result = self._files(m)
