@@ -90,6 +90,7 @@ def offloaded(model: str, rows: int):
 
 def in_eight_bits(model: str, rows: int):
     """All parameters trained, Adam's state in 8 bits."""
+    yield measured("8bit", 1, model, rows, f"low_level_zero {FAST} --optim adamw_8bit")
     yield measured("8bit-bitsandbytes", 1, model, rows, "bnb_8bit --fused_loss")
 
 
@@ -163,6 +164,7 @@ def everything():
     yield from on_several(2, "350m")
     yield from demo(2)
 
+    yield from in_eight_bits("1.3b", 16)
     yield from offloaded("6.7b", 8)
     yield from offloaded("1.3b", 16)
     yield from offloaded("350m", 16)
