@@ -401,8 +401,8 @@ def others_line(result: dict) -> str:
 
 
 def claim(results: list[dict], model: str = "1.3b", rows_each: int = 16) -> list[dict]:
-    """The rows that carry the claim: one GPU, this model and rows, nothing in host memory; the
-    fastest first."""
+    """The rows that carry the claim: one GPU, this model and rows, all parameters by the same
+    AdamW, nothing in host memory; the fastest first."""
     return [
         r
         for r in results
@@ -410,6 +410,7 @@ def claim(results: list[dict], model: str = "1.3b", rows_each: int = 16) -> list
         and status(r) == "ok"
         and not r.get("offload_optim_frac")
         and not r.get("lora_r")
+        and r.get("optim", "adamw_torch") == "adamw_torch"
     ]
 
 

@@ -243,7 +243,8 @@ def results_of_campaign(out) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """benchmarks/campaign.py on a CPU, killed while it measures the second, started again.
+    """benchmarks/campaign.py on a CPU, killed while it measures the second, started again, two at a
+    time.
 
     Returns the folder, the results when it was killed, and the second run's output.
     """
@@ -257,7 +258,7 @@ def campaign(tmp_path_factory):
     assert not any(str(out) in command_line for command_line in command_lines()), (
         "the measurement goes on without the campaign"
     )
-    done = run(*of_campaign(out), env=cpu, timeout=400)
+    done = run(*of_campaign(out, "--side_by_side"), env=cpu, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return out, before, done.stdout
 
@@ -315,6 +316,16 @@ def test_two_forked_processes_are_one_run(campaign):
 @pytest.mark.skipif(DEEPSPEED, reason="deepspeed is installed here")
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so(campaign):
     assert results_of_campaign(campaign[0])["deepspeed_zero2"]["status"] == "not installed"
+
+
+def test_side_by_side_they_share_the_cores(campaign):
+    results = results_of_campaign(campaign[0])
+    beside = [r for r in results.values() if r.get("beside")]
+    assert beside, "none ran beside another"
+    cores = results["torch_ddp"]["host"]["cores"]
+    assert results["x2-cpu-torch_ddp"]["beside"] == 0  # it needs both places
+    assert {r["cores"] for r in beside} == {max(1, cores // 2)}
+    assert results["torch_ddp"]["cores"] == cores == results["x2-cpu-torch_ddp"]["cores"]
 
 
 def test_a_launched_measurement_has_a_first_step_and_memory_of_its_own(sweep, campaign):
