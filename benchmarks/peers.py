@@ -23,6 +23,7 @@ from args import (  # noqa: E402
     add_lora_arguments,
     add_measurement_arguments,
     add_run_arguments,
+    benchmark_parser,
 )
 from opt import installed  # noqa: E402
 
@@ -91,19 +92,9 @@ def parse(arguments: list[str] | None = None):
     add_measurement_arguments(parser)
     add_run_arguments(parser.add_argument_group("training"), seed=42)
     add_lora_arguments(parser)
-    # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
-    parser.set_defaults(
-        plugin="torch_ddp",
-        tp_size=None,
-        pp_size=None,
-        num_microbatches=None,
-        zero_stage=None,
-        offload_optim_frac=None,
-        cuda_graph=False,
-        fp8=False,
-        optim="adamw_torch",
-    )
     args = parser.parse_args(arguments)
+    # What the checks and the result ask about beyond this: to them a peer is plain data parallel.
+    args = benchmark_parser().parse_args([]).but(**vars(args))
     if bool(args.lora_r) != (args.engine in LORA):
         parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
