@@ -163,6 +163,10 @@ class TrainingState:
         """What there is to read and write, the weights first."""
         return (WEIGHTS, *self._adam.moments)
 
+    def own_shapes(self) -> dict[str, torch.Size]:
+        """What own_share gives this process: names and whole shapes, in its order."""
+        return {p.name: self._shapes[p.name] for p, is_own in self._dealt() if is_own}
+
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole tensors (host memory, copies) of one of `kinds`. A collective.
 
@@ -171,19 +175,12 @@ class TrainingState:
         """
         self._form.finish()
         spread = self._spread
-        # Elements so far, by process of this pipeline stage
-        dealt = [0] * (spread.dp_size * spread.tp_size)
-        for piece in self._pieces:
-            if piece.name not in self._shapes:  # a tied head: on a last stage the embedding's twin
-                continue
-            owner = dealt.index(min(dealt))
+        for piece, is_owner in self._dealt():
             whole = self._shapes[piece.name]
-            dealt[owner] += whole.numel()
-            is_owner = owner == spread.dp_rank * spread.tp_size + spread.tp_rank
             split = _split_dim(piece.shape, whole)
             if piece.group is None and split is None and not is_owner:
                 continue
-            tensor = self._flat(piece, kind)
+            tensor = self._flat(piece, kind, is_joined=split is not None)
             if tensor is None:
                 continue
             tensor = tensor.view(piece.shape if self._span(kind) == 1 else -1)
@@ -194,6 +191,18 @@ class TrainingState:
                 tensor = torch.cat(parts, split).narrow(split, 0, whole[split]).contiguous()
             if is_owner:
                 yield piece.name, tensor.cpu()
+
+    def _dealt(self) -> Iterator[tuple[Piece, bool]]:
+        """All pieces, and whether this process is to write their tensor."""
+        spread = self._spread
+        # Elements so far, by process of this pipeline stage
+        dealt = [0] * (spread.dp_size * spread.tp_size)
+        for piece in self._pieces:
+            if piece.name not in self._shapes:  # a tied head: on a last stage the embedding's twin
+                continue
+            owner = dealt.index(min(dealt))
+            dealt[owner] += self._shapes[piece.name].numel()
+            yield piece, owner == spread.dp_rank * spread.tp_size + spread.tp_rank
 
     def load(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take this process's pieces of whole tensors."""
@@ -236,23 +245,25 @@ class TrainingState:
         ).get(kind)
         return None if own is None else own.view(-1)
 
-    def _flat(self, piece: Piece, kind: str) -> torch.Tensor | None:
-        """The parameter on this tensor-parallel rank, flat, put together from all pieces; a
-        copy."""
+    def _flat(self, piece: Piece, kind: str, is_joined: bool) -> torch.Tensor | None:
+        """The parameter on this tensor-parallel rank, flat, put together from all pieces; a copy.
+        On the device if processes do so, or if it `is_joined` to others."""
         span, own = self._span(kind), self._own(piece, kind) if piece.size else None
         if piece.size and own is None:
             return None
+        stays = own is not None and not is_joined
+        stays &= piece.group is None or dist.get_world_size(piece.group) == 1
         start, numel = piece.start // span, piece.shape.numel() // span
         # A slice of ZeRO's may reach past the parameter's end, into padding.
         flat = torch.zeros(
             max((piece.start + piece.size) // span, numel),
             dtype=torch.float32 if own is None else own.dtype,
-            device=get_accelerator().get_current_device(),
+            device=own.device if stays else get_accelerator().get_current_device(),
         )
         if own is not None:
             flat[start : start + own.numel()] = own
         flat = flat[:numel]
-        if piece.group is not None:
+        if piece.group is not None and not stays:
             flat = flat.contiguous()
             dist.all_reduce(flat, group=piece.group)
         return flat

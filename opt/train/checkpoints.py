@@ -14,11 +14,14 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
 
 Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and
 `latest` names it last. Tensors are copied to host memory while training waits (12 bytes a parameter
-over all processes, with --optim 6 or 4); a thread writes them while it goes on.
+over all processes, with --optim 6 or 4); a thread writes them while it goes on. Where they are in
+host memory already (--offload_optim_frac), which has no room for them twice, training waits until
+they are written.
 """
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,7 +29,7 @@ import shutil
 import signal
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +69,7 @@ class Saver:
         self._frozen_checksum = model.frozen_checksum if run.here.is_main else None
         shapes = {name: torch.Size(model.shape(name)) for name in model}
         self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
-        self._thread: threading.Thread | None = None
+        self._has_begun, self._thread = False, None
         self.saved: Path | None = None  # the newest that is complete
         if self._here.is_main:
             for left_over in (
@@ -132,18 +135,24 @@ class Saver:
         self.saved = checkpoint.path
 
     def begin(self, position: Position, metrics: Path, tracking: dict | None = None) -> None:
-        """Copy the state; its writing goes on in the background. `metrics` is the main process's
-        metrics.jsonl, `tracking` its Recorder's."""
+        """Copy the state; its writing goes on in the background. Or write it at once, a tensor at a
+        time. `metrics` is the main process's metrics.jsonl, `tracking` its Recorder's."""
         self.finish()
-        tensors = {
-            f"{kind}/{name}": tensor
-            for kind in self._state.kinds
-            for name, tensor in self._state.own_share(kind)
-        }
-        tensors |= {
+        rng = {
             f"rng/{self._here.rank}/{name}": tensor
             for name, tensor in _rng_state(self._here).items()
         }
+        kinds = self._state.kinds
+        if self._plan.offload_optim_frac:
+            shapes = self._state.own_shapes()
+            entries = {f"{kind}/{n}": (torch.float32, shapes[n]) for kind in kinds for n in shapes}
+            tensors = (tensor for kind in kinds for _, tensor in self._state.own_share(kind))
+        else:
+            copies = {f"{kind}/{n}": t for kind in kinds for n, t in self._state.own_share(kind)}
+            entries = {name: (tensor.dtype, tensor.shape) for name, tensor in copies.items()}
+            tensors = copies.values()
+        entries |= {name: (tensor.dtype, tensor.shape) for name, tensor in rng.items()}
+        tensors = itertools.chain(tensors, rng.values())
         texts = {}
         if self._here.is_main:
             state = {
@@ -167,17 +176,25 @@ class Saver:
         )
         # For as long as this checkpoint is the newest, whatever the next evaluation says
         self._is_best = self.evaluations.best_step == position.step
-        self._thread = threading.Thread(target=self._write, args=(tensors, texts))
-        self._thread.start()
+        self._has_begun = True
+        if self._plan.offload_optim_frac:
+            self._write(entries, tensors, texts)
+            for _ in tensors:  # after an error: other processes need this one for theirs
+                pass
+            self.finish()
+        else:
+            self._thread = threading.Thread(target=self._write, args=(entries, tensors, texts))
+            self._thread.start()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if there is one, and make it one. Raises
         UserError on all processes if any of them could not write its part; the checkpoints from
         before are untouched then."""
-        if self._thread is None:
+        if not self._has_begun:
             return
-        self._thread.join()
-        self._thread = None
+        if self._thread:
+            self._thread.join()
+        self._has_begun, self._thread = False, None
         best = self._final if self._is_best else self._best
         results = self._control.gather((self._written, self._error))
         error = next((error for _, error in results if error), None)
@@ -220,9 +237,9 @@ class Saver:
         whole = self._model.taken_up(best.tensors(WEIGHTS))
         self._boosted.plugin.place(self._boosted.model, whole)
 
-    def _write(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
-        """In a thread: this process's files, to disk."""
-        self._error = self._try(lambda: self._write_files(tensors, texts))
+    def _write(self, entries: dict, tensors: Iterable[torch.Tensor], texts: dict) -> None:
+        """This process's files, to disk."""
+        self._error = self._try(lambda: self._write_files(entries, tensors, texts))
 
     def _try(self, work) -> str | None:
         try:
@@ -235,10 +252,10 @@ class Saver:
     def _aside(self) -> Path:
         return self._final.with_name(_WRITING + self._final.name)
 
-    def _write_files(self, tensors: dict[str, torch.Tensor], texts: dict) -> None:
+    def _write_files(self, entries: dict, tensors: Iterable[torch.Tensor], texts: dict) -> None:
         self._aside.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self._here.rank:05d}.safetensors"
-        self._written[name] = _write(self._aside / name, safetensors_parts(tensors))
+        self._written[name] = _write(self._aside / name, safetensors_parts(entries, tensors))
         for name, text in texts.items():
             self._written[name] = _write(self._aside / name, [text])
 
@@ -449,21 +466,24 @@ def check_same_run(
             )
 
 
-def safetensors_parts(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file. [C24] That package's own writer first copies each tensor,
-    and [F44] has errors of the disk in words only."""
+def safetensors_parts(
+    entries: dict[str, tuple[torch.dtype, torch.Size]], tensors: Iterable[torch.Tensor]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of `tensors`, whose names, dtypes and shapes are `entries`.
+    [C24] That package's own writer first copies each tensor, and [F44] has errors of the disk in
+    words only."""
     header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
+    for tensor in tensors:
         yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
