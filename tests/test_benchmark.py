@@ -477,9 +477,11 @@ def test_every_measurement_is_one_that_its_script_takes():
     for one in measurements.MEASUREMENTS:
         if one.engine in PLUGINS:
             flags = benchmark_parser().parse_args(["--plugin", one.engine, *one.flags])
-            resolve(flags, "cpu" if one.on_cpu else "cuda", True)
         elif one.engine in peers.ENGINES:
-            peers.parse(["--engine", one.engine, *one.flags])
+            flags = peers.parse(["--engine", one.engine, *one.flags])
+        else:
+            continue
+        resolve(flags, "cpu" if one.on_cpu else "cuda", True)
 
 
 def assert_picture(file):
