@@ -10,7 +10,7 @@ from benchmarks.peers import ENGINES
 from opt.registry import PLUGINS
 
 # Timed steps in each of three blocks, by model: what takes seconds is timed less often.
-STEPS = {"125m": 20, "350m": 15, "30b": 2, "66b": 2}
+STEPS = {"125m": 20, "350m": 15, "30b": 2, "66b": 2, "175b": 1}
 FAST = "--compile --fused_loss"
 # A plugin in the form that is fastest for long rows, and each peer in its best one: where it is not
 # known before, in both.
@@ -182,6 +182,7 @@ def everything():
         yield measured("cuda_graph", 1, "125m", rows, GRAPHED)
     for model, rows in itertools.product(("350m", "1.3b"), (32, 64)):
         yield from offloaded(model, rows)
+    yield from in_four_bits("175b", 1)  # on an H200
     yield from on_a_cpu()
 
 
