@@ -51,8 +51,20 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line, once a node."""
 
     def parse_args(self, args=None, namespace=None) -> Settings:
-        """The flags."""
-        return Settings(**vars(super().parse_args(args, namespace)))
+        """The flags. With --auto its value is what else was given, by name."""
+        flags = super().parse_args(args, namespace)
+        if getattr(flags, "auto", False):
+            flags.auto = self._given(args)
+        return Settings(**vars(flags))
+
+    def _given(self, args) -> list[str]:
+        defaults = {action: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        given = sorted(vars(super().parse_args(args)))
+        for action, default in defaults.items():
+            action.default = default
+        return given
 
     def error(self, message):
         report_user_error(f"{message} (see --help)")
@@ -248,6 +260,13 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """What decides how the model is built, spread over the devices and updated: the same for
     training and benchmark."""
     g = parser.add_argument_group("model and plugin")
+    g.add_argument(
+        "--auto",
+        action="store_true",
+        help="choose what is not given by the memory that is there, and say why: plugin, offload, "
+        "--fused_loss, --grad_checkpoint, and --batch_size with --gradient_accumulation_steps, "
+        "of which the rows a step stay as many; default off",
+    )
     g.add_argument(
         "--plugin",
         choices=PLUGINS,

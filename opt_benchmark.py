@@ -40,6 +40,11 @@ def main(flags, measured_by) -> None:
     here = processes.place()
     plan, config, weights = checks.check_benchmark(flags, here)
     processes.start(here, plan.mem_cap, plan.timeout_minutes)
+    if getattr(plan, "auto", None):  # the peers have no such flag
+        case, chosen = fit.choose(case_of(flags, plan, config, here))
+        plan = case.plan
+        if here.is_main:
+            print("\n".join(f"  auto      {line}" for line in chosen), flush=True)
     matmul_rate = measure.matmul_flops(here.device)
     if here.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -54,8 +59,7 @@ def main(flags, measured_by) -> None:
 
 def by_training(flags, plan, here, config, weights) -> "Measured":
     """Train on synthetic tokens. Raises UserError for what cannot fit."""
-    rows, room = memory.Rows(plan.seq_length), memory.find_room(here, plan.mem_cap)
-    needed = fit.refuse(fit.Case(flags, plan, config, here, rows, room))
+    needed = fit.refuse(case_of(flags, plan, config, here))
     kernels = plans.missing_kernels(plan, here, config, None)
     boosted = boost(plan, here, config, weights, Steps.of_benchmark(plan.learning_rate))
     spread = boosted.plugin.spread
@@ -84,6 +88,12 @@ def by_training(flags, plan, here, config, weights) -> "Measured":
     if plan.profile:
         profile(step, plan.profile, here)
     return measured
+
+
+def case_of(flags, plan, config, here) -> fit.Case:
+    """What memory is asked for."""
+    rows, room = memory.Rows(plan.seq_length), memory.find_room(here, plan.mem_cap)
+    return fit.Case(flags, plan, config, here, rows, room)
 
 
 @dataclass

@@ -22,6 +22,7 @@ LEAST = "--batch_size 1 --grad_checkpoint"
 FASTEST = "--batch_size 8"
 WAYS = {
     "all, fp32 Adam": "--plugin low_level_zero --compile --fused_loss",
+    "all, 8-bit Adam": "--plugin low_level_zero --optim adamw_8bit --compile --fused_loss",
     "all, Adam in host memory": "--plugin gemini --offload_optim_frac 1 --compile --fused_loss",
     "LoRA": "--plugin low_level_zero --compile --fused_loss --lora_r 16",
     "LoRA, 4 bits": "--plugin low_level_zero --fused_loss --lora_r 16 --load_in_4bit",
@@ -37,7 +38,7 @@ COSTS = {
 }
 # Of a plan, what memory and rate depend on
 _SAME = """plugin precision batch_size gradient_accumulation_steps grad_checkpoint compile
-fused_loss fp8 cuda_graph offload_optim_frac activation_memory_budget lora_r load_in_4bit
+fused_loss fp8 cuda_graph optim offload_optim_frac activation_memory_budget lora_r load_in_4bit
 zero_stage""".split()
 
 

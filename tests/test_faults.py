@@ -342,6 +342,9 @@ def test_what_cannot_fit_is_refused(tmp_path):
     launcher = [*limited(16), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     measures = start(REPO / "opt_benchmark.py", *sizes, env=CPU, launcher=launcher)
 
+    auto = (*on_the_sample(tmp_path / "auto"), "--auto", "--dry_run", "--batch_size", 2048)
+    chooses = start(SCRIPT, *auto, env=CPU, launcher=limited(5))
+
     done = finish(trains, 120)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     (line,) = done.stderr.strip().splitlines()
@@ -356,11 +359,18 @@ def test_what_cannot_fit_is_refused(tmp_path):
     assert re.search(r"exitcode +: 2 ", done.stderr)
     found = re.search(
         r" (\S+) more than .*: --fused_loss --batch_size (\d+) --gradient_accumulation_steps (\d+) "
-        r"fits in (\S+)$",
+        r"fits in ([\d.]+)",
         line,
     )
     rows, steps = int(found[2]), int(found[3])
     assert rows * steps == 300_000 and float(found[4]) < 32 < float(found[1])
+
+    done = finish(chooses, 120)
+    assert done.returncode == 0, done.stderr
+    rows, steps = map(int, re.search(r"(\d+) rows x (\d+) accumulated: ", done.stdout).groups())
+    assert rows * steps == 2048 and steps > 1
+    assert "= 2048 rows a step" in done.stdout
+    assert "plugin torch_ddp: the fastest on a CPU" in done.stdout
 
 
 def test_two_runs_at_once(begin, tmp_path):

@@ -61,7 +61,7 @@ def check(flags: Namespace, here: Place) -> Setup:
     directory = weights.locate(plan.model_name_or_path, plan.model_revision)
     source = load_config(directory)
     config = with_dropout(source, plan.dropout)
-    _check_shape(config, plan)
+    check_shape(config, plan)
     _check_beside(plan, source)
     plan = plan.but(
         max_length=plan.max_length or min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
@@ -106,7 +106,7 @@ def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig
             f"--model_name_or_path {plan.model_name_or_path}: neither a directory nor one of "
             f"{', '.join(PRESETS)}"
         )
-    _check_shape(config, plan)
+    check_shape(config, plan)
     _check_length("--seq_length", plan.seq_length, config)
     contents = weights.InitialWeights(meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
@@ -187,7 +187,8 @@ def settle(flags: Namespace, here: Place) -> Namespace:
     return plan.but(dp_size=here.world_size // model_ranks)
 
 
-def _check_shape(config: OPTConfig, plan: Namespace) -> None:
+def check_shape(config: OPTConfig, plan: Namespace) -> None:
+    """Raise UserError for a model that cannot be cut so."""
     for what, number in (
         ("attention heads", config.num_attention_heads),
         ("ffn_dim", config.ffn_dim),

@@ -1,15 +1,22 @@
-"""What fits into the memory that is there: named where a run is refused."""
+"""What fits into the memory that is there: named where a run is refused, and taken with --auto.
+
+The order is that of speed (docs/measured.md): everything on the device, first low_level_zero, then
+gemini; batches in parts before layers are computed again; then moments in 8 bits; then Adam in host
+memory; tensor parallelism, which needs no less of the GPUs together, only where one cannot hold its
+part.
+"""
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
 
 from transformers import OPTConfig
 
+from args import OPTIMS
 from opt.colossal.processes import Place
 from opt.errors import UserError
-from opt.train.checks import settle
+from opt.model.kernel_probe import has_bf16
+from opt.train.checks import check_shape, settle
 from opt.train.memory import ERROR, Estimate, Room, Rows, estimate, gib
 
 _NAMED = 3  # other ways that a refusal names
@@ -40,6 +47,7 @@ class Case:
         """The plan if these flags had been given besides; None where they do not go together."""
         try:
             plan = settle(self.flags.but(**changes), self.here)
+            check_shape(self.config, plan)
         except UserError:
             return None
         settled = ["max_length", "block_size", "padding_free"]
@@ -105,18 +113,19 @@ def _others(case: Case) -> Iterator[tuple[dict, Estimate]]:
     found = [case.first_that_fits(ways) for ways in ([fused] if fused else [], smaller, every)]
     if not any(found):
         found = [case.first_that_fits([a | b for a in every for b in smaller])]
-    states = list(_states(case))
+    yield from filter(None, found)
+    states = [state for state, _ in _states(case)]
     if not case.plan.lora_r and case.has_weights:
-        lora = {"lora_r": _LORA_R}
+        lora = {"lora_r": _LORA_R, "optim": OPTIMS[0]}
         states += [lora, lora | {"load_in_4bit": True}]
     elif case.plan.lora_r and not flags.load_in_4bit:
         states.append({"load_in_4bit": True})
-    yield from filter(None, found)
-    enough = [way for way, _ in filter(None, found)]
+    is_enough_so = any(found)
     for state in states:
-        # From where it is enough without this state on it says nothing new
-        combined = [a | b for a in [fused, *every[-1:]] for b in [{}, *smaller]]
-        ways = takewhile(lambda way: way not in enough, combined)
+        # Beside a way that keeps all as it is, one that does not is of use with the batch as it is
+        smaller = [] if is_enough_so else _smaller_batches(flags.but(**state))
+        checkpoints = [] if is_enough_so else every[-1:]
+        ways = [a | b for a in [fused, *checkpoints] for b in [{}, *smaller]]
         if fit := case.first_that_fits([state | way for way in ways]):
             yield fit
 
@@ -140,18 +149,152 @@ def _checkpoints(flags: Namespace) -> list[dict]:
     ]
 
 
-def _states(case: Case) -> Iterator[dict]:
-    """Other ways to hold weights, gradients and optimizer, the fastest first."""
+def _states(case: Case) -> Iterator[tuple[dict, str]]:
+    """Ways to hold weights, gradients and optimizer, the fastest first, and what is to be said of
+    each."""
     if case.here.device.type != "cuda":
         return
-    of_plugins = ("plugin", "zero_stage", "tp_size", "pp_size", "num_microbatches")
-    own = dict.fromkeys((*of_plugins, "offload_optim_frac"))
-    several = case.here.world_size > 1
-    if several:
-        yield own | {"plugin": "low_level_zero", "zero_stage": 2}
-        yield own | {"plugin": "gemini", "cuda_graph": False}
-    yield own | {"plugin": "gemini", "offload_optim_frac": 1.0, "cuda_graph": False}
-    if several:
-        sizes = [n for n in (2, 4, 8) if case.here.world_size % n == 0]
-        for size in sizes:
-            yield own | {"plugin": "hybrid_parallel", "tp_size": size}
+    gpus = case.here.world_size
+    for plugin, flags, why in ways_to_hold(gpus, has_bf16(case.here.device)):
+        own = dict.fromkeys(_OF_PLUGINS) | {"plugin": plugin} | flags
+        if "tp_size" in flags:  # one rank has the rows of as many
+            own["batch_size"] = case.flags.batch_size * flags["tp_size"]
+        if plugin == _WITHOUT_GRAPHS:
+            own["cuda_graph"] = False
+        yield own, why
+
+
+_OF_PLUGINS = ("plugin", "zero_stage", "tp_size", "pp_size", "num_microbatches")
+_OF_PLUGINS += ("offload_optim_frac",)
+_WITHOUT_GRAPHS = "gemini"
+
+
+def ways_to_hold(gpus: int, bf16: bool) -> Iterator[tuple[str, dict, str]]:
+    """(plugin, its flags, why) on so many GPUs in all, the fastest first; run_demo.sh's choice is
+    among them too (opt/choose.py)."""
+    if not bf16:
+        yield "torch_ddp", {}, "the fastest without bf16"
+    yield "low_level_zero", {}, "the fastest"
+    if gpus > 1:
+        yield "low_level_zero", {"zero_stage": 2}, "gradients are spread too"
+        yield "gemini", {}, "weights are spread too"
+    if gpus & (gpus - 1) == 0:  # or its processes would cut moments within a scale's block
+        yield "low_level_zero", {"optim": OPTIMS[-1]}, "without fp32 copies, its moments in 8 bits"
+    yield "gemini", {"offload_optim_frac": 1.0}, "Adam is in host memory"
+    for size in (2, 4, 8):
+        if gpus % size == 0:
+            yield "hybrid_parallel", {"tp_size": size}, "each GPU has a part of each layer"
+
+
+# ---- --auto
+
+_FEW_TOKENS = 4096  # of a batch: with fewer the GPU is slower (docs/measured.md, 8 rows and 16)
+
+
+def choose(case: Case) -> tuple[Case, list[str]]:
+    """--auto: the case with the flags that were chosen, and why, a line each. Raises UserError
+    where nothing fits, which says what to do instead."""
+    given = set(case.flags.auto)
+    states = [({}, "as given")]
+    if not given & set(_OF_PLUGINS):
+        states = list(_states(case)) or [({}, "the fastest on a CPU")]
+        if "optim" in given:
+            states = [(state, why) for state, why in states if "optim" not in state]
+    for is_sure in (True, False):
+        for number, (state, why), way in _courses(case, states, given):
+            if plan := case.plan_with(state | way):
+                needed = case.estimate(plan)
+                if case.room.is_enough(needed) if is_sure else case.room.lacks(needed) <= 0:
+                    flags = case.flags.but(**state | way)
+                    passed = [other for other, _ in states[:number]]
+                    said = _reasons(case, plan, needed, why, passed)
+                    return replace(case, flags=flags, plan=plan), said
+    refuse(case)
+    return case, ["as given: nothing is sure to fit"]
+
+
+def _courses(case: Case, states: list[tuple[dict, str]], given: set[str]) -> Iterator[tuple]:
+    """(number of the state, the state, flags of batches and checkpointing), the fastest first. Ways
+    that keep all of Adam on the GPUs go together: none of them is as slow as computing again."""
+    groups: dict[int, list[int]] = {}
+    for number, (state, _) in enumerate(states):
+        is_whole = not any(state.get(f) for f in ("optim", "offload_optim_frac", "tp_size"))
+        groups.setdefault(-1 if is_whole else number, []).append(number)
+    for numbers in groups.values():
+        paces = [_paces(case, states[number][0], given) for number in numbers]
+        for at_a_pace in zip(*paces, strict=True):
+            for number, ways in zip(numbers, at_a_pace, strict=True):
+                for way in ways:
+                    yield number, states[number], way
+
+
+def _paces(case: Case, state: dict, given: set[str]) -> tuple[list[dict], ...]:
+    """Batches and checkpointing in three paces: large batches, in parts if need be; the same with
+    some layers computed again; small batches."""
+    flags = case.flags.but(**state)
+    parts = [{}, *([] if "gradient_accumulation_steps" in given else _smaller_batches(flags))]
+    length = case.rows.tokens(case.plan) / case.plan.batch_size
+    large = [way for way in parts if not way or way["batch_size"] * length >= _FEW_TOKENS]
+    every = [] if {"grad_checkpoint", "cuda_graph"} & given else _checkpoints(flags)
+    losses = [{}]
+    if "fused_loss" not in given:  # on a GPU it is faster in any case
+        losses = [{"fused_loss": True}]
+        losses = losses if case.here.device.type == "cuda" else [{}, *losses]
+    return (
+        [loss | way for loss in losses for way in large],
+        [losses[-1] | checkpoint | way for checkpoint in every for way in large],
+        [losses[-1] | checkpoint | way for checkpoint in [*every[-1:], {}] for way in parts],
+    )
+
+
+def _reasons(
+    case: Case, plan: Namespace, needed: Estimate, why: str, passed: list[dict]
+) -> list[str]:
+    """What was chosen, a line each."""
+    room, is_on_gpu = case.room, case.room.device is not None
+    there = room.device if is_on_gpu else room.host
+
+    def takes(estimated: Estimate) -> str:
+        return gib(estimated.device if is_on_gpu else estimated.host * room.local)
+
+    def without(**changes) -> str:
+        return f"{takes(case.estimate(plan.but(**changes)))} GiB without"
+
+    lines = [
+        f"{takes(needed)} of {gib(there)} GiB {'on each GPU' if is_on_gpu else 'in host memory'}"
+    ]
+    about = plan.plugin
+    about += f" --zero_stage {plan.zero_stage}" * (plan.zero_stage > 1)
+    about += f" --tp_size {plan.tp_size}" * (plan.tp_size > 1)
+    about += f" --offload_optim_frac {plan.offload_optim_frac:g}" * (plan.offload_optim_frac > 0)
+    about += f" --optim {plan.optim}" * (plan.optim != OPTIMS[0])
+    said = f"plugin {about}: {why}"
+    if passed:
+        slowest = {"batch_size": 1, "grad_checkpoint": 1, "fused_loss": True, "cuda_graph": False}
+        before = case.plan_with(passed[-1] | slowest)
+        if before:
+            least = f"{words(passed[-1], case.flags)} takes {takes(case.estimate(before))} at least"
+            said += f"; {least}, a row at a time and all layers computed again"
+    lines.append(said)
+    asked = plan.batch_size * plan.gradient_accumulation_steps
+    batch = f"batch {plan.batch_size} rows x {plan.gradient_accumulation_steps} accumulated"
+    if plan.gradient_accumulation_steps > case.flags.gradient_accumulation_steps:
+        whole = {"batch_size": asked, "gradient_accumulation_steps": 1}
+        batch += f": {without(**whole).removesuffix(' without')} with {asked} at once"
+    else:
+        batch += ": they fit at once"
+    lines.append(batch)
+    if plan.grad_checkpoint and not case.flags.grad_checkpoint:
+        lines.append(
+            f"checkpointing of every {_nth(plan.grad_checkpoint)}layer: "
+            f"{without(grad_checkpoint=0)}"
+        )
+    elif not plan.grad_checkpoint:
+        lines.append("checkpointing: none, it fits without")
+    if plan.fused_loss and not case.flags.fused_loss:
+        lines.append(f"fused loss: {without(fused_loss=False)}" + ", and slower" * is_on_gpu)
+    return lines
+
+
+def _nth(number: int) -> str:
+    return {1: "", 2: "2nd "}.get(number, f"{number}th ")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig
 
+from opt.colossal.pipeline import layers_per_stage
 from opt.colossal.processes import Place
 from opt.data.batches import largest_batch
 from opt.model import four_bits
@@ -119,8 +120,13 @@ def estimate(
     is_on_gpu = device_type == "cuda"
     lora = Lora.of(plan)
     whole = num_parameters(config)
-    # The first stage and the last both have the embedding
-    parameters = whole + (plan.pp_size > 1) * (plan.pp_size - 1) * embedding_parameters(config)
+    number = config.num_hidden_layers
+    # Of the first stage, which keeps most activations; it has the embedding, as the last one has
+    stage = layers_per_stage(config, plan.pp_size)[0] if plan.pp_size > 1 and is_on_gpu else None
+    stage = stage or number / plan.pp_size
+    embeddings = embedding_parameters(config)
+    # Plugins divide them by the number of stages
+    parameters = (whole - embeddings) * stage * plan.pp_size / number + embeddings * plan.pp_size
     trained, frozen = parameters, 0
     if lora:
         trained = sum(a * b for a, b in lora.shapes(config).values())
@@ -138,10 +144,8 @@ def estimate(
     if not is_on_gpu and getattr(plan, "padding_free", False):  # attention needs a rectangle there
         of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
     every = plan.grad_checkpoint
-    number = config.num_hidden_layers
     share = sum(recomputes(layer, every) for layer in range(number)) / number
-    layers = number / plan.pp_size
-    layers *= min(plan.pp_size, microbatches)  # whose activations the first stage keeps at a time
+    layers = stage * min(plan.pp_size, microbatches)  # as many whose activations it keeps at a time
     activations = layers * (share * width * unit + (1 - share) * of_layer)
     activations += of_layer * (every > 0)  # of the layer that is computed again
     if getattr(plan, "eval_only", False):  # at least: some plugins have fp32 copies all the same

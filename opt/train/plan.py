@@ -37,6 +37,7 @@ class Run:
     steps: Steps
     needed: memory.Estimate
     room: memory.Room
+    chosen: list[str]  # by --auto: what, and why
 
     @property
     def start(self) -> Position:
@@ -59,6 +60,11 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     """Settle the rest: what depends on the rows, and on a checkpoint that --resume asks for. From
     here on the output folder is this run's. Raises UserError."""
     plan = setup.plan.but(padding_free=is_padding_free(setup.plan, here, dataset))
+    case = case_of(setup, plan, here, memory.Rows(dataset.longest, dataset.train.lengths))
+    chosen = []
+    if plan.auto:
+        case, chosen = fit.choose(case)
+        plan, setup = case.plan, replace(setup, flags=case.flags, plan=case.plan)
     if not plan.dry_run:
         node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
         check_shared(plan.output_path, here)
@@ -73,13 +79,13 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     _check_evaluations(plan, dataset, before)
     start = before.position if before else Position()
     steps = count_steps(plan, len(dataset.train), start)
-    rows = memory.Rows(dataset.longest, dataset.train.lengths)
-    case = case_of(setup, plan, here, rows)
-    return Run(plan, here, setup, dataset, before, steps, fit.refuse(case), case.room)
+    return Run(plan, here, setup, dataset, before, steps, fit.refuse(case), case.room, chosen)
 
 
 def refuse_early(setup: Setup, here: Place) -> None:
     """Raise UserError for what cannot fit whatever the rows are: before they are made."""
+    if setup.plan.auto:
+        return  # there is nothing yet that was asked for
     plan = setup.plan.but(padding_free=False)
     shortest, longest = memory.Rows(1), memory.Rows(plan.block_size or plan.max_length)
     case = case_of(setup, plan, here, shortest)
@@ -222,6 +228,8 @@ def describe(run: Run) -> str:
         + " (model not saved)" * plan.no_save
         + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub),
     }
+    if run.chosen:
+        lines["auto"] = f"\n{' ' * 12}".join(run.chosen)
     if plan.eval_only:
         lines["steps"], lines["saved"] = "none: evaluation only", "no model"
     if plan.lora_r:
