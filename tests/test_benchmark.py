@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -470,6 +471,15 @@ def test_the_readmes_table_keeps_who_is_faster(tmp_path, capsys):
     ]
     assert "1.3b, 16 rows of 1024" in (tmp_path / "docs" / "measured.md").read_text()
     assert_picture(tmp_path / "docs" / "speed.png")
+
+
+def test_the_records_that_documents_cite_are_there():
+    documents = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")]
+    text = "\n".join(document.read_text() for document in documents)
+    cited = set(re.findall(r"`(?:benchmarks/results/)?([\d-]{10}-[\w.-]+\.\w+)`", text))
+    cited |= set(re.findall(r"`benchmarks/results/([\w./-]+)`", text))
+    assert len(cited) > 8
+    assert not [name for name in cited if not (report.RESULTS / name).exists()]
 
 
 def test_every_measurement_is_one_that_its_script_takes():
