@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from args import resolve, train_parser
 from opt.colossal import processes
+from opt.colossal.hybrid import HybridPlugin
 from opt.data import tokens
 from opt.data.batches import Batches
 from opt.data.rows import Rows
@@ -82,10 +83,12 @@ def adapters(args, here, rows: str) -> dict[str, list]:
     return {"losses": losses, "norms": norms, "evaluated": evaluate(trained, batches)}
 
 
-def trained(args, here, rows: str, tokenizer: str) -> list[float]:
+def trained(args, here, rows: str, tokenizer: str, adds_up: bool) -> list[float]:
     """The losses of --max_train_steps steps of all rows; then the model is written to
-    --output_path."""
-    boosted_ = boosted(args, here)
+    --output_path. `adds_up`: see HybridPlugin.adds_up_in_products."""
+    with patch.object(HybridPlugin, "adds_up_in_products", adds_up):
+        boosted_ = boosted(args, here)
+    assert not adds_up or len(boosted_.plugin.totals) == 6 * len(boosted_.model.unwrap().own_layers)
     spread = boosted_.plugin.spread
     rows = Rows(Path(rows), "train")
     batches = Batches(
