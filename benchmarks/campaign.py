@@ -486,6 +486,8 @@ def end(running: Running) -> None:
 
 def demo_result(output: Path, log: Path, machine: Machine, m: Measurement) -> dict:
     """What the demo's files say: it has no JSON of its own."""
+    from opt import measure
+
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
@@ -497,6 +499,7 @@ def demo_result(output: Path, log: Path, machine: Machine, m: Measurement) -> di
         "world_size": m.gpus,
         "batch_size": 32 // m.gpus,
         "device": machine.device,
+        "versions": measure.versions(),
         "held_out_losses": evaluations,
         "loss": evaluations[-1] if evaluations else steps[-1]["loss"],
         "steps": len(steps),

@@ -175,7 +175,7 @@ def conditions(results: list[dict]) -> str:
     if not measured:
         return ""
     devices = " and ".join(sorted({r["device"] for r in measured}))
-    versions = {name: version for r in measured for name, version in r["versions"].items()}
+    versions = {name: version for r in measured for name, version in r.get("versions", {}).items()}
     commits = ", ".join(sorted({r["commit"] for r in measured}))
     return f"{devices}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {commits}\n\n"
 

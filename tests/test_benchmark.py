@@ -429,6 +429,11 @@ def test_report_of_a_campaign(recorded, tmp_path):
     lines = [line | about | {"command": str(i)} for i, line in enumerate(lines)]
     earlier = {"commit": "older", "date": "2026-11-27T02:40:00Z", "plugin": "of another commit"}
     lines.append(lines[0] | earlier)
+    steps = {"steps": 2620, "step_seconds": {"median": 0.011}, "seconds_of_all_steps": 28.8}
+    seconds = {"wall_seconds": 39.9, "seconds_to_first_step": 7.5}
+    losses = {"held_out_losses": [10.86, 6.06], "loss": 6.06, "device": "NVIDIA H100 80GB HBM3"}
+    demo = {"engine": "demo", "plugin": "demo", "model": "350m", "batch_size": 32, "world_size": 1}
+    lines.append(about | demo | steps | seconds | losses | {"command": "time bash run_demo.sh"})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "2026-11-27-one-h100.jsonl").write_text(text)
     report.report_campaign("2026-11-27", tmp_path, None)
@@ -447,6 +452,8 @@ def test_report_of_a_campaign(recorded, tmp_path):
     assert float(row["update"]) == pytest.approx(update, abs=0.06)
     assert float(row["left"]) == pytest.approx(0.75 * ms - update, abs=0.11)
     assert "- gemini: loss is nan" in "\n".join(table)
+    said = "39.9 s from launch to the saved model, 28.8 of them 2620 steps, median 11.00 ms"
+    assert said in "".join(tables)
 
 
 def test_the_readmes_table_keeps_who_is_faster(tmp_path, capsys):
