@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from opt.model import kernel_probe, kernels, low_bits
+from opt.model import float8, kernel_probe, kernels, low_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -151,6 +151,21 @@ def call_all(call) -> None:
             qkv, torch.tensor([0, longest], dtype=torch.int32), longest
         ).sum().backward()
 
+    if gpu.capability < 89:
+        return
+    call_quantize(call)
+
+
+def call_quantize(call) -> None:
+    """As float8 does: factors of forward, weights in fp32 too, and gradients of outputs."""
+    for dtype, transposed in itertools.product(FLOATS, (True, False)):
+        call[0] = {"matrix": str(dtype), "transposed": transposed}
+        kernels.quantize(torch.zeros(48, 32, dtype=dtype), float8.FORWARD, transposed, False)
+    for dtype, transposed, summed in itertools.product(HALVES, (True, False), (True, False)):
+        call[0] = {"gradient": str(dtype), "transposed": transposed, "summed": summed}
+        matrix = torch.zeros(48, 32, dtype=dtype)
+        kernels.quantize(matrix, float8.BACKWARD, transposed, summed)
+
 
 def call_trials(call) -> None:
     """Try kernels as kernel_probe.py does for OPT-350m in bf16, and call them as that run would."""
@@ -164,6 +179,8 @@ def call_trials(call) -> None:
         ("loss", bf16, 50272),
         ("loss", bf16, 25136, 2),
         ("attention", bf16, 64, 64),
+        ("fp8", bf16, float8.FORWARD),
+        ("fp8", bf16, float8.BACKWARD),
     ):
         kernel_probe._TRIALS[kernel](kernels, device, *variant)
     call[0] = "run"
@@ -188,6 +205,9 @@ def call_trials(call) -> None:
     kernels.ShortAttention.apply(
         qkv, torch.arange(0, 1001, 50, dtype=torch.int32), 64
     ).sum().backward()
+    matrix = torch.zeros(1024, 4096, dtype=bf16)
+    kernels.quantize(matrix, float8.FORWARD, True, False)
+    kernels.quantize(matrix, float8.BACKWARD, True, True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ KERNELS = {
     "_short_attention",
     "_short_attention_backward",
 }
+OF_FP8 = {"_largest", "_to_fp8"}  # from Ada on
 
 
 def installed_triton() -> str | None:
@@ -133,7 +134,8 @@ def test_every_kernel_is_built(compiled, gpus, which):
         if kernel["capability"] == capability and isinstance(kernel["call"], dict)
     ]
     assert not [kernel for kernel in found if "error" in kernel]
-    assert {kernel["kernel"] for kernel in found} == KERNELS
+    there = KERNELS | (OF_FP8 if capability >= 89 else set())
+    assert {kernel["kernel"] for kernel in found} == there
     sizes = {(kernel["call"].get("longest"), kernel["call"].get("head_dim")) for kernel in found}
     # Heads of all published models but 2.7b's, which are 80 wide
     assert sizes >= {
@@ -172,7 +174,43 @@ def test_what_a_trial_builds_the_run_uses(compiled):
         call: {kernel["kernel"] for kernel in compiled if kernel["call"] == call and kernel["new"]}
         for call in ("trial", "run")
     }
-    assert built == {"trial": KERNELS, "run": set()}
+    assert built == {"trial": KERNELS | OF_FP8, "run": set()}
+
+
+QUANTIZE = """
+import torch
+from opt.model import float8, kernels
+
+torch.manual_seed(0)
+for rows, columns, dtype in (
+    (16, 16, torch.bfloat16), (160, 272, torch.bfloat16), (336, 144, torch.float32)
+):
+    for eight in (float8.FORWARD, float8.BACKWARD):
+        matrix = (torch.randn(rows, columns) * 3).to(dtype)
+        found = kernels.quantize(matrix, eight, True, True)
+        wanted = float8.quantize(matrix, eight, True, True)
+        near, turned, scale, sums = (f.float() - w.float() for f, w in zip(found, wanted))
+        assert scale == 0 and sums.abs().max() < 1e-3
+        assert torch.equal(found[1].t().float(), found[0].float())
+        # The interpreter rounds ties its own way, and what is rounded up to a power of 2 to half
+        # of that: all others are the same.
+        own = torch.frexp(wanted[0].float()).mantissa.abs() == 0.5
+        step = wanted[0].float().abs() / (8 if eight is float8.FORWARD else 4)
+        assert (near.abs() <= step + 1e-2)[~own].all()
+        assert (near != 0).float().mean() < 0.1
+for poison in (float("inf"), float("nan")):
+    matrix[3, 5] = poison
+    assert kernels.quantize(matrix, float8.BACKWARD, False, False)[0][3, 5].isnan()
+print("all")
+"""
+
+
+def test_quantization_is_pytorchs(request):
+    """By Triton's interpreter, which needs no GPU. 3.1's reads nothing right beside numpy 2."""
+    env = triton_on_path(TRITONS[-1], request.config.cache) | {"TRITON_INTERPRET": "1"}
+    code = [sys.executable, "-W", "ignore", "-c", QUANTIZE]
+    done = subprocess.run(code, env=os.environ | env, capture_output=True, text=True)
+    assert done.stdout.split() == ["all"], done.stderr[-2000:]
 
 
 # ---- where one cannot be built (opt/model/kernel_probe.py)

@@ -10,7 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from args import Settings, train_parser
 from opt.colossal import processes
@@ -162,6 +168,47 @@ def test_twenty_steps_are_pefts(setting, peft, rows, tmp_path):  # noqa: F811
             after = with_peft(peft["base"], tmp_path / name).eval()(**peft["batch"]).loss.item()
         # In bf16 the base model that PEFT reads is the more precise one
         assert after == pytest.approx(found["evaluated"], abs=1e-4 if is_fp32 else 0.02), name
+
+
+@pytest.mark.gpu
+def test_four_bits_on_a_gpu_are_pefts_on_bitsandbytes(peft, rows, tmp_path):  # noqa: F811
+    """As transformers quantizes: nf4, double quantization, products in bf16."""
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        peft["base"], quantization_config=packed, torch_dtype=torch.bfloat16, device_map={"": 0}
+    )
+    model = PeftModel.from_pretrained(model, peft["adapter"], is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+    batch, expected = {name: t.cuda() for name, t in peft["batch"].items()}, []
+    for _ in range(STEPS):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        expected.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        adam.zero_grad()
+    given = ("--model_name_or_path", peft["base"], "--lora_adapter", peft["adapter"])
+    more = ("--learning_rate", RATE, "--max_train_steps", STEPS, "--batch_size", len(rows))
+    cases = {}
+    for name, flags in {"low_level_zero": ZERO, "torch_ddp": ()}.items():
+        output = ("--output_path", tmp_path / name, "--precision", "bf16", "--load_in_4bit")
+        flags = [*map(str, (*given, *more, *output, *flags))]
+        cases[name] = {"wanted": "adapters", "flags": flags, "rows": str(rows.directory)}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    worker, results = REPO / "tests" / "parity_worker.py", tmp_path / "results.json"
+    done = run(worker, tmp_path / "cases.json", results, nproc=1, env={"PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for name, found in json.loads(results.read_text()).items():
+        assert expected[-1] < expected[0] - 3
+        assert found["losses"][:5] == pytest.approx(expected[:5], abs=0.03), name
+        assert found["losses"] == pytest.approx(expected, abs=0.15), name
 
 
 # ---- as a user runs it

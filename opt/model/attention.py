@@ -70,14 +70,16 @@ class Attention(OPTSdpaAttention):
         """
         if self.enter is not None:
             hidden_states = self.enter(hidden_states)
+        maps, dropout = [self.q_proj, self.k_proj, self.v_proj], self.dropout * self.training
         if attention_mask is None:
-            return super().forward(hidden_states, **kwargs)
-        qkv = linear.side_by_side([self.q_proj, self.k_proj, self.v_proj], hidden_states.squeeze(0))
-        out = attend(
-            qkv.unflatten(-1, (3, -1, self.head_dim)),
-            attention_mask,
-            self.dropout if self.training else 0.0,
-        )
+            q, k, v = (
+                out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for out in linear.each(maps, hidden_states)
+            )
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            return self.out_proj(out.transpose(1, 2).flatten(2)), None, None
+        qkv = linear.side_by_side(maps, hidden_states.squeeze(0))
+        out = attend(qkv.unflatten(-1, (3, -1, self.head_dim)), attention_mask, dropout)
         return self.out_proj(out.flatten(1).unsqueeze(0)), None, None
 
 

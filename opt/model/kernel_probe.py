@@ -17,6 +17,7 @@ WORK = {
     "norm": "the gradient's norm",
     "loss": "the fused loss",
     "attention": "the attention of short rows",
+    "fp8": "quantization to 8-bit floats",
 }
 # One H100, torch 2.11, commit 95f466b, with all kernels and with none: 63.6 and 58.6 thousand
 # tokens/s, 184.0 and 157.9, in the demo 89.3 and 56.6.
@@ -187,12 +188,19 @@ def _try_attention(kernels, device, dtype: torch.dtype, head_dim: int, length: i
         torch.autograd.grad(kernels.ShortAttention.apply(qkv, cu_seqlens, length).sum(), qkv)
 
 
+def _try_fp8(kernels, device, dtype: torch.dtype, eight: torch.dtype) -> None:
+    matrix = torch.zeros(16, 16, dtype=dtype, device=device)
+    for transposed, summed in ((True, True), (True, False), (False, False)):
+        kernels.quantize(matrix, eight, transposed, summed)
+
+
 _TRIALS = {
     "update": _try_update,
     "update_low": _try_update_low,
     "norm": _try_norm,
     "loss": _try_loss,
     "attention": _try_attention,
+    "fp8": _try_fp8,
 }
 
 

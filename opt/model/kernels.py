@@ -1,5 +1,5 @@
 """GPU kernels, in Triton: AdamW and the norm over many tensors at once, the cross-entropy with its
-gradient in the logits' place, and the attention of short rows.
+gradient in the logits' place, the attention of short rows, and matrices to 8-bit floats.
 
 [C16] PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an
 fp32 copy that means a pass over memory to widen the gradients, one to scale them, and one to narrow
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from opt.model import low_bits
+from opt.model.float8 import SMALLEST
 
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs
 # there are. [F39] 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer
@@ -640,3 +641,100 @@ def _launch(kernel, tensors, cu_seqlens, length):
         LENGTH=length,
         num_warps=4 if length <= 64 else 8,
     )
+
+
+@triton.jit
+def _largest(
+    matrix,
+    largest,  # fp32 scalar, 0 before
+    sums,  # fp32 (programs over the rows, columns)
+    rows,
+    columns,
+    SUMMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    chunk, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    highest = tl.zeros((STEP, COLUMNS), tl.float32)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for start in range(0, ROWS, STEP):
+        row = chunk * ROWS + start + tl.arange(0, STEP)
+        exists = (row < rows)[:, None] & (column < columns)[None, :]
+        places = row.to(tl.int64)[:, None] * columns + column[None, :]
+        part = tl.load(matrix + places, mask=exists, other=0.0).to(tl.float32)
+        highest = tl.maximum(highest, tl.abs(part))
+        if SUMMED:
+            total += part
+    tl.atomic_max(largest, tl.max(highest))
+    if SUMMED:
+        tl.store(sums + chunk * columns + column, tl.sum(total, 0), mask=column < columns)
+
+
+@triton.jit
+def _to_fp8(
+    matrix,
+    largest,
+    scale,
+    quantized,  # bytes (rows, columns)
+    turned,  # bytes (columns, rows)
+    rows,
+    columns,
+    top,
+    smallest,
+    FORMAT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = (row < rows)[:, None] & (column < columns)[None, :]
+    places = row.to(tl.int64)[:, None] * columns + column[None, :]
+    divisor = tl.maximum(tl.load(largest), smallest) / top
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(scale, divisor)
+    scaled = tl.load(matrix + places, mask=exists, other=0.0).to(tl.float32) / divisor
+    # A nan stays one
+    scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -top), top), scaled)
+    eight = scaled.to(FORMAT).to(tl.uint8, bitcast=True)
+    tl.store(quantized + places, eight, mask=exists)
+    if TRANSPOSED:
+        places = column.to(tl.int64)[:, None] * rows + row[None, :]
+        exists = (column < columns)[:, None] & (row < rows)[None, :]
+        tl.store(turned + places, tl.trans(eight), mask=exists)
+
+
+_FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+
+
+def quantize(matrix, dtype, transposed: bool, summed: bool):
+    """float8.quantize of a contiguous matrix, in two kernels: it is read twice, and written in 8
+    bits."""
+    rows, columns = matrix.shape
+    chunk = 256
+    chunks, wide = triton.cdiv(rows, chunk), triton.cdiv(columns, 128)
+    largest = torch.zeros((), dtype=torch.float32, device=matrix.device)
+    scale = torch.empty_like(largest)
+    sums = largest.new_empty((chunks, columns) if summed else (0,))
+    sizes = {"ROWS": chunk, "STEP": 32, "COLUMNS": 128, "num_warps": 4}
+    _largest[(chunks, wide)](matrix, largest, sums, rows, columns, SUMMED=summed, **sizes)
+    quantized = matrix.new_empty((rows, columns), dtype=dtype)
+    turned = matrix.new_empty((columns, rows) if transposed else (0,), dtype=dtype)
+    _to_fp8[(triton.cdiv(rows, 128), wide)](
+        matrix,
+        largest,
+        scale,
+        quantized.view(torch.uint8),
+        turned.view(torch.uint8),
+        rows,
+        columns,
+        torch.finfo(dtype).max,
+        SMALLEST,
+        FORMAT=_FORMATS[dtype],
+        TRANSPOSED=transposed,
+        ROWS=128,
+        COLUMNS=128,
+        num_warps=8,
+    )
+    return quantized, turned, scale, sums.sum(0) if summed else sums

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from opt.model import float8, operations
+from opt.model.float8 import UNIT
+
 # (x (..., in), weight (out, in), bias (out,) or None) -> (..., out)
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -62,16 +65,25 @@ class Linear(nn.Module):
         if self.enter is not None:
             x = self.enter(x)
         bias = self.bias if self.leave is None else None
-        if self.total is None:
-            out = self.product(x, self.weight, bias)
+        if self.is_one_sum:
+            out = _one_sum([(self.adapter, self.weight, bias)], x)[0]
         else:
-            out = adding_up(x, self.weight, bias, self.total)
-        if self.adapter is not None:
-            out = self.adapter(x, out)
+            if self.total is None:
+                out = self.product(x, self.weight, bias)
+            else:
+                out = adding_up(x, self.weight, bias, self.total)
+            if self.adapter is not None:
+                out = self.adapter(x, out)
         if self.leave is None:
             return out
         out = self.leave(out)
         return out if self.bias is None else out + self.bias
+
+    @property
+    def is_one_sum(self) -> bool:
+        """Whether product and adapter are computed together."""
+        is_plain = self.product in (plain, few_tokens)
+        return is_plain and self.adapter is not None and not self.adapter.drops
 
 
 def attach(
@@ -103,6 +115,13 @@ def attach(
                 setattr(parent, name, linear)
 
 
+def each(maps: list[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """What `maps` make of the same x (..., in): (..., out) of each."""
+    if all(isinstance(m, Linear) and m.is_one_sum and not (m.enter or m.leave) for m in maps):
+        return _one_sum([(m.adapter, m.weight, m.bias) for m in maps], x)
+    return [m(x) for m in maps]
+
+
 def side_by_side(maps: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """What `maps` make of x (tokens, in), next to one another: (tokens, all their out). By one
     product, unless a part of them, or what they multiply by, does not allow it."""
@@ -110,7 +129,7 @@ def side_by_side(maps: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     if product not in (plain, few_tokens) or any(
         m.bias is None or getattr(m, "is_cut", False) or getattr(m, "adapter", None) for m in maps
     ):
-        return torch.cat([m(x) for m in maps], dim=-1)
+        return torch.cat(each(maps, x), dim=-1)
     dtype = product_dtype(x)
     weight, bias = (
         torch.cat([getattr(m, name).to(dtype) for m in maps]) for name in ("weight", "bias")
@@ -216,68 +235,90 @@ def in_place(totals: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-UNIT = 16  # the fp8 kernel takes matrices whose sizes are multiples of this
-
-
 def fp8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The three products, the output's, the input's and the weight's gradient, in 8-bit floats,
-    which GPUs from Ada on multiply twice as fast as bf16; weights, gradients and everything between
-    stay what they are. In x's dtype where a size is no multiple of 16.
-
-    Each factor is scaled so that its largest element is the largest number of its format: e4m3
-    forward, e5m2, with more range and less precision, for the output's gradient (Micikevicius et
-    al., arXiv:2209.05433).
-    """
+    """All three products in 8-bit floats, see float8; in x's dtype where a size is no multiple of
+    16."""
     # An epoch's last batch may be smaller: the weight's gradient is a sum over tokens.
     if x.shape[:-1].numel() % UNIT or weight.shape[0] % UNIT or weight.shape[1] % UNIT:
         return plain(x, weight, bias)
-    dtype = product_dtype(x)
-    out = _Float8Product.apply(x.flatten(0, -2).to(dtype), weight)
-    if bias is not None:
-        out = out + bias.to(dtype)
-    return out.view(*x.shape[:-1], -1)
-
-
-class _Float8Product(torch.autograd.Function):
-    """x (tokens, in) and weight (out, in) -> (tokens, out), in x's dtype."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        x8, x_scale = _quantize(x, torch.float8_e4m3fn)
-        weight8, weight_scale = _quantize(weight, torch.float8_e4m3fn)
-        out = _multiply(x8, x_scale, weight8.t(), weight_scale, x.dtype)
-        if not ctx.needs_input_grad[1]:  # a frozen one: its gradient alone would ask for x
-            x8 = x_scale = None
-        ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
-        ctx.weight_dtype = weight.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x8, x_scale, weight8, weight_scale = ctx.saved_tensors
-        grad8, grad_scale = _quantize(grad, torch.float8_e5m2)
-        x_grad = weight_grad = None
-        # The kernel wants the left factor by rows and the right one by columns.
-        if ctx.needs_input_grad[0]:
-            x_grad = _multiply(
-                grad8, grad_scale, weight8.t().contiguous().t(), weight_scale, grad.dtype
-            )
-        if ctx.needs_input_grad[1]:
-            weight_grad = _multiply(
-                grad8.t().contiguous(), grad_scale, x8.t().contiguous().t(), x_scale, grad.dtype
-            ).to(ctx.weight_dtype)
-        return x_grad, weight_grad
-
-
-def _quantize(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` in fp8 and the fp32 scalar that it is to be multiplied by. An infinity in it becomes
-    nan."""
-    largest = torch.finfo(dtype).max
-    scale = tensor.abs().amax().float().clamp(min=1e-12) / largest
-    return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
-
-
-def _multiply(a, a_scale, b, b_scale, dtype):
-    return torch._scaled_mm(
-        a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=True
+    return float8.product(x.flatten(0, -2).to(product_dtype(x)), weight, bias).view(
+        *x.shape[:-1], -1
     )
+
+
+# ---- frozen weights with adapters
+
+
+def _one_sum(maps: list[tuple], x: torch.Tensor) -> list[torch.Tensor]:
+    """What maps of the same x (..., in), each an adapter, a frozen weight (out, in) and a bias
+    (out,) or None, make of it."""
+    dtype = product_dtype(x)
+    of_maps = [
+        tensor if tensor is None else tensor.to(dtype)
+        for adapter, weight, bias in maps
+        for tensor in (weight, bias, adapter.lora_A.weight, adapter.lora_B.weight)
+    ]
+    outs = _AdaptedProducts.apply(x.flatten(0, -2).to(dtype), maps[0][0].scale, *of_maps)
+    return [out.view(*x.shape[:-1], -1) for out in outs]
+
+
+class _AdaptedProducts(torch.autograd.Function):
+    """x (tokens, in), the adapters' scale, and of each map its weight, bias, A (r, in) and B
+    (out, r) -> each map's (tokens, out). The adapter's product and the weight's are one sum; so
+    are, of x's gradient, those of all maps."""
+
+    @staticmethod
+    def forward(ctx, x, scale, *of_maps):
+        weights, biases, ups, downs = (of_maps[i::4] for i in range(4))
+        ups = torch.cat(ups)
+        inner = x @ ups.t() * scale
+        ctx.save_for_backward(x, inner, ups, *weights, *downs)
+        ctx.scale = scale
+        return tuple(
+            sum_of_products([own, x], [down.t(), weight.t()], bias)
+            for own, down, weight, bias in zip(
+                inner.chunk(len(weights), 1), downs, weights, biases, strict=True
+            )
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, inner, ups, *rest = ctx.saved_tensors
+        weights, downs = rest[: len(grads)], rest[len(grads) :]
+        low = torch.cat([g @ down for g, down in zip(grads, downs, strict=True)], 1) * ctx.scale
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = sum_of_products([low, *grads], [ups, *weights], None)
+        of_maps = []
+        for up_grad, grad, own in zip(
+            (low.t() @ x).chunk(len(grads)), grads, inner.chunk(len(grads), 1), strict=True
+        ):
+            of_maps += [None, None, up_grad, grad.t() @ own]
+        return x_grad, None, *of_maps
+
+
+def sum_of_products(lefts, rights, bias) -> torch.Tensor:
+    """The sum of lefts[i] (m, k_i) @ rights[i] (k_i, n), and of a bias (n,) or None: (m, n).
+
+    [C32] Each is added where the sum is, by the product's own kernel. Of `addmm` the compiler makes
+    one that first copies what it adds to.
+    """
+    return torch.ops.opt.sum_of_products(lefts, rights, bias)
+
+
+def _sum_of_products(lefts, rights, bias):
+    first = lefts[0], rights[0]
+    out = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        out.addmm_(left, right)
+    return out
+
+
+operations.define(
+    "sum_of_products(Tensor[] lefts, Tensor[] rights, Tensor? bias) -> Tensor",
+    _sum_of_products,
+    lambda lefts, rights, bias: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]),
+    cost=lambda lefts, rights, bias: sum(
+        2 * m * k * n for (m, k), (_, n) in zip(lefts, rights, strict=True)
+    ),
+)

@@ -91,6 +91,11 @@ class Adapter(nn.Module):
         self.lora_B = nn.Linear(lora.r, outputs, bias=False)
         self.scale, self.dropout = lora.scale, lora.dropout
 
+    @property
+    def drops(self) -> bool:
+        """Whether it drops anything now."""
+        return self.training and self.dropout > 0
+
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """x (..., in), out (..., out) -> out + scale * B A dropout(x).
 
@@ -98,9 +103,7 @@ class Adapter(nn.Module):
         A's columns, a summand.
         """
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight)
-        inner = (inner * self.scale).flatten(0, -2)
-        # The sum is part of the product: no pass over `out` of its own
-        return torch.addmm(out.flatten(0, -2), inner, self.lora_B.weight.t()).view_as(out)
+        return out + F.linear(inner * self.scale, self.lora_B.weight)
 
 
 def add_adapters(model: nn.Module, lora: Lora) -> None:

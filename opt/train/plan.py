@@ -14,7 +14,7 @@ from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
 from opt.data.rows import Counts, Dataset
 from opt.errors import UserError
-from opt.model import kernel_probe, weights
+from opt.model import float8, kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
 from opt.registry import plugin_class
@@ -155,6 +155,9 @@ def _kernels(
     if plan.fused_loss:
         split = (plan.tp_size,) if plan.tp_size > 1 else ()
         yield "loss", dtype, -(-config.vocab_size // plan.tp_size), *split
+    if plan.fp8:
+        yield "fp8", dtype, float8.FORWARD
+        yield "fp8", dtype, float8.BACKWARD
     head_dim = config.hidden_size // config.num_attention_heads
     if longest and kernel_probe.takes_short_attention(here.device, dtype, head_dim, longest):
         yield "attention", dtype, head_dim, kernel_probe.padded(longest)
