@@ -105,6 +105,13 @@ def F52():
     assert not WARNED.returncode, f"exit code {WARNED.returncode}"
 
 
+def F55():
+    """A product in fp8 is counted."""
+    from torch.utils.flop_counter import flop_registry
+
+    assert torch.ops.aten._scaled_mm in flop_registry, "not counted"
+
+
 def F39():
     """A dtype that is a constexpr makes a pointer's type."""
     import triton

@@ -68,10 +68,11 @@ SEEN = {
         "F48": "first column is",
         "F49": "it is read as",
         "F50": "surrogate",
+        "F55": "not counted",
     },
 }
 # Mended in a version that requirements.txt allows too
-MENDED = {"F39"} if tuple(map(int, version("triton").split(".")[:2])) >= (3, 2) else set()
+MENDED = {"F39", "F55"} if tuple(map(int, version("torch").split(".")[:2])) > (2, 5) else set()
 ID = re.compile(r"\[([FC]\d+)\]")
 
 

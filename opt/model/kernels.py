@@ -15,8 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from opt.model import low_bits
-from opt.model.float8 import SMALLEST
+from opt.model import float8, low_bits
 
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs
 # there are. [F39] 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer
@@ -730,7 +729,7 @@ def quantize(matrix, dtype, transposed: bool, summed: bool):
         rows,
         columns,
         torch.finfo(dtype).max,
-        SMALLEST,
+        float8.SMALLEST,
         FORMAT=_FORMATS[dtype],
         TRANSPOSED=transposed,
         ROWS=128,
