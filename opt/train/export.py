@@ -86,6 +86,7 @@ def export_model(
         size += nbytes
     if block:
         shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
+        block = {}  # which may be read again as a whole
 
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, shards)

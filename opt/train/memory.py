@@ -166,7 +166,6 @@ def estimate(
         matrix = config.hidden_size * config.ffn_dim
         buffers += width * (layer_matrices(config) / number if every else 2 * matrix)
 
-    on_host = plugin.host_bytes(plan, trained, plan.dp_size) if is_on_gpu else 0
     return Estimate(
         weights=weights,
         gradients=gradients,
@@ -180,7 +179,7 @@ def estimate(
         and plan.pp_size == 1
         and not plan.cuda_graph,
         host_process=_PROCESS["cuda" if is_on_gpu else "cpu"],
-        host_optimizer=on_host,
+        host_optimizer=plugin.host_bytes(plan, trained, plan.dp_size),
         host_reading=reading,
         is_on_gpu=is_on_gpu,
     )
