@@ -264,8 +264,8 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "--auto",
         action="store_true",
         help="choose what is not given by the memory that is there, and say why: plugin, offload, "
-        "--fused_loss, --grad_checkpoint, and --batch_size with --gradient_accumulation_steps, "
-        "of which the rows a step stay as many; default off",
+        "--optim, --fused_loss, --cuda_graph, --grad_checkpoint, and --batch_size with "
+        "--gradient_accumulation_steps, of which the rows a step stay as many; default off",
     )
     g.add_argument(
         "--plugin",

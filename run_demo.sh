@@ -28,9 +28,7 @@ PY
 then reach="the Hub answers"; online=1; else reach="no answer from $hub within 5 s"; online=0; fi
 nodes=1
 [ -n "${HOSTFILE:-}" ] && nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE")
-case " $* " in *" --load_in_4bit "*) frozen=0.6 ;; *" --lora_r "* | *" --lora_adapter "*) frozen=2 ;; *) frozen= ;; esac
-there=$("$python" -m opt.choose "${MODEL:-facebook/opt-350m}" "${GPUNUM:-}" "$nodes" $online "$frozen")
-{ read -r gpus; read -r bf16; read -r plugin; read -r more; read -r why_plugin; } <<<"$there"
+gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 
 # ---- model and data: what the user names is taken as it is, never replaced
 if [ "$gpus" -gt 0 ] && [ "$online" = 1 ]; then
@@ -48,11 +46,8 @@ say "data $dataset ($([ -n "${DATASET:-}" ] && echo "you chose it" || echo "$why
 
 # ---- processes and plugin
 processes=${GPUNUM:-$((gpus > 0 ? gpus : 1))}
-if [ -n "${PLUGIN:-}" ]; then
-  plugin=$PLUGIN more="" why_plugin="you chose it"
-elif [ -n "${TP:-}${PP:-}" ]; then
-  plugin=hybrid_parallel more="" why_plugin="you chose TP or PP"
-fi
+plugin=${PLUGIN:-} more="" why="you chose it"
+[ -z "$plugin" ] && [ -n "${TP:-}${PP:-}" ] && plugin=hybrid_parallel why="you chose TP or PP"
 tp=1 pp=1
 if [ "$plugin" = hybrid_parallel ]; then
   if [ -n "${TP:-}${PP:-}" ]; then tp=${TP:-1} pp=${PP:-1}
@@ -60,23 +55,16 @@ if [ "$plugin" = hybrid_parallel ]; then
   elif [ $((processes % 2)) = 0 ]; then tp=2; fi
   more="--tp_size $tp --pp_size $pp"
 fi
-say "plugin $plugin${more:+ $more} on $processes process(es) a node ($why_plugin)"
+if [ -n "$plugin" ]; then say "plugin $plugin${more:+ $more} on $processes process(es) a node ($why)"
+else say "$processes process(es) a node; --auto chooses the rest by what fits, and says why"; fi
 
 # A step has the same rows however many processes share them: more of them give the same model, sooner.
 dp=$((processes * nodes / (tp * pp)))
 rows=32 lr=5e-5 epochs=10
 [ "$model" = sample/opt-tiny ] && rows=16 lr=1e-3 epochs=4 # a tiny model wants larger steps
-[ -n "$frozen" ] && lr=2e-4 # adapters take larger steps
-flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --plugin "$plugin")
-flags+=($more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
-# By hybrid_parallel on several GPUs too, if they hold one model together.
-if [ "$gpus" -gt 0 ] && { [ "$plugin" = low_level_zero ] || { [ "$((processes * nodes))" = "$((tp * pp))" ] && [ "$plugin" != gemini ]; }; }; then
-  flags+=(--fused_loss)
-  # Short rows: the GPU would wait for the host. In fp16 only torch_ddp can be recorded, and some of what a user may ask for not at all.
-  if [ "$bf16" = 1 ] || [[ $plugin == torch_ddp* ]]; then
-    case "$((tp * pp)) $*" in *" --grad_checkpoint"* | *" --precision"* | *" --load_in_4bit"* | [!1]*" --zero_stage"*) ;; *) flags+=(--cuda_graph) ;; esac
-  fi
-fi
+case " $* " in *" --lora_r "* | *" --lora_adapter "*) lr=2e-4 ;; esac # adapters take larger steps
+flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --auto)
+flags+=(${plugin:+--plugin "$plugin"} $more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
 flags+=("$@")
 
 # ---- run

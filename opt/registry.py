@@ -3,6 +3,7 @@
 Nothing heavy is imported before a class is asked for: args.py reads the names.
 """
 
+from collections.abc import Iterator
 from importlib import import_module
 
 PLUGINS = {
@@ -25,3 +26,24 @@ def new_plugin(plan, device, num_parameters: int):
     """The plugin that the plan asks for, on this process's torch.device, for a model of so many
     parameters. Needs the process group."""
     return plugin_class(plan.plugin)(plan, device, num_parameters)
+
+
+def ways_to_hold(gpus: int, bf16: bool) -> Iterator[tuple[str, dict, str]]:
+    """(plugin, its flags, why): where weights, gradients and optimizer can be, on so many GPUs in
+    all, the fastest first (docs/measured.md)."""
+    if not bf16:
+        yield "torch_ddp", {}, "the fastest without bf16"
+    yield "low_level_zero", {}, "the fastest"
+    if gpus > 1:
+        yield "low_level_zero", {"zero_stage": 2}, "gradients are spread too"
+        yield "gemini", {}, "weights are spread too"
+    if gpus & (gpus - 1) == 0:  # or its processes would cut moments within a scale's block
+        yield (
+            "low_level_zero",
+            {"optim": "adamw_8bit"},
+            "without fp32 copies, its moments in 8 bits",
+        )
+    yield "gemini", {"offload_optim_frac": 1.0}, "Adam is in host memory"
+    for size in (2, 4, 8):
+        if gpus % size == 0:
+            yield "hybrid_parallel", {"tp_size": size}, "each GPU has a part of each layer"

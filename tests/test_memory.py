@@ -138,22 +138,37 @@ def test_control_groups_are_asked(tmp_path):
 # ---- what is refused
 
 
-def case(monkeypatch, *arguments, gpus=1, device=79.2, host=125.0) -> fit.Case:
+def case(monkeypatch, *arguments, gpus=1, device=79.2, host=125.0, bf16=True) -> fit.Case:
     """On so many GPUs of one host; there is none here: what is asked of one is that it has bf16.
     Memory in GiB."""
     for module in (checks, fit):
-        monkeypatch.setattr(module, "has_bf16", lambda device: True)
+        monkeypatch.setattr(module, "has_bf16", lambda device: bf16)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     flags = benchmark_parser().parse_args([str(argument) for argument in arguments])
     here = Place(0, gpus, 0, torch.device("cuda", 0))
+    flags = checks.with_first_plugin(flags, here)
     config = preset_config(flags.model_name_or_path)
     room = memory.Room(device * 2**30, host * 2**30, gpus)
     rows = memory.Rows(flags.seq_length)
     return fit.Case(flags, checks.settle(flags, here), config, here, rows, room)
 
 
+SHORT = ["--seq_length", 64]
+GRAPH = {"fused_loss": True, "cuda_graph": True, "zero_stage": 1, "grad_checkpoint": 0}
 # With --auto: model, flags, GPUs and their memory, host memory -> what the plan is to have
 CHOICES = [
+    # The demo, whose rows are short, on GPUs of 8 to 80 GiB
+    ("350m", [32, *SHORT], 1, 79.2, 125, "low_level_zero 32 x 1", GRAPH),
+    ("350m", [8, *SHORT], 4, 79.2, 125, "low_level_zero 8 x 1", GRAPH),
+    ("350m", [11, *SHORT], 3, 79.2, 125, "low_level_zero 11 x 1", GRAPH),
+    ("350m", [32, *SHORT], 1, 8, 125, "low_level_zero 32 x 1", GRAPH),
+    ("350m", [32, *SHORT, "--grad_checkpoint"], 1, 79.2, 125, "low_level_zero 32 x 1", {}),
+    ("350m", [32, *SHORT, "--zero_stage", 2], 2, 79.2, 125, "low_level_zero 32 x 1", {}),
+    ("350m", [32, *SHORT, "--plugin", "gemini"], 1, 79.2, 125, "gemini 32 x 1", {}),
+    ("13b", [8, *SHORT], 4, 79.2, 500, "low_level_zero 8 x 1", {"zero_stage": 2}),
+    ("13b", [8, *SHORT], 4, 63.0, 500, "gemini 8 x 1", {"offload_optim_frac": 0}),
+    ("175b", [4, *SHORT], 8, 79.2, 4000, "gemini 4 x 1", {"offload_optim_frac": 1}),
+    # Long rows
     ("350m", [], 1, 79.2, 125, "low_level_zero 32 x 1", {"fused_loss": True}),
     ("1.3b", [64], 1, 79.2, 125, "low_level_zero 32 x 2", {"grad_checkpoint": 0}),
     # fp32 Adam and all layers computed again, rather than fewer bits
@@ -195,6 +210,20 @@ def test_what_is_chosen(monkeypatch, model, flags, gpus, device, host, expected,
     given.pop("batch_size", None)  # of which the rows a step stay
     assert {name: getattr(chosen.flags, name) for name in given} == given
     assert len(said) >= 4 and said[1].startswith(f"plugin {plan.plugin}")
+
+
+@pytest.mark.parametrize(
+    "gpus, expected",
+    [(1, "torch_ddp True"), (2, "torch_ddp False")],
+)
+def test_what_is_chosen_without_bf16(monkeypatch, gpus, expected):
+    """On more than one GPU torch_ddp cannot be recorded."""
+    asked = case(
+        *(monkeypatch, "--auto", "--model_name_or_path", "350m", "--batch_size", 32, *SHORT),
+        **{"gpus": gpus, "device": 15.7, "bf16": False},
+    )
+    plan = fit.choose(asked)[0].plan
+    assert f"{plan.plugin} {plan.cuda_graph}" == expected and plan.precision == "fp16"
 
 
 FAST = ("--compile", "--fused_loss", "--plugin", "low_level_zero")

@@ -29,6 +29,7 @@ from opt.model.config import load_config, with_dropout
 from opt.model.kernel_probe import has_bf16, has_fp8
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
+from opt.registry import ways_to_hold
 from opt.train.export import is_one_file, output_directory
 
 DEFAULT_MAX_LENGTH = 512
@@ -50,6 +51,7 @@ class Setup:
 
 def check(flags: Namespace, here: Place) -> Setup:
     """Check flags, paths, model and tokenizer. Raises UserError."""
+    flags = with_first_plugin(flags, here)
     plan = settle(flags, here)
     if plan.report_to != "none" and importlib.util.find_spec(plan.report_to) is None:
         raise UserError(
@@ -155,6 +157,15 @@ def warning_of_first_loss(loss: float, setup: Setup) -> str | None:
         f"(1.5 x ln {setup.config.vocab_size}), worse than guessing: the weights are as "
         f"{setup.directory} has them; are the tokenizer and the texts what they were trained with?"
     )
+
+
+def with_first_plugin(flags: Namespace, here: Place) -> Namespace:
+    """With --auto and no --plugin: the flags with the fastest, which further flags may be for. What
+    fits is settled later, by what there is (opt/train/fit.py)."""
+    if here.device.type != "cuda" or not flags.auto or "plugin" in flags.auto:
+        return flags
+    plugin, more, _ = next(ways_to_hold(here.world_size, has_bf16(here.device)))
+    return flags.but(plugin=plugin, **more)
 
 
 def settle(flags: Namespace, here: Place) -> Namespace:

@@ -16,6 +16,7 @@ from args import OPTIMS
 from opt.colossal.processes import Place
 from opt.errors import UserError
 from opt.model.kernel_probe import has_bf16
+from opt.registry import ways_to_hold
 from opt.train.checks import check_shape, settle
 from opt.train.memory import ERROR, Estimate, Room, Rows, estimate, gib
 
@@ -169,26 +170,10 @@ _OF_PLUGINS += ("offload_optim_frac",)
 _WITHOUT_GRAPHS = "gemini"
 
 
-def ways_to_hold(gpus: int, bf16: bool) -> Iterator[tuple[str, dict, str]]:
-    """(plugin, its flags, why) on so many GPUs in all, the fastest first; run_demo.sh's choice is
-    among them too (opt/choose.py)."""
-    if not bf16:
-        yield "torch_ddp", {}, "the fastest without bf16"
-    yield "low_level_zero", {}, "the fastest"
-    if gpus > 1:
-        yield "low_level_zero", {"zero_stage": 2}, "gradients are spread too"
-        yield "gemini", {}, "weights are spread too"
-    if gpus & (gpus - 1) == 0:  # or its processes would cut moments within a scale's block
-        yield "low_level_zero", {"optim": OPTIMS[-1]}, "without fp32 copies, its moments in 8 bits"
-    yield "gemini", {"offload_optim_frac": 1.0}, "Adam is in host memory"
-    for size in (2, 4, 8):
-        if gpus % size == 0:
-            yield "hybrid_parallel", {"tp_size": size}, "each GPU has a part of each layer"
-
-
 # ---- --auto
 
 _FEW_TOKENS = 4096  # of a batch: with fewer the GPU is slower (docs/measured.md, 8 rows and 16)
+_GRAPH_TOKENS = 16 * 1024  # of a batch: with up to so many, replayed steps were measured, as faster
 
 
 def choose(case: Case) -> tuple[Case, list[str]]:
@@ -240,8 +225,15 @@ def _paces(case: Case, state: dict, given: set[str]) -> tuple[list[dict], ...]:
     if "fused_loss" not in given:  # on a GPU it is faster in any case
         losses = [{"fused_loss": True}]
         losses = losses if case.here.device.type == "cuda" else [{}, *losses]
+    fastest = losses
+    if (
+        not {"cuda_graph", "load_in_4bit"} & given
+        and case.rows.tokens(case.plan) <= _GRAPH_TOKENS
+        and case.here.device.type == "cuda"
+    ):
+        fastest = [loss | {"cuda_graph": True} for loss in losses] + losses
     return (
-        [loss | way for loss in losses for way in large],
+        [loss | way for way in large for loss in fastest],
         [losses[-1] | checkpoint | way for checkpoint in every for way in large],
         [losses[-1] | checkpoint | way for checkpoint in [*every[-1:], {}] for way in parts],
     )
@@ -263,17 +255,12 @@ def _reasons(
     lines = [
         f"{takes(needed)} of {gib(there)} GiB {'on each GPU' if is_on_gpu else 'in host memory'}"
     ]
-    about = plan.plugin
-    about += f" --zero_stage {plan.zero_stage}" * (plan.zero_stage > 1)
-    about += f" --tp_size {plan.tp_size}" * (plan.tp_size > 1)
-    about += f" --offload_optim_frac {plan.offload_optim_frac:g}" * (plan.offload_optim_frac > 0)
-    about += f" --optim {plan.optim}" * (plan.optim != OPTIMS[0])
-    said = f"plugin {about}: {why}"
+    said = f"plugin {_held(plan)}: {why}"
     if passed:
         slowest = {"batch_size": 1, "grad_checkpoint": 1, "fused_loss": True, "cuda_graph": False}
         before = case.plan_with(passed[-1] | slowest)
         if before:
-            least = f"{words(passed[-1], case.flags)} takes {takes(case.estimate(before))} at least"
+            least = f"{_held(before)} takes {takes(case.estimate(before))} at least"
             said += f"; {least}, a row at a time and all layers computed again"
     lines.append(said)
     asked = plan.batch_size * plan.gradient_accumulation_steps
@@ -293,7 +280,20 @@ def _reasons(
         lines.append("checkpointing: none, it fits without")
     if plan.fused_loss and not case.flags.fused_loss:
         lines.append(f"fused loss: {without(fused_loss=False)}" + ", and slower" * is_on_gpu)
+    if plan.cuda_graph and not case.flags.cuda_graph:
+        lines.append("CUDA graphs: short steps do not wait for the host")
     return lines
+
+
+def _held(plan: Namespace) -> str:
+    """A plan's way to hold weights, gradients and optimizer."""
+    return (
+        plan.plugin
+        + f" --zero_stage {plan.zero_stage}" * (plan.zero_stage > 1)
+        + f" --tp_size {plan.tp_size}" * (plan.tp_size > 1)
+        + f" --offload_optim_frac {plan.offload_optim_frac:g}" * (plan.offload_optim_frac > 0)
+        + f" --optim {plan.optim}" * (plan.optim != OPTIMS[0])
+    )
 
 
 def _nth(number: int) -> str:
