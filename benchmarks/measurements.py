@@ -25,6 +25,7 @@ IN_BEST_FORM = {
     "hf_trainer-liger": "hf_trainer --fused_loss",
     "hf_trainer": "hf_trainer",
     "low_level_zero-fp8": f"low_level_zero {FAST} --fp8",
+    "torch_amp-fp8": "torch_amp --fused_loss --fp8",
     "deepspeed_zero3": "deepspeed_zero3 --fused_loss",
     "torch_ddp_fp16": f"torch_ddp_fp16 {FAST}",
     "deepspeed_zero2-own-loss": "deepspeed_zero2",
@@ -153,7 +154,9 @@ def everything():
     yield from in_four_bits("30b", 4)
     first = f"low_level_zero {FAST}"
     yield measured("first_step", 1, "350m", 16, first, launched=True)
-    yield from side_by_side("2.7b", 8, ("low_level_zero", "low_level_zero-fp8", "deepspeed_zero2"))
+    yield from side_by_side(
+        "2.7b", 8, ("low_level_zero", "low_level_zero-fp8", "torch_amp-fp8", "deepspeed_zero2")
+    )
 
     yield from on_several(4, "1.3b")
     yield from demo(4)

@@ -42,6 +42,7 @@ ENGINES = {
 }
 LORA = ("peft", "peft_bf16", "peft_4bit")
 # Nothing in fp32 and no autocast, with --precision bf16
+IN_FP8 = ("torch_amp", "fsdp2")
 ALL_IN_BF16 = ("peft_bf16", "peft_4bit", "bnb_8bit")
 
 
@@ -89,6 +90,11 @@ def parse(arguments: list[str] | None = None):
         action="store_false",
         help="without torch.compile, which peers use where they can",
     )
+    parser.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the layers' matrix products in 8-bit floats, by torchao: torch_amp and fsdp2",
+    )
     add_measurement_arguments(parser)
     add_run_arguments(parser.add_argument_group("training"), seed=42)
     add_lora_arguments(parser)
@@ -98,6 +104,8 @@ def parse(arguments: list[str] | None = None):
     if bool(args.lora_r) != (args.engine in LORA):
         parser.error(f"--lora_r is for {' and '.join(LORA)}, and they need it: change one of them")
 
+    if args.fp8 and args.engine not in IN_FP8:
+        parser.error(f"--fp8 is for {' and '.join(IN_FP8)}: leave it out")
     if args.grad_checkpoint > 1:
         parser.error("--grad_checkpoint of peers is of all layers: leave the number out")
     if args.load_in_4bit:
@@ -107,7 +115,7 @@ def parse(arguments: list[str] | None = None):
 
 def packages(args) -> list[str]:
     """What has to be installed beside the project's own requirements."""
-    return ENGINES[args.engine] + ["liger_kernel"] * args.fused_loss
+    return ENGINES[args.engine] + ["liger_kernel"] * args.fused_loss + ["torchao"] * args.fp8
 
 
 def not_installed(args, missing) -> None:
@@ -197,6 +205,10 @@ def build_model(args, here, config, contents):
         return model  # which brings its own checkpointing and compiles the whole model
     if args.grad_checkpoint and args.engine != "hf_trainer":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.fp8:
+        from torchao.float8 import convert_to_float8_training
+
+        convert_to_float8_training(model.model.decoder.layers)  # a scale for each tensor
     # ZeRO-3 fetches each submodule's weights in hooks, between which nothing is left to compile.
     if args.compile:
         from torch._dynamo import config as dynamo

@@ -91,6 +91,20 @@ def test_autocast_decides_the_output(dtype):
 
 
 @needs_fp8
+def test_a_frozen_weight_gives_the_same():
+    """As LoRA has them: quantized again in backward, not kept."""
+    module = linear()
+    x, grad = inputs(module, TOKENS, IN), inputs(module, TOKENS, OUT)
+    expected = products(module, x, grad, torch.bfloat16)
+    x = x.bfloat16().requires_grad_()
+    module.requires_grad_(False)
+    out = module(x)
+    assert torch.equal(out, expected["output"])
+    (found,) = torch.autograd.grad(out, x, grad.bfloat16())
+    assert torch.equal(found, expected["input"])
+
+
+@needs_fp8
 def test_without_a_bias():
     module = linear(bias=False)
     assert products(

@@ -1,6 +1,7 @@
 """LoRA is PEFT's: the same steps under every plugin, files that either reads; and what it costs."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -202,8 +203,9 @@ def test_four_bits_on_a_gpu_are_pefts_on_bitsandbytes(peft, rows, tmp_path):  # 
         flags = [*map(str, (*given, *more, *output, *flags))]
         cases[name] = {"wanted": "adapters", "flags": flags, "rows": str(rows.directory)}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
+    path = {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
     worker, results = REPO / "tests" / "parity_worker.py", tmp_path / "results.json"
-    done = run(worker, tmp_path / "cases.json", results, nproc=1, env={"PYTHONPATH": str(REPO)})
+    done = run(worker, tmp_path / "cases.json", results, nproc=1, env=path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for name, found in json.loads(results.read_text()).items():
         assert expected[-1] < expected[0] - 3

@@ -50,10 +50,10 @@ def measured() -> list[tuple[str, dict]]:
 def is_of_older_code(name: str, result: dict) -> bool:
     """DistributedDataParallel's buckets, in whose place came reduction.LayerwiseDDP; graphs that
     were recorded before Adam had its moments: PyTorch counts a graph's memory only then; stages of
-    as many layers each."""
+    as many layers each; quantization to fp8 by the compiler's kernels."""
     had_buckets = ("0054b1c50131", "c09c85ea5aef", "3fb0c6f14a68", "6ca7ee8d3e7a", "8cdd768b1492")
     is_ddp = result["plugin"] == "torch_ddp" and result["world_size"] > 1
-    if "file" in result and result["pp_size"] > 1:
+    if "file" in result and (result["pp_size"] > 1 or result.get("fp8")):
         return True
     return (is_ddp and result["commit"] in had_buckets) or (
         bool(result.get("cuda_graph")) and "file" in result and "/" not in name
@@ -71,10 +71,7 @@ def test_the_estimate_is_near_every_measured_peak():
     }
     assert len(ratios) > 150
     outside = {name: ratio for name, ratio in ratios.items() if not 0.9 < ratio < 1.1}
-    # fp8 compiled by torch 2.5.1, which keeps less of 350m and more of 1.3b than 2.11 does
-    assert [name for name, _ in outside] == ["two_stacks/users.350m.fp8.json"] and max(
-        outside.values()
-    ) < 1.2
+    assert not outside
     near = [ratio for ratio in ratios.values() if 0.95 < ratio < 1.05]
     assert len(near) > 0.7 * len(ratios)
 

@@ -33,20 +33,27 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         of_x, of_weight = ctx.needs_input_grad[:2]
-        # A frozen weight's gradient alone would ask for x
+        # A frozen weight's gradient alone would ask for x; and the weight itself, which is there
+        # anyway, is quantized again, or a large model would be there in fp8 as well.
         x8, x8_t, x_scale, _ = quantize(x, FORWARD, of_weight, False)
-        weight8, weight8_t, weight_scale, _ = quantize(weight, FORWARD, of_x, False)
+        weight8, weight8_t, weight_scale, _ = quantize(weight, FORWARD, of_x and of_weight, False)
         if bias is not None:
             bias = bias.to(x.dtype)
         out = _multiply(x8, x_scale, weight8, weight_scale, x.dtype, bias)
-        ctx.save_for_backward(x8_t, x_scale, weight8_t, weight_scale)
+        if of_weight:
+            ctx.save_for_backward(x8_t, x_scale, weight8_t, weight_scale)
+        else:
+            ctx.save_for_backward(weight)
         ctx.weight_dtype, ctx.has_bias = weight.dtype, bias is not None
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x8_t, x_scale, weight8_t, weight_scale = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        if of_weight:
+            x8_t, x_scale, weight8_t, weight_scale = ctx.saved_tensors
+        else:
+            _, weight8_t, weight_scale, _ = quantize(*ctx.saved_tensors, FORWARD, True, False)
         grad8, grad8_t, scale, sums = quantize(grad, BACKWARD, of_weight, of_bias)
         x_grad = weight_grad = bias_grad = None
         if of_x:

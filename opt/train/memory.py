@@ -162,6 +162,8 @@ def estimate(
         logits = 12 * tokens * config.vocab_size / plan.tp_size
 
     buffers = plugin.buffer_bytes(plan, parameters, plan.dp_size) + _WORKSPACE * is_on_gpu
+    if plan.fp8 and not plan.lora_r:
+        buffers += layer_matrices(config) / plan.pp_size  # by columns, for backward
     if plan.load_in_4bit:  # unpacked, of a layer where that is kept for backward
         matrix = config.hidden_size * config.ffn_dim
         buffers += width * (layer_matrices(config) / number if every else 2 * matrix)
