@@ -19,7 +19,6 @@ from pathlib import Path
 
 from benchmarks.peers import ENGINES
 from opt.errors import report_user_error
-from opt.model.sizes import PRESETS, layer_matrices, num_parameters, preset_config
 
 GIB = 2**30
 REPO = Path(__file__).resolve().parent.parent
@@ -254,6 +253,8 @@ def campaign(name: str, folder: Path = RESULTS) -> list[dict]:
 def group(result: dict) -> tuple:
     """What has to be equal for rates to be compared: GPUs, model, rows of one step, their length.
     Models by size."""
+    from opt.model.sizes import PRESETS  # which takes seconds: the sweep's table does without
+
     sizes = list(PRESETS)
     model = result["model"]
     place = sizes.index(model) if model in sizes else -1
@@ -295,6 +296,8 @@ def floor(result: dict) -> dict[str, float] | None:
     is nothing.
     Communication is not in it.
     """
+    from opt.model.sizes import PRESETS, layer_matrices, num_parameters, preset_config
+
     if "mfu" not in result or result["model"] not in PRESETS:
         return None
     config = preset_config(result["model"])
