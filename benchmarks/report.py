@@ -387,7 +387,8 @@ def tables_of_campaign(results: list[dict]) -> str:
     return "".join(text)
 
 
-_ABOUT = """Peers in italics. *ms*: a step, the median of the blocks; *spread*: the slowest block less the
+_ABOUT = """\
+Peers in italics. *ms*: a step, the median of the blocks; *spread*: the slowest block less the
 fastest, over 3 % with a †: there the host decides, and another host has another figure. The floor
 by arithmetic, ms: *operations* of the model at the matrix rate measured beside it, *update*: what
 Adam reads and writes at the memory's rate; *left* is what is between. It has no communication in
