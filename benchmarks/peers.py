@@ -41,8 +41,8 @@ ENGINES = {
     "bnb_8bit": ["bitsandbytes"],
 }
 LORA = ("peft", "peft_bf16", "peft_4bit")
+IN_FP8 = ("torch_amp", "fsdp2")  # which can have torchao's products
 # Nothing in fp32 and no autocast, with --precision bf16
-IN_FP8 = ("torch_amp", "fsdp2")
 ALL_IN_BF16 = ("peft_bf16", "peft_4bit", "bnb_8bit")
 
 
