@@ -142,6 +142,10 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         if self.spread.pp_size > 1:
             self.scheduler.width = inner.config.hidden_size
             self.scheduler.dtype = DTYPES[self.plan.precision]
+            if self.plan.zero_stage == 0:
+                self.scheduler.vectors = [
+                    p for p in inner.parameters() if p.requires_grad and p.ndim == 1
+                ]
             model.sync_shared_params = partial(_add_up_tied, model)
         if inner.tp_group is not None:
             self._share_input(inner)

@@ -51,6 +51,7 @@ class Schedule(OneForwardOneBackwardSchedule):
         self.width, self.dtype = 0, torch.float32
         self._sent: list[dist.Work] = []
         self.totals: list[torch.Tensor] = []  # that backwards add to, see linear.adding_up
+        self.vectors: list[torch.Tensor] = []  # biases and norms whose gradients stay with them
 
     # ---- the batch
 
@@ -135,9 +136,18 @@ class Schedule(OneForwardOneBackwardSchedule):
         return super().forward_step(model, input_obj, criterion, accum_loss, outputs)
 
     def backward_step(self, *arguments):
-        """See ColossalAI's."""
+        """See ColossalAI's. [C21] The vectors' gradients are added up in a few kernels; left to
+        autograd, ten of each layer are a kernel each for each micro-batch."""
+        before = [vector.grad for vector in self.vectors]
+        for vector in self.vectors:
+            vector.grad = None
         with in_place(self.totals):
-            return super().backward_step(*arguments)
+            input_grad = super().backward_step(*arguments)
+        if before and before[0] is not None:
+            torch._foreach_add_(before, [vector.grad for vector in self.vectors])
+            for vector, grad in zip(self.vectors, before, strict=True):
+                vector.grad = grad
+        return input_grad
 
     def forward_backward_step(self, *arguments, **named) -> dict:
         """See ColossalAI's."""
