@@ -147,7 +147,8 @@ def estimate(
     share = sum(recomputes(layer, every) for layer in range(number)) / number
     layers = stage * min(plan.pp_size, microbatches)  # as many whose activations it keeps at a time
     activations = layers * (share * width * unit + (1 - share) * of_layer)
-    activations += of_layer * (every > 0)  # of the layer that is computed again
+    # Of the layer that is computed again; on a CPU its gradients lie beside what is let go of late
+    activations += of_layer * (every > 0) * (1 if is_on_gpu else 2)
     if getattr(plan, "eval_only", False):  # at least: some plugins have fp32 copies all the same
         gradients = optimizer = 0
         activations = of_layer

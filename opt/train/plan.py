@@ -65,6 +65,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     if plan.auto:
         case, chosen = fit.choose(case)
         plan, setup = case.plan, replace(setup, flags=case.flags, plan=case.plan)
+    needed = fit.refuse(case)
     if not plan.dry_run:
         node_first(here, lambda: lock_output(plan.output_path) if here.is_main else None)
         check_shared(plan.output_path, here)
@@ -79,7 +80,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     _check_evaluations(plan, dataset, before)
     start = before.position if before else Position()
     steps = count_steps(plan, len(dataset.train), start)
-    return Run(plan, here, setup, dataset, before, steps, fit.refuse(case), case.room, chosen)
+    return Run(plan, here, setup, dataset, before, steps, needed, case.room, chosen)
 
 
 def refuse_early(setup: Setup, here: Place) -> None:
