@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a fork is safe ahead of CUDA alone
@@ -98,6 +98,12 @@ def main() -> None:
         default="",
         help="more for every process but the demo's, in quotes: '--dropout 0'; default none",
     )
+    parser.add_argument(
+        "--launch",
+        action="store_true",
+        help="start each as a user does, not forked off a process that has imported everything: "
+        "slower, and all have a first step of their own; default off",
+    )
     parser.add_argument("--list", action="store_true", help="print what is left, measure nothing")
     args = parser.parse_args()
     installed.check()
@@ -113,6 +119,8 @@ def main() -> None:
         parser.error(f"--only {' '.join(args.only)}: benchmarks/measurements.py has none of these")
     here = [m for m in wanted if m.on_cpu == (not machine.gpus)]
     fitting = [m for m in here if m.gpus <= machine.processes]
+    if args.launch:
+        fitting = [replace(m, launched=True) for m in fitting]
     campaign = Campaign(args, commit, machine)
     missing = [m for m in fitting if not campaign.is_done(m)]
     print(
