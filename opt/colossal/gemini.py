@@ -80,7 +80,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         """All of it spread; gradients take the weights' place, unless they accumulate; Adam's part
         may be in host memory."""
         # Without hooks (see _do_without_hooks) they come beside the weights first
-        has_own = plan.gradient_accumulation_steps > 1 or dp_size == 1
+        is_alone = dp_size == 1 and plan.offload_optim_frac == 0
+        has_own = plan.gradient_accumulation_steps > 1 or is_alone
         own = parameters / dp_size
         return own * 2, own * 2 * has_own, own * 12 * (1 - plan.offload_optim_frac)
 
