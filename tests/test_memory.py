@@ -14,6 +14,7 @@ from opt.errors import UserError
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, num_parameters, preset_config
 from opt.train import checks, fit, memory
+from opt.train import plan as plans
 
 from .conftest import REPO, stored
 
@@ -88,6 +89,23 @@ def test_the_largest_batch_is_that_of_an_epoch(tmp_path, dp_size):
     padded = Batches(rows, 16, dp_size - 1, dp_size, 1, seed=5)
     largest = max(batch.inputs["input_ids"].numel() for batch in padded.epoch())
     assert memory.Rows(rows.longest).tokens(plan.but(padding_free=False)) == largest
+
+
+def test_the_documents_examples_are_what_is_said(monkeypatch):
+    """The refusal and the choice that docs/memory.md shows; and the plan's warning in between."""
+    refusal, choice = re.findall(r"```\n(.*?)```", fits.DOCUMENT.read_text(), re.DOTALL)[:2]
+    with pytest.raises(UserError) as refused:
+        fit.refuse(case(monkeypatch, "--model_name_or_path", "6.7b", *FAST, "--batch_size", 8))
+    assert refusal == f"opt_benchmark.py: error: {refused.value}\n"
+    asked = case(monkeypatch, "--auto", "--model_name_or_path", "1.3b", "--batch_size", 64)
+    assert choice == "".join(f"  auto      {line}\n" for line in fit.choose(asked)[1])
+
+    near = case(monkeypatch, "--model_name_or_path", "1.3b", *FAST, "--batch_size", 64)
+    assert plans.memory_line(near.estimate(), near.room) == (
+        "weights 2.5, gradients (come as activations go) 2.5, optimizer 14.7, activations 66.9, "
+        "logits 0.79, buffers 0.15: 85.0 of 79.2 on each GPU; 1.8 of 125.0 in host memory (an "
+        "estimate, GiB); it may not fit: estimates are within 10%"
+    )
 
 
 def test_the_compilers_budget_is_counted(monkeypatch):
