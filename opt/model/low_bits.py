@@ -160,7 +160,7 @@ def rounded_to_bf16(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
 
 def decoded_first(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """First moments, fp32."""
-    magnitude = ((codes & 0x7F).int() << 20).view(torch.float32) / FIRST_SHIFT
+    magnitude = _decoded((codes & 0x7F).int(), 20, 120)
     signed = torch.where(codes >= 128, -magnitude, magnitude)
     return (signed.view(-1, BLOCK) * scales[:, None]).view(-1)
 
@@ -169,26 +169,44 @@ def encode_first(values, random, codes, scales) -> None:
     """fp32 first moments into `codes` and `scales`. `random`: 20 bits each, int64."""
     scales.copy_(values.view(-1, BLOCK).abs().amax(1) * (1 / FIRST_MAX))
     magnitude = (values.view(-1, BLOCK).abs() * _inverse(scales)).view(-1)
-    code = (_bits(magnitude, FIRST_SHIFT) + random >> 20).clamp(max=126)
+    code = (_bits(magnitude, 20, 120) + random >> 20).clamp(max=126)
     codes.copy_(code | torch.where(values < 0, 128, 0))
 
 
 def decoded_second_root(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Roots of second moments, fp32."""
-    values = (codes.int() << 19).view(torch.float32) / SECOND_SHIFT
-    return (values.view(-1, BLOCK) * scales[:, None]).view(-1)
+    return (_decoded(codes.int(), 19, 112).view(-1, BLOCK) * scales[:, None]).view(-1)
 
 
 def encode_second_root(values, random, codes, scales) -> None:
     """fp32 roots of second moments into `codes` and `scales`. `random`: 19 bits each, int64."""
     scales.copy_(values.view(-1, BLOCK).amax(1) * (1 / SECOND_MAX))
     scaled = (values.view(-1, BLOCK) * _inverse(scales)).view(-1)
-    codes.copy_((_bits(scaled, SECOND_SHIFT) + random >> 19).clamp(max=255))
+    codes.copy_((_bits(scaled, 19, 112) + random >> 19).clamp(max=255))
+
+
+# A code with sign, exponent and mantissa in fp32's order has `dropped` bits of mantissa less, and
+# exponents that are `bias` lower. The kernel multiplies by 2^-bias, and fp32's subnormal numbers
+# are the code's; on a CPU those would be slow, so here subnormal codes are computed apart.
+
+
+def _decoded(codes: torch.Tensor, dropped: int, bias: int) -> torch.Tensor:
+    """int32 codes without a sign, to fp32."""
+    values = ((codes << dropped) + (bias << 23)).view(torch.float32)
+    return torch.where(codes >> 23 - dropped == 0, codes * _step(dropped, bias), values)
+
+
+def _bits(values: torch.Tensor, dropped: int, bias: int) -> torch.Tensor:
+    """fp32 values, not negative, to codes with the `dropped` bits behind them, int64."""
+    bits, step = values.view(torch.int32).long() - (bias << 23), _step(dropped, bias)
+    subnormal = (values * (2.0**dropped / step)).round().long()
+    return torch.where(values < step * 2 ** (23 - dropped), subnormal, bits)
+
+
+def _step(dropped: int, bias: int) -> float:
+    """Between subnormal codes."""
+    return 2.0 ** (bias - 126 - (23 - dropped))
 
 
 def _inverse(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales > SMALLEST, 1.0 / scales, 0.0)[:, None]
-
-
-def _bits(values: torch.Tensor, shift: float) -> torch.Tensor:
-    return (values * shift).view(torch.int32).long()

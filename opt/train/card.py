@@ -50,6 +50,7 @@ def _text(run: Run) -> str:
         "processes": f"{run.here.world_size} (data {plan.dp_size}, tensor {plan.tp_size}, "
         f"pipeline {plan.pp_size})",
         "precision": plan.precision,
+        "optimizer": plan.optim,
         "rows a step": plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size,
         "tokens a row, at most": plan.max_length,
         "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch)",
