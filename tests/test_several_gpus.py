@@ -90,6 +90,7 @@ def reference(tmp_path_factory) -> list[float]:
         (16, [*HYBRID, "--tp_size", "2"]),
         (16, [*HYBRID, "--tp_size", "2", "--compile", "--fused_loss"]),
         (16, [*HYBRID, "--tp_size", "2", "--cuda_graph", "--fused_loss"]),
+        (16, [*HYBRID, "--tp_size", "2", "--cuda_graph", "--fused_loss", "--compile"]),
         (
             8,
             [

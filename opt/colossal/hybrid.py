@@ -150,7 +150,7 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         if inner.tp_group is not None:
             self._share_input(inner)
             if self.adapters:
-                self._add_up_whole_adapters(inner)
+                self._add_up_summands(inner, optimizer)
         self._finish_layers(inner, self._cut)
         if self.adds_up_in_products:
             self._add_up_in_products(inner)
@@ -190,21 +190,43 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         }
 
-    def _add_up_whole_adapters(self, model: OPTForCausalLM) -> None:
+    def _add_up_summands(self, model: OPTForCausalLM, optimizer) -> None:
         """Of an adapter one matrix is cut, as its map is: B by rows or A by columns. The other one
         is the same on all tensor-parallel ranks, and each computes a summand of its gradient, of
-        r numbers for one of the map's width: added up as soon as backward has it, before any
-        optimizer takes it."""
+        r numbers for one of the map's width. Added up once a step, or, for ZeRO, which takes each
+        gradient at once, as soon as backward has it."""
+        whole = [
+            parameter
+            for layer in model.own_layers
+            for parameter in layer.adapters.parameters()
+            if not is_distributed_tensor(parameter)
+        ]
+        # What stays with the optimizer holds no plugin: ColossalAI's takes its process groups with
+        # it when it goes
+        group = self.tp_group
 
         def add_up(grad):
             grad = grad.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(grad, group=self.tp_group)
+            dist.all_reduce(grad, group=group)
             return grad
 
-        for layer in model.own_layers:
-            for parameter in layer.adapters.parameters():
-                if not is_distributed_tensor(parameter):
-                    parameter.register_hook(add_up)
+        if self.plan.zero_stage > 0:
+            for parameter in whole:
+                parameter.register_hook(add_up)
+            return
+        step = optimizer.step
+
+        def add_up_and_step(*args, **kwargs):
+            grads = [parameter.grad for parameter in whole if parameter.grad is not None]
+            if grads:
+                flat = torch.cat([grad.flatten() for grad in grads])
+                dist.all_reduce(flat, group=group)
+                summed = flat.split([grad.numel() for grad in grads])
+                summed = [s.view_as(grad) for s, grad in zip(summed, grads, strict=True)]
+                torch._foreach_copy_(grads, summed)
+            return step(*args, **kwargs)
+
+        optimizer.step = add_up_and_step
 
     def _cut(self, module) -> dict | None:
         """What linear.Linear is to do with a map that the policy has cut."""
