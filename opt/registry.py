@@ -31,19 +31,20 @@ def new_plugin(plan, device, num_parameters: int):
 def ways_to_hold(gpus: int, bf16: bool) -> Iterator[tuple[str, dict, str]]:
     """(plugin, its flags, why): where weights, gradients and optimizer can be, on so many GPUs in
     all, the fastest first (docs/measured.md)."""
+    in_chunks = {"cuda_graph": False}  # which move in memory
     if not bf16:
         yield "torch_ddp", {}, "the fastest without bf16"
     yield "low_level_zero", {}, "the fastest"
     if gpus > 1:
         yield "low_level_zero", {"zero_stage": 2}, "gradients are spread too"
-        yield "gemini", {}, "weights are spread too"
+        yield "gemini", in_chunks, "weights are spread too"
     if gpus & (gpus - 1) == 0:  # or its processes would cut moments within a scale's block
         yield (
             "low_level_zero",
             {"optim": "adamw_8bit"},
             "without fp32 copies, its moments in 8 bits",
         )
-    yield "gemini", {"offload_optim_frac": 1.0}, "Adam is in host memory"
+    yield "gemini", in_chunks | {"offload_optim_frac": 1.0}, "Adam is in host memory"
     for size in (2, 4, 8):
         if gpus % size == 0:
             yield "hybrid_parallel", {"tp_size": size}, "each GPU has a part of each layer"

@@ -160,14 +160,11 @@ def _states(case: Case) -> Iterator[tuple[dict, str]]:
         own = dict.fromkeys(_OF_PLUGINS) | {"plugin": plugin} | flags
         if "tp_size" in flags:  # one rank has the rows of as many
             own["batch_size"] = case.flags.batch_size * flags["tp_size"]
-        if plugin == _WITHOUT_GRAPHS:
-            own["cuda_graph"] = False
         yield own, why
 
 
 _OF_PLUGINS = ("plugin", "zero_stage", "tp_size", "pp_size", "num_microbatches")
 _OF_PLUGINS += ("offload_optim_frac",)
-_WITHOUT_GRAPHS = "gemini"
 
 
 # ---- --auto
