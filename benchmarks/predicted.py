@@ -40,6 +40,7 @@ def results(*files: Path) -> Iterator[tuple[str, dict]]:
 
 def plan_of(result: dict) -> Settings:
     """The plan that it was measured by."""
+    result = result.get("arguments", {}) | result
     given = {name: result[name] for name in _FLAGS if result.get(name) is not None}
     of_one = {"tp_size": 1, "pp_size": 1}  # which not every plugin takes
     given |= {
