@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opt.colossal import host_adam
+from opt.colossal import host_adam, host_kernel
 from opt.colossal.adam import HybridAdam
 from opt.colossal.cpu import CpuDevice
 from opt.train.memory import GIB
@@ -96,13 +96,15 @@ class Hashable(SimpleNamespace):
     __eq__ = object.__eq__
 
 
+@pytest.mark.parametrize("kernel", [None, host_kernel.load()], ids=["torch", "C"])
 @pytest.mark.parametrize("grads_apart", [False, True], ids=["in place", "accumulated"])
-def test_updates_are_those_of_adamw(monkeypatch, grads_apart):
+def test_updates_are_those_of_adamw(monkeypatch, grads_apart, kernel):
     """Six steps, one of them skipped, whose chunks pass through the buffers in several slices; half
     of them asked for chunk by chunk, as forward does, in another order than theirs."""
     monkeypatch.setattr(host_adam, "get_accelerator", CpuDevice)
     monkeypatch.setattr(host_adam, "SLICE", 1024)
     ours = Chunks(grads_apart)
+    ours.adam.host_adam.kernel = kernel
     leaves = [weights.clone().requires_grad_() for weights in ours.weights()]
     groups = [
         {"params": leaves[::2], "weight_decay": 0.1},
@@ -133,6 +135,16 @@ def test_updates_are_those_of_adamw(monkeypatch, grads_apart):
             begin, end = ours.ranges[key]
             assert torch.equal(ours.of[key].payload[begin:end], weights.bfloat16())
     assert ours.asked == [ours.chunks[number] for number in (1, 0, 2)] * 3
+
+
+def test_without_a_compiler_a_line_says_so(monkeypatch, capsys):
+    assert host_kernel.load()
+    for path in ("/nowhere", "/bin/false"):
+        host_kernel.load.cache_clear()
+        monkeypatch.setattr(host_kernel.shutil, "which", lambda name, path=path: path)
+        assert host_kernel.load() is None
+        assert capsys.readouterr().out.startswith("  kernels   PyTorch's own operations for Adam")
+    host_kernel.load.cache_clear()
 
 
 @pytest.mark.parametrize("fraction", [0, 0.3, 0.5, 1])

@@ -21,6 +21,7 @@ from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 
+from opt.colossal import host_kernel
 from opt.colossal.adam import MOMENTS, update
 
 BUFFERS = 4
@@ -105,6 +106,8 @@ class HostAdam:
         self._stream = device.Stream()
         size, dtype = min(SLICE, max(chunk.shard_size for chunk in chunks)), chunks[0].dtype
         on_gpu = torch.device(device.get_current_device()).type == "cuda"
+        # On a CPU all plugins compute alike, to the last bit
+        self.kernel = host_kernel.load() if on_gpu and dtype == torch.bfloat16 else None
         self._free = deque(
             _Buffer(torch.empty(size, dtype=dtype, pin_memory=on_gpu), device.Event())
             for _ in range(BUFFERS)
@@ -196,16 +199,20 @@ class HostAdam:
             begin, end = max(part.begin, first), min(part.end, first + len(values))
             if begin < end:
                 here = values[begin - first : end - first]
+                weights = chunk.paired_chunk.cpu_shard[begin:end]
                 moments = (
                     part.state[name].view(-1)[begin - part.begin : end - part.begin]
                     for name in MOMENTS
                 )
-                by_numbers[part.numbers].append(
-                    (here, chunk.paired_chunk.cpu_shard[begin:end], *moments, here)
-                )
+                by_numbers[part.numbers].append((here, weights, *moments))
         for (*numbers, divisor), parts in by_numbers.items():
+            if self.kernel:
+                for part in parts:
+                    self.kernel(*part, divisor, *numbers)
+                continue
+            grads, *others = map(list, zip(*parts, strict=True))
             update(
-                *map(list, zip(*parts, strict=True)),
+                *(grads, *others, grads),
                 None if divisor == 1.0 else torch.tensor(divisor),
                 *numbers,
             )
