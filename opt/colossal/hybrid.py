@@ -10,14 +10,12 @@ import torch.distributed as dist
 import transformers
 from colossalai.booster.plugin import HybridParallelPlugin, hybrid_parallel_plugin
 from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
-from colossalai.shardformer.layer._operation import (
-    linear_with_async_comm,
-    reduce_backward,
-    reduce_forward,
-)
+from colossalai.shardformer.layer._operation import reduce_backward, reduce_forward
 from colossalai.shardformer.policies.base_policy import SubModuleReplacementDescription
 from colossalai.shardformer.policies.opt import OPTForCausalLMPolicy
 from colossalai.tensor.d_tensor.api import is_distributed_tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer
 
 from opt.colossal.copies import Copies
@@ -29,7 +27,7 @@ from opt.colossal.reduction import LayerwiseDDP
 from opt.colossal.sharded import Sharded
 from opt.model.attention import Attention
 from opt.model.config import DTYPES
-from opt.model.linear import Linear, plain
+from opt.model.linear import Linear, each, plain, sum_over_tokens
 from opt.model.opt import OPTForCausalLM, Stage
 
 
@@ -182,8 +180,13 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         """Add up the gradient of the input of q, k and v over the tensor-parallel ranks once.
         [C13] ColossalAI 0.5.0 does it for each of the three: six all-reduces a layer instead of
         four, which take half of a step of OPT-1.3b (tp 2, two H200)."""
+        enter = (
+            partial(_each, group=self.tp_group)
+            if self.adapters
+            else partial(_columns, group=self.tp_group.group_name)
+        )
         for layer in model.own_layers:
-            layer.self_attn.enter = partial(_add_up_gradient, group=self.tp_group)
+            layer.self_attn.enter = enter
         self._inputs_shared = {
             m
             for layer in model.own_layers
@@ -233,12 +236,12 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         if isinstance(module, Linear1D_Row):
             return {"leave": partial(_add_up, group=self.tp_group)}
         if isinstance(module, Linear1D_Col):
+            if not self.adapters:
+                return {"product": partial(_column, group=self.tp_group.group_name)}
+            # With the adapter's; and there is no weight's gradient to go beside
             if module in self._inputs_shared:
                 return {}
-            if self.adapters:
-                # With the adapter's; and there is no weight's gradient to go beside
-                return {"enter": partial(_add_up_gradient, group=self.tp_group)}
-            return {"product": partial(_columns, group=self.tp_group)}
+            return {"enter": partial(_add_up_gradient, group=self.tp_group)}
         return None
 
     def accumulate(self, model, optimizer, is_last_batch):
@@ -273,9 +276,66 @@ def _add_up_tied(model) -> None:
             dist.all_reduce(holders[model.stage_manager.stage].grad, group=group)
 
 
-def _columns(x, weight, bias, group):
-    """A product by columns, whose input's gradient is added up beside the weight's."""
-    return linear_with_async_comm(x, weight, bias, group, True)
+def _columns(maps, x, group: str) -> list[torch.Tensor]:
+    """What maps that are cut by columns make of x (..., in)."""
+    parts = [m.weight for m in maps] + [m.bias for m in maps]
+    return [out.view(*x.shape[:-1], -1) for out in _Columns.apply(x.flatten(0, -2), group, *parts)]
+
+
+def _column(x, weight, bias, group: str) -> torch.Tensor:
+    """_columns of one map, as linear.Linear calls its product."""
+    return _Columns.apply(x.flatten(0, -2), group, weight, bias)[0].view(*x.shape[:-1], -1)
+
+
+def _each(maps, x, group) -> list[torch.Tensor]:
+    """_columns of maps that are more than products."""
+    return each(maps, _add_up_gradient(x, group))
+
+
+class _Columns(torch.autograd.Function):
+    """Products of one input, whose gradient is added up over the tensor-parallel ranks beside the
+    weights' products."""
+
+    @staticmethod
+    def forward(ctx, x, group, *parts):
+        weights, biases = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        ctx.save_for_backward(x, *weights)
+        ctx.group = group
+        return tuple(F.linear(x, *map_) for map_ in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        grads = [grad.contiguous() for grad in grads]
+        of_x, *of_weights = torch.ops.opt.columns_backward(grads, x, weights, ctx.group)
+        return of_x, None, *of_weights, *map(sum_over_tokens, grads)
+
+
+def _columns_backward(
+    grads: list[torch.Tensor], x: torch.Tensor, weights: list[torch.Tensor], group: str
+) -> list[torch.Tensor]:
+    """The gradients of x, all processes', and of the weights."""
+    of_x = grads[0] @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        of_x.addmm_(grad, weight)
+    work = dist.all_reduce(of_x, group=_resolve_process_group(group), async_op=True)
+    of_weights = [grad.t() @ x for grad in grads]
+    work.wait()
+    return [of_x, *of_weights]
+
+
+def _fake_columns_backward(grads, x, weights, group):
+    return [torch.empty_like(x), *map(torch.empty_like, weights)]
+
+
+# An operation of its own, or the compiler would cut the layer at the exchange, and choose what goes
+# beside it. Defined as those of linear.py.
+_OPERATIONS = torch.library.Library("opt", "FRAGMENT")
+_OPERATIONS.define(
+    "columns_backward(Tensor[] grads, Tensor x, Tensor[] weights, str group) -> Tensor[]"
+)
+_OPERATIONS.impl("columns_backward", _columns_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("opt::columns_backward", _fake_columns_backward, lib=_OPERATIONS)
 
 
 def _add_up(x, group):

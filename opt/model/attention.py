@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTSdpaAttention
 
@@ -54,10 +55,9 @@ class Attention(OPTSdpaAttention):
     """transformers' attention, which also takes packed rows; its parameters and their names are the
     same."""
 
-    enter: Callable[[torch.Tensor], torch.Tensor] | None = (
-        # Of the input of q, k and v, see linear.Linear: where the heads are split over processes
-        None
-    )
+    # What q, k and v are where heads are split over processes: of [q_proj, k_proj, v_proj] and
+    # their input (..., in), (..., out) each
+    enter: Callable[[list[nn.Module], torch.Tensor], list[torch.Tensor]] | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: PackedRows | None = None, **kwargs
@@ -68,17 +68,18 @@ class Attention(OPTSdpaAttention):
         row of the batch is a text. Otherwise the batch is one row, and the texts follow one another
         in it.
         """
-        if self.enter is not None:
-            hidden_states = self.enter(hidden_states)
         maps, dropout = [self.q_proj, self.k_proj, self.v_proj], self.dropout * self.training
         if attention_mask is None:
             q, k, v = (
                 out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                for out in linear.each(maps, hidden_states)
+                for out in (self.enter or linear.each)(maps, hidden_states)
             )
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
             return self.out_proj(out.transpose(1, 2).flatten(2)), None, None
-        qkv = linear.side_by_side(maps, hidden_states.squeeze(0))
+        if self.enter is None:
+            qkv = linear.side_by_side(maps, hidden_states.squeeze(0))
+        else:
+            qkv = torch.cat(self.enter(maps, hidden_states.squeeze(0)), dim=-1)
         out = attend(qkv.unflatten(-1, (3, -1, self.head_dim)), attention_mask, dropout)
         return self.out_proj(out.flatten(1).unsqueeze(0)), None, None
 

@@ -179,6 +179,13 @@ class _FewTokens(torch.autograd.Function):
         return grad @ weight, grad.t() @ x, grad.t() @ _ones(len(grad), grad.dtype, grad.device)
 
 
+def sum_over_tokens(grad: torch.Tensor) -> torch.Tensor:
+    """A bias's gradient, of the output's (tokens, out); see few_tokens."""
+    if torch.compiler.is_compiling() or not grad.is_cuda:
+        return grad.sum(0)
+    return grad.t() @ _ones(len(grad), grad.dtype, grad.device)
+
+
 @lru_cache(maxsize=64)
 def _ones(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Made once: a kernel less for each bias, 145 a step of OPT-350m."""
