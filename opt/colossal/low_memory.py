@@ -5,7 +5,7 @@ What is rounded and how is in opt/model/low_bits.py.
 |----------------------|-----------------------------------------------|
 | `adamw_torch`        | 2 + 2 + 12 (torch_ddp: 4 + 4 + 8)             |
 | `adamw_anyprecision` | 2 + 2 + 4                                     |
-| `adamw_8bit`         | 2 + 2 + 2.03                                  |
+| `adamw_8bit`         | 3 + 2 + 2.03                                  |
 
 Under low_level_zero, which spreads the last number over the processes, and torch_ddp: the other
 plugins' optimizers update an fp32 copy.
@@ -34,16 +34,15 @@ def is_low(plan: Namespace) -> bool:
 
 
 def moment_bytes(plan: Namespace) -> float:
-    """Of both moments of a parameter, with their scales."""
-    bits = BITS[plan.optim]
-    return 2 * (bits / 8 + (4 / BLOCK if bits == 8 else 0))
+    """Of both moments of a parameter, with their scales, and of its remainder."""
+    return 4 if BITS[plan.optim] == 16 else 1 + 2 * (1 + 4 / BLOCK)
 
 
 def update_kernels(plan: Namespace) -> Iterator[tuple]:
     """Those that an update comes to, see plugin.Plugin.update_kernels."""
     # A few parameters have moments of 16 bits in any case
     for bits in sorted({16, BITS[plan.optim]}):
-        yield "update_low", bits
+        yield "update_low", bits, BITS[plan.optim] == 8
     if plan.max_norm > 0:
         yield "norm", torch.bfloat16
 
@@ -63,9 +62,10 @@ def check_cuts(plan: Namespace, model: Weights) -> None:
 
 
 class LowMemoryAdam(HybridAdam):
-    """HybridAdam with moments of `bits` bits, on bf16 weights."""
+    """HybridAdam with moments of `bits` bits, on bf16 weights; with 8 of these they are of 24 bits,
+    8 apart: the byte that rounding would otherwise make noise of is there."""
 
-    moments = HybridAdam.moments | {f"{name}_scale": BLOCK for name in MOMENTS}
+    moments = HybridAdam.moments | {f"{name}_scale": BLOCK for name in MOMENTS} | {"remainder": 1}
 
     def __init__(self, *args, bits: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -83,17 +83,15 @@ class LowMemoryAdam(HybridAdam):
 
     def new_moments(self, key, shape):
         """See HybridAdam; with scales, of those in 8 bits."""
+
+        def zeros(dtype, shape=shape):
+            return torch.zeros(shape, dtype=dtype, device=key.device)
+
+        rest = {"remainder": zeros(torch.uint8)} if self._bits == 8 else {}
         if self._bits == 16 or not low_bits.has_blocks(self._pieces[key].shape):
-            return {
-                name: torch.zeros(shape, dtype=torch.bfloat16, device=key.device)
-                for name in MOMENTS
-            }
-        return {
-            name: torch.zeros(key.numel() // BLOCK, device=key.device)
-            if span > 1
-            else torch.zeros(shape, dtype=torch.uint8, device=key.device)
-            for name, span in self.moments.items()
-        }
+            return {name: zeros(torch.bfloat16) for name in MOMENTS} | rest
+        scales = {f"{name}_scale": zeros(None, key.numel() // BLOCK) for name in MOMENTS}
+        return {name: zeros(torch.uint8) for name in MOMENTS} | scales | rest
 
     def update_group(self, group, params, grads, outputs, divisor):
         """See HybridAdam; `outputs`, where there are any, are the `params` themselves."""
