@@ -183,12 +183,29 @@ CHOICES = [
     ("13b", [8, *SHORT], 4, 79.2, 500, "low_level_zero 8 x 1", {"zero_stage": 2}),
     ("13b", [8, *SHORT], 4, 63.0, 500, "gemini 8 x 1", {"offload_optim_frac": 0}),
     ("175b", [4, *SHORT], 8, 79.2, 4000, "gemini 4 x 1", {"offload_optim_frac": 1}),
+    (
+        "6.7b",
+        [32, "--seq_length", 40, "--lora_r", 16],
+        1,
+        79.2,
+        125,
+        "low_level_zero 32 x 1",
+        GRAPH,
+    ),
     # Long rows
     ("350m", [], 1, 79.2, 125, "low_level_zero 32 x 1", {"fused_loss": True}),
     ("1.3b", [64], 1, 79.2, 125, "low_level_zero 32 x 2", {"grad_checkpoint": 0}),
     # fp32 Adam and all layers computed again, rather than fewer bits
     ("1.3b", [16], 1, 23, 125, "low_level_zero 16 x 1", {"grad_checkpoint": 1}),
-    ("6.7b", [16], 1, 79.2, 125, "low_level_zero 8 x 2", {"optim": "adamw_8bit"}),
+    (
+        "6.7b",
+        [16],
+        1,
+        79.2,
+        125,
+        "low_level_zero 8 x 2",
+        {"optim": "adamw_8bit", "cuda_graph": False},
+    ),
     ("6.7b", [8], 4, 79.2, 500, "low_level_zero 8 x 1", {"zero_stage": 1, "grad_checkpoint": 0}),
     # 12.9 and 13.3 thousand tokens/s with 6.7b: spread weights, rather than a third more arithmetic
     ("13b", [8], 4, 79.2, 500, "gemini 4 x 2", {"offload_optim_frac": 0, "grad_checkpoint": 0}),

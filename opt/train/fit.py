@@ -16,6 +16,7 @@ from args import OPTIMS
 from opt.colossal.processes import Place
 from opt.errors import UserError
 from opt.model.kernel_probe import has_bf16
+from opt.model.sizes import layer_matrices
 from opt.registry import ways_to_hold
 from opt.train.checks import check_shape, settle
 from opt.train.memory import ERROR, Estimate, Room, Rows, estimate, gib
@@ -170,7 +171,9 @@ _OF_PLUGINS += ("offload_optim_frac",)
 # ---- --auto
 
 _FEW_TOKENS = 4096  # of a batch: with fewer the GPU is slower (docs/measured.md, 8 rows and 16)
-_GRAPH_TOKENS = 16 * 1024  # of a batch: with up to so many, replayed steps were measured, as faster
+# Multiply-adds of a layer, OPT-350m's of 24 rows of 1,024 tokens: with fewer the host is slower
+# than the GPU, and replayed steps are faster (docs/measured.md, 350m)
+_GRAPH_WORK = 24 * 1024 * 12 * 1024**2
 
 
 def choose(case: Case) -> tuple[Case, list[str]]:
@@ -223,9 +226,10 @@ def _paces(case: Case, state: dict, given: set[str]) -> tuple[list[dict], ...]:
         losses = [{"fused_loss": True}]
         losses = losses if case.here.device.type == "cuda" else [{}, *losses]
     fastest = losses
+    of_layer = layer_matrices(case.config) / case.config.num_hidden_layers
     if (
         not {"cuda_graph", "load_in_4bit"} & given
-        and case.rows.tokens(case.plan) <= _GRAPH_TOKENS
+        and case.rows.tokens(case.plan) * of_layer <= _GRAPH_WORK
         and case.here.device.type == "cuda"
     ):
         fastest = [loss | {"cuda_graph": True} for loss in losses] + losses
