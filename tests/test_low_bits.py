@@ -124,6 +124,19 @@ def test_the_mean_is_adamw(bits):
         assert ((mean - state[name]).abs() < 0.02 * state[name].abs() + 5 * spread + 1e-12).all()
 
 
+def test_weights_start_where_they_are():
+    """Between two of bf16's, as those of a model in fp16 are, all of whose bits are kept."""
+    values = (torch.randn(4 * BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).half()
+    held = new_held(values.bfloat16(), 8)
+    low_bits.keep_remainder(values.float(), held.weight, held.remainder)
+    found = low_bits.joined(held.weight, held.remainder)
+    normal = values.abs() >= 2**-14
+    ties = (held.remainder == 127) | (held.remainder == 128)
+    assert torch.equal(found[normal & ~ties], values[normal & ~ties].float())
+    torch.testing.assert_close(found, values.float(), rtol=2**-14, atol=1e-9)
+    assert (held.weight.float() != values).float().mean() > 0.5
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 def test_pieces_round_as_the_whole(bits):
     """Wherever a parameter is cut; and a gradient that is not finite changes nothing."""

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
-from colossalai.interface import OptimizerWrapper
 
 from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, rates_of
 from opt.errors import UserError
@@ -93,6 +92,15 @@ class LowMemoryAdam(HybridAdam):
         scales = {f"{name}_scale": zeros(None, key.numel() // BLOCK) for name in MOMENTS}
         return {name: zeros(torch.uint8) for name in MOMENTS} | scales | rest
 
+    def placed(self, key, values):
+        """See HybridAdam. Where weights start between two of bf16's, as OPT's do, which are fp16,
+        they must not start at one: rounded to the nearest none would move until updates add up to
+        half of a last digit."""
+        if self._bits == 8:
+            remainder = adam_state(self, key, key.shape)["remainder"].view(-1)[: values.numel()]
+            weight = key.data.view(-1)[: values.numel()]
+            low_bits.keep_remainder(values.to(weight.device).float(), weight, remainder)
+
     def update_group(self, group, params, grads, outputs, divisor):
         """See HybridAdam; `outputs`, where there are any, are the `params` themselves."""
         if not isinstance(divisor, torch.Tensor):
@@ -126,10 +134,3 @@ class LowMemoryAdam(HybridAdam):
                 grad=None, weight=param.data.view(-1), **moments, seed=seed, start=piece.start
             )
         return self._held[param]
-
-
-def adam_of(optimizer: torch.optim.Optimizer) -> LowMemoryAdam:
-    """The innermost of a boosted optimizer."""
-    while isinstance(optimizer, OptimizerWrapper):
-        optimizer = optimizer.optim
-    return optimizer

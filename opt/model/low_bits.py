@@ -187,6 +187,13 @@ def split(values, random, weight, remainder) -> None:
     remainder.copy_(bits & 0xFF)
 
 
+def keep_remainder(values, weight, remainder) -> None:
+    """What bf16 weights have left of fp32 `values`, which they are the nearest to."""
+    bits = (values.view(torch.int32).long() & _MASK) + 128 >> 8
+    left = bits - ((weight.view(torch.int16).long() & 0xFFFF) << 8)
+    remainder.copy_(left.clamp(-128, 127) & 0xFF)
+
+
 def decoded_first(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """First moments, fp32."""
     magnitude = _decoded((codes & 0x7F).int(), 20, 120)
