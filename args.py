@@ -315,7 +315,7 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         default=OPTIMS[0],
         help="what AdamW keeps: adamw_torch two fp32 moments, and fp32 weights (16 bytes a "
         "parameter with gradients); adamw_anyprecision bf16 weights alone and bf16 moments (8 "
-        "bytes); adamw_8bit weights of 24 bits and 8-bit moments (7 bytes), all rounded "
+        "bytes); adamw_8bit bf16 weights alone and 8-bit moments (6 bytes), both rounded "
         "stochastically; these two with torch_ddp or low_level_zero, in bf16, not with LoRA; "
         "default adamw_torch",
     )

@@ -32,8 +32,7 @@ def new_held(weight: torch.Tensor, bits: int, start=0) -> Held:
     size, dtype = weight.numel(), torch.uint8 if bits == 8 else torch.bfloat16
     moments = [torch.zeros(size, dtype=dtype) for _ in range(2)]
     scales = [torch.zeros(size // BLOCK) if bits == 8 else None for _ in range(2)]
-    rest = torch.zeros(size, dtype=torch.uint8) if bits == 8 else None
-    return Held(torch.zeros_like(weight), weight.clone(), *moments, *scales, 7, start, rest)
+    return Held(torch.zeros_like(weight), weight.clone(), *moments, *scales, 7, start)
 
 
 def update(held: list[Held], step: int, divisor=None) -> None:
@@ -110,31 +109,14 @@ def test_the_mean_is_adamw(bits):
     assert moved.abs().mean() > 10 * NUMBERS["lr"]
     assert (nearest == start).float().mean() > 0.5
     state = adams[0].state[exact]
-    weights = low_bits.joined(held.weight, held.remainder).view(copies, BLOCK)
-    found = weights.double().mean(0).float() - start.float()
-    spread = weights.std(0) / copies**0.5
-    # A bf16 weight is the nearest to what it is held as; half of a last digit goes up
-    nearest_to = weights.flatten().bfloat16() == held.weight
-    assert bits == 16 or nearest_to.float().mean() > 0.99
+    found = held.weight.view(copies, BLOCK).double().mean(0).float() - start.float()
+    spread = held.weight.view(copies, BLOCK).float().std(0) / copies**0.5
     # Of what has moved, beside five times what the mean of so many is uncertain by
     assert ((found - moved).abs() < 0.03 * moved.abs().mean() + 5 * spread).all()
     for values, name in zip(moments(held), ("exp_avg", "exp_avg_sq"), strict=True):
         mean = values.view(copies, BLOCK).double().mean(0).float()
         spread = values.view(copies, BLOCK).std(0) / copies**0.5
         assert ((mean - state[name]).abs() < 0.02 * state[name].abs() + 5 * spread + 1e-12).all()
-
-
-def test_weights_start_where_they_are():
-    """Between two of bf16's, as those of a model in fp16 are, all of whose bits are kept."""
-    values = (torch.randn(4 * BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).half()
-    held = new_held(values.bfloat16(), 8)
-    low_bits.keep_remainder(values.float(), held.weight, held.remainder)
-    found = low_bits.joined(held.weight, held.remainder)
-    normal = values.abs() >= 2**-14
-    ties = (held.remainder == 127) | (held.remainder == 128)
-    assert torch.equal(found[normal & ~ties], values[normal & ~ties].float())
-    torch.testing.assert_close(found, values.float(), rtol=2**-14, atol=1e-9)
-    assert (held.weight.float() != values).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -151,7 +133,7 @@ def test_pieces_round_as_the_whole(bits):
         for held in (whole, *pieces):
             update([held], step, torch.tensor(2.0))
     names = ["weight", "exp_avg", "exp_avg_sq"]
-    names += ["exp_avg_scale", "exp_avg_sq_scale", "remainder"] if bits == 8 else []
+    names += ["exp_avg_scale", "exp_avg_sq_scale"] if bits == 8 else []
     for name in names:
         joined = torch.cat([getattr(piece, name) for piece in pieces])
         assert torch.equal(getattr(whole, name), joined), name
@@ -166,11 +148,8 @@ from opt.model import kernels, low_bits
 from tests.test_low_bits import NUMBERS, new_held
 from copy import deepcopy
 torch.manual_seed(0)
-for bits, rest, sizes in ((8, 1, (9 * 256, 256)), (16, 0, (9 * 256, 77)), (16, 1, (300,))):
+for bits, sizes in ((8, (9 * 256, 256)), (16, (9 * 256, 77))):
     ours = [new_held(torch.randn(n).bfloat16() * 0.02, bits, start=512) for n in sizes]
-    if bits == 16 and rest:
-        for one in ours:
-            one.remainder = torch.zeros(len(one.weight), dtype=torch.uint8)
     theirs = deepcopy(ours)
     for step in range(1, 4):
         for a, b in zip(ours, theirs):
@@ -179,7 +158,7 @@ for bits, rest, sizes in ((8, 1, (9 * 256, 256)), (16, 0, (9 * 256, 77)), (16, 1
         for update, held in ((low_bits.adamw, ours), (kernels.adamw_low, theirs)):
             update(held, torch.tensor(2.0), rates, 0.9, 0.999, 1e-8, 0.1)
     for a, b in zip(ours, theirs):
-        for name in vars(a).keys() - {"grad", "seed", "start"}:
+        for name in ("weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"):
             x, y = getattr(a, name), getattr(b, name)
             if x is None:
                 assert y is None
@@ -236,7 +215,7 @@ def trained(*runs) -> None:
 
 
 def test_a_run(tmp_path, small_model):
-    """40 steps in 8 bits: the losses of adamw_torch on average; 7.2 bytes a parameter held, with
+    """40 steps in 8 bits: the losses of adamw_torch on average; 6.2 bytes a parameter held, with
     gradients in bf16 (of so small a model a fifteenth are positions, with moments in bf16); resumed bit for bit, under the other plugin; and on two processes, which cut
     the moments between them, with what sums in bf16 differ by."""
     zero, low = ("--plugin", "low_level_zero"), ("--optim", "adamw_8bit")
@@ -254,7 +233,7 @@ def test_a_run(tmp_path, small_model):
     halfway, end = (checkpoints / f"step-{step:08d}" for step in (20, 40))
     after = checkpoint_tensors(end)
     parameters = sum(t.numel() for name, t in after.items() if name.startswith("weights/"))
-    assert sum(t.nbytes for t in after.values()) + 2 * parameters < 7.25 * parameters
+    assert sum(t.nbytes for t in after.values()) + 2 * parameters < 6.25 * parameters
     assert {t.dtype for t in after.values()} == {torch.bfloat16, torch.uint8, torch.float32}
 
     resumed = (*low, *zero, "--resume", halfway)

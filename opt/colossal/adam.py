@@ -255,9 +255,6 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         """Ahead of the first update of the parameter `key`, of `shape`."""
         return {name: torch.zeros(shape, device=key.device) for name in self.moments}
 
-    def placed(self, key: torch.Tensor, values: torch.Tensor) -> None:
-        """The first elements of the parameter `key` have been given these, flat."""
-
     def _gradients(self) -> list[torch.Tensor]:
         return [
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None

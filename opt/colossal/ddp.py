@@ -68,7 +68,7 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
         self._finish_layers(model)
         model, optimizer = ModelWrapper(model), OptimizerWrapper(optimizer)
         self.form = Plain(model, optimizer)
-        self._know_pieces()
+        self._know_pieces(optimizer)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
     def no_sync(self, model, optimizer):

@@ -5,7 +5,7 @@ What is rounded and how is in opt/model/low_bits.py.
 |----------------------|-----------------------------------------------|
 | `adamw_torch`        | 2 + 2 + 12 (torch_ddp: 4 + 4 + 8)             |
 | `adamw_anyprecision` | 2 + 2 + 4                                     |
-| `adamw_8bit`         | 3 + 2 + 2.03                                  |
+| `adamw_8bit`         | 2 + 2 + 2.03                                  |
 
 Under low_level_zero, which spreads the last number over the processes, and torch_ddp: the other
 plugins' optimizers update an fp32 copy.
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
+from colossalai.interface import OptimizerWrapper
 
 from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, rates_of
 from opt.errors import UserError
@@ -33,15 +34,16 @@ def is_low(plan: Namespace) -> bool:
 
 
 def moment_bytes(plan: Namespace) -> float:
-    """Of both moments of a parameter, with their scales, and of its remainder."""
-    return 4 if BITS[plan.optim] == 16 else 1 + 2 * (1 + 4 / BLOCK)
+    """Of both moments of a parameter, with their scales."""
+    bits = BITS[plan.optim]
+    return 2 * (bits / 8 + (4 / BLOCK if bits == 8 else 0))
 
 
 def update_kernels(plan: Namespace) -> Iterator[tuple]:
     """Those that an update comes to, see plugin.Plugin.update_kernels."""
     # A few parameters have moments of 16 bits in any case
     for bits in sorted({16, BITS[plan.optim]}):
-        yield "update_low", bits, BITS[plan.optim] == 8
+        yield "update_low", bits
     if plan.max_norm > 0:
         yield "norm", torch.bfloat16
 
@@ -61,10 +63,9 @@ def check_cuts(plan: Namespace, model: Weights) -> None:
 
 
 class LowMemoryAdam(HybridAdam):
-    """HybridAdam with moments of `bits` bits, on bf16 weights; with 8 of these they are of 24 bits,
-    8 apart: the byte that rounding would otherwise make noise of is there."""
+    """HybridAdam with moments of `bits` bits, on bf16 weights."""
 
-    moments = HybridAdam.moments | {f"{name}_scale": BLOCK for name in MOMENTS} | {"remainder": 1}
+    moments = HybridAdam.moments | {f"{name}_scale": BLOCK for name in MOMENTS}
 
     def __init__(self, *args, bits: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -82,24 +83,17 @@ class LowMemoryAdam(HybridAdam):
 
     def new_moments(self, key, shape):
         """See HybridAdam; with scales, of those in 8 bits."""
-
-        def zeros(dtype, shape=shape):
-            return torch.zeros(shape, dtype=dtype, device=key.device)
-
-        rest = {"remainder": zeros(torch.uint8)} if self._bits == 8 else {}
         if self._bits == 16 or not low_bits.has_blocks(self._pieces[key].shape):
-            return {name: zeros(torch.bfloat16) for name in MOMENTS} | rest
-        scales = {f"{name}_scale": zeros(None, key.numel() // BLOCK) for name in MOMENTS}
-        return {name: zeros(torch.uint8) for name in MOMENTS} | scales | rest
-
-    def placed(self, key, values):
-        """See HybridAdam. Where weights start between two of bf16's, as OPT's do, which are fp16,
-        they must not start at one: rounded to the nearest none would move until updates add up to
-        half of a last digit."""
-        if self._bits == 8:
-            remainder = adam_state(self, key, key.shape)["remainder"].view(-1)[: values.numel()]
-            weight = key.data.view(-1)[: values.numel()]
-            low_bits.keep_remainder(values.to(weight.device).float(), weight, remainder)
+            return {
+                name: torch.zeros(shape, dtype=torch.bfloat16, device=key.device)
+                for name in MOMENTS
+            }
+        return {
+            name: torch.zeros(key.numel() // BLOCK, device=key.device)
+            if span > 1
+            else torch.zeros(shape, dtype=torch.uint8, device=key.device)
+            for name, span in self.moments.items()
+        }
 
     def update_group(self, group, params, grads, outputs, divisor):
         """See HybridAdam; `outputs`, where there are any, are the `params` themselves."""
@@ -134,3 +128,10 @@ class LowMemoryAdam(HybridAdam):
                 grad=None, weight=param.data.view(-1), **moments, seed=seed, start=piece.start
             )
         return self._held[param]
+
+
+def adam_of(optimizer: torch.optim.Optimizer) -> LowMemoryAdam:
+    """The innermost of a boosted optimizer."""
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.optim
+    return optimizer

@@ -16,7 +16,7 @@ from colossalai.checkpoint_io.utils import gather_distributed_param
 from colossalai.interface import OptimizerWrapper
 from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
-from opt.colossal.adam import HybridAdam, adam_state
+from opt.colossal.adam import adam_state
 from opt.colossal.processes import Spread
 from opt.model.four_bits import FourBits
 from opt.model.linear import Linear
@@ -58,14 +58,6 @@ class Form:
     def finish(self) -> None:
         """End what is under way of the last update, before weights or state are read or written."""
 
-    @property
-    def adam(self) -> HybridAdam:
-        """The innermost of the optimizer's wrappers."""
-        adam = self.optimizer
-        while isinstance(adam, OptimizerWrapper):
-            adam = adam.optim
-        return adam
-
     def pieces(self) -> Iterator[Piece]:
         """All parameters of this pipeline stage that are trained, in the same order on all its
         processes."""
@@ -89,11 +81,9 @@ class Form:
             part = _part(weights[name], working.shape, spread.tp_rank)
             working.data.copy_(part)
             piece = pieces.get(name)
-            if piece and piece.size:
+            if piece and piece.size and piece.weights.data_ptr() != working.data_ptr():
                 own = part.flatten()[piece.start : piece.start + piece.size]
-                if piece.weights.data_ptr() != working.data_ptr():
-                    piece.weights[: own.numel()].copy_(own)
-                self.adam.placed(piece.key, own)
+                piece.weights[: own.numel()].copy_(own)
 
     def _packed(self) -> dict[torch.Tensor, FourBits]:
         """Frozen weights in 4 bits, and what packs them."""
@@ -163,7 +153,9 @@ class TrainingState:
 
     def __init__(self, form: Form, spread: Spread, shapes: dict[str, torch.Size]):
         """`shapes`: of the named parameters in the whole model, unsplit and unpadded."""
-        self._spread, self._shapes, self._form, self._adam = spread, shapes, form, form.adam
+        self._spread, self._shapes, self._form, self._adam = spread, shapes, form, form.optimizer
+        while isinstance(self._adam, OptimizerWrapper):
+            self._adam = self._adam.optim
         self._pieces = list(form.pieces())
 
     @property

@@ -159,11 +159,11 @@ class Plugin:
 
     # ---- plugin
 
-    def _know_pieces(self) -> None:
+    def _know_pieces(self, optimizer) -> None:
         """In configure(), behind the form: with --optim what rounds has to know where its pieces
         lie."""
         if low_memory.is_low(self.plan):
-            self.form.adam.know(self.form.pieces(), self.plan.seed)
+            low_memory.adam_of(optimizer).know(self.form.pieces(), self.plan.seed)
 
     def _finish_layers(self, model: OPTForCausalLM, cut=lambda module: None) -> None:
         """The last thing in configure(): linear maps of the layers that are here, put together of

@@ -65,7 +65,7 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
             model, optimizer, criterion, dataloader, lr_scheduler
         )
         self.form = Sharded(model, optimizer, self.spread.dp_size, recorded=self.plan.cuda_graph)
-        self._know_pieces()
+        self._know_pieces(optimizer)
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm
         self._finish_layers(model.unwrap())

@@ -149,7 +149,7 @@ def _try_update(kernels, device, gradient: torch.dtype, output: torch.dtype | No
     )
 
 
-def _try_update_low(kernels, device, bits: int, has_remainder: bool) -> None:
+def _try_update_low(kernels, device, bits: int) -> None:
     from opt.model import low_bits
 
     bf16 = [torch.zeros(low_bits.BLOCK, dtype=torch.bfloat16, device=device) for _ in range(4)]
@@ -157,8 +157,7 @@ def _try_update_low(kernels, device, bits: int, has_remainder: bool) -> None:
     if bits == 8:
         bf16[2:] = [t.to(torch.uint8) for t in bf16[2:]]
         scales = [torch.zeros(1, device=device) for _ in range(2)]
-    rest = torch.zeros_like(bf16[0], dtype=torch.uint8) if has_remainder else None
-    held = low_bits.Held(*bf16, *scales, seed=0, start=0, remainder=rest)
+    held = low_bits.Held(*bf16, *scales, seed=0, start=0)
     ones = torch.ones((), device=device), torch.ones(4, device=device)
     kernels.adamw_low([held], *ones, 0.9, 0.999, 1e-8, 0.0)
 

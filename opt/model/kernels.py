@@ -156,9 +156,8 @@ def _to_bf16(values, random):
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
 def _adamw_low(
-    # Int64 (9, tensors): addresses of gradients, weights, first and second moments and of the
-    # moments' scales (or 0), seeds, first elements' places, addresses of the weights' remainders
-    # (or 0)
+    # Int64 (8, tensors): addresses of gradients, weights, first and second moments and of the
+    # moments' scales (or 0), seeds, first elements' places
     pointers,
     blocks,  # as of _adamw
     divisor,
@@ -170,7 +169,6 @@ def _adamw_low(
     tensors,
     programs,
     BITS: tl.constexpr,  # of a moment
-    REMAINDER: tl.constexpr,  # whether weights have one
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # elements that share a scale: a warp's, a row
@@ -199,10 +197,6 @@ def _adamw_low(
         weights = tl.multiple_of(weights, 16)
         firsts = tl.multiple_of(firsts, 16)
         seconds = tl.multiple_of(seconds, 16)
-    if REMAINDER:
-        remainders = tl.load(pointers + 8 * tensors + tensor).to(tl.pointer_type(tl.uint8))
-        if ALIGNED:
-            remainders = tl.multiple_of(remainders, 16)
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets = rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     valid = offsets < size
@@ -211,10 +205,6 @@ def _adamw_low(
         gradient = tl.load(gradients + offsets, mask=valid, other=0).to(tl.float32)
         gradient *= 1.0 / divide_by
         weight = tl.load(weights + offsets, mask=valid, other=0).to(tl.float32)
-        if REMAINDER:
-            rest = tl.load(remainders + offsets, mask=valid, other=0).to(tl.int8, bitcast=True)
-            bits = weight.to(tl.int32, bitcast=True) + (rest.to(tl.int32) << 8)
-            weight = bits.to(tl.float32, bitcast=True)
         first = tl.load(firsts + offsets, mask=valid, other=0)
         second = tl.load(seconds + offsets, mask=valid, other=0)
         if BITS == 8:
@@ -242,16 +232,7 @@ def _adamw_low(
 
         random = _mixed(offsets.to(tl.uint32) + (start + key))
         other = random * 0x9E3779B1
-        if REMAINDER:
-            bits = weight.to(tl.uint32, bitcast=True)
-            bits = tl.where(weight == weight, bits, 0x7FC00000).to(tl.uint32)
-            bits = (bits + (random & 0xFF)) >> 8
-            tl.store(remainders + offsets, (bits & 0xFF).to(tl.uint8), mask=valid)
-            bits = ((bits + 128) >> 8) << 16
-            weight = bits.to(tl.float32, bitcast=True)
-            tl.store(weights + offsets, weight.to(tl.bfloat16), mask=valid)
-        else:
-            tl.store(weights + offsets, _to_bf16(weight, random & 0xFFFF), mask=valid)
+        tl.store(weights + offsets, _to_bf16(weight, random & 0xFFFF), mask=valid)
         if BITS == 8:
             magnitude = tl.abs(first)
             first_scale = tl.max(magnitude, axis=1) * FIRST_SCALE
@@ -277,7 +258,7 @@ def adamw_low(
     held: Sequence[low_bits.Held], divisor, rates, beta1, beta2, eps, weight_decay
 ) -> None:
     """low_bits.adamw on the GPU: 10 bytes a parameter read and written with moments of 8 bits, 14
-    with 16, and 2 with a remainder.
+    with 16.
 
     `rates`: as of adamw(), and the number of this update. All else as there.
     """
@@ -290,9 +271,9 @@ def adamw_low(
     bits = held[0].exp_avg.element_size() * 8
     numbers = [
         [0 if scale is None else scale.data_ptr() for one in held for scale in [getattr(one, name)]]
-        for name in ("exp_avg_scale", "exp_avg_sq_scale", "remainder")
+        for name in ("exp_avg_scale", "exp_avg_sq_scale")
     ]
-    numbers[2:2] = [[one.seed for one in held], [one.start for one in held]]
+    numbers += [[one.seed for one in held], [one.start for one in held]]
     pointers, blocks, aligned = _tables(lists, numbers)
     _adamw_low[(blocks.shape[1],)](
         pointers,
@@ -306,7 +287,6 @@ def adamw_low(
         len(held),
         blocks.shape[1],
         BITS=bits,
-        REMAINDER=held[0].remainder is not None,
         ALIGNED=aligned,
         ROWS=BLOCK // low_bits.BLOCK,
         COLUMNS=low_bits.BLOCK,

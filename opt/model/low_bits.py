@@ -7,10 +7,6 @@ leave a weight where it is, and most changes of the second moment, a thousandth 
 that is kept is rounded stochastically, up or down with the probability that makes the mean exact
 (Gupta et al., arXiv:1502.02551; for bf16 weights Zamirai et al., arXiv:2010.06192).
 
-With common learning rates the noise of that is as large as an update, in bf16: so next to moments
-in 8 bits a weight has 8 bits more, which its rounding to bf16, to the nearest, has left over. What
-is then rounded stochastically is a weight of 24 bits.
-
 In 8 bits moments are floating-point numbers under a scale for each BLOCK elements, their greatest
 magnitude (block-wise: Dettmers et al., arXiv:2110.02861): the first one float8_e4m3fn, as
 torchao's AdamWFp8 has it; of the second one its root, which has half the range, without a sign and
@@ -53,8 +49,6 @@ class Held:
     exp_avg_sq_scale: torch.Tensor | None
     seed: int  # of the parameter in this run, see parameter_seed()
     start: int  # the piece's first element in the parameter
-    # The next 8 bits of each weight, uint8: see joined(). None: it has but its 16
-    remainder: torch.Tensor | None = None
 
 
 def has_blocks(shape: tuple[int, ...]) -> bool:
@@ -81,13 +75,13 @@ def adamw(
     """One step of AdamW in place, see the module.
 
     Args:
-        held: all with moments of the same bits, and all with a remainder or none.
+        held: all with moments of the same bits.
         divisor: fp32 scalar tensor that the gradients are divided by, or None. If it is not
             finite, nothing changes.
         rates: fp32 (4,), see adam.rates_of; where a kernel updates, on its device.
     """
     device, bits = held[0].weight.device, held[0].exp_avg.element_size() * 8
-    if has_kernel("update_low", device, bits, held[0].remainder is not None):
+    if has_kernel("update_low", device, bits):
         from opt.model.kernels import adamw_low
 
         divisor = torch.ones((), device=device) if divisor is None else divisor
@@ -119,16 +113,14 @@ def _piece(held: Held, first: int) -> Held:
         None if t is None else t[first // BLOCK : (first + _PIECE) // BLOCK]
         for t in (held.exp_avg_scale, held.exp_avg_sq_scale)
     ]
-    rest = held.remainder
-    rest = None if rest is None else rest.view(-1)[first : first + _PIECE]
-    return Held(*flat, *scales, held.seed, held.start + first, rest)
+    return Held(*flat, *scales, held.seed, held.start + first)
 
 
 def _update(
     held: Held, key, factor, lr, correction1, correction2_root, beta1, beta2, eps, weight_decay
 ) -> None:
     """What kernels._adamw_low does with each element, operation by operation."""
-    grad, weight = held.grad.float() * factor, joined(held.weight, held.remainder)
+    grad, weight = held.grad.float() * factor, held.weight.float()
     if held.exp_avg_scale is None:
         first, second = held.exp_avg.float(), held.exp_avg_sq.float()
     else:
@@ -143,10 +135,7 @@ def _update(
     positions = torch.arange(held.start, held.start + weight.numel(), device=weight.device)
     random = _mixed((positions + key) & _MASK)
     other = random * 0x9E3779B1 & _MASK
-    if held.remainder is None:
-        held.weight.copy_(rounded_to_bf16(weight, random & 0xFFFF))
-    else:
-        split(weight, random & 0xFF, held.weight, held.remainder)
+    held.weight.copy_(rounded_to_bf16(weight, random & 0xFFFF))
     if held.exp_avg_scale is None:
         held.exp_avg.copy_(rounded_to_bf16(first, other >> 16))
         held.exp_avg_sq.copy_(rounded_to_bf16(second, random >> 16))
@@ -167,31 +156,6 @@ def rounded_to_bf16(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """fp32 values to bf16, stochastically. `random`: 16 bits each, int64."""
     bits = (values.view(torch.int32) + random.to(torch.int32)) & -0x10000
     return torch.where(values == values, bits.view(torch.float32), values).bfloat16()
-
-
-def joined(weight: torch.Tensor, remainder: torch.Tensor | None) -> torch.Tensor:
-    """bf16 weights with the 8 bits behind them, fp32: those are what has been rounded off, of
-    either sign, in 256ths of the last of the 16 bits."""
-    if remainder is None:
-        return weight.float()
-    bits = weight.float().view(torch.int32) + (remainder.view(torch.int8).int() << 8)
-    return bits.view(torch.float32)
-
-
-def split(values, random, weight, remainder) -> None:
-    """fp32 values into bf16 weights, which are the nearest, and remainders. `random`: 8 bits each,
-    int64."""
-    bits = torch.where(values == values, values.view(torch.int32), 0x7FC00000).long() & _MASK
-    bits = bits + random >> 8
-    weight.view(torch.int16).copy_((bits + 128 >> 8).to(torch.int16))
-    remainder.copy_(bits & 0xFF)
-
-
-def keep_remainder(values, weight, remainder) -> None:
-    """What bf16 weights have left of fp32 `values`, which they are the nearest to."""
-    bits = (values.view(torch.int32).long() & _MASK) + 128 >> 8
-    left = bits - ((weight.view(torch.int16).long() & 0xFFFF) << 8)
-    remainder.copy_(left.clamp(-128, 127) & 0xFF)
 
 
 def decoded_first(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
     rank-00000.safetensors ...   a file a process: its share of the model and of Adam's moments, as
                                  whole tensors by name (weights/..., exp_avg/..., exp_avg_sq/...),
                                  in fp32 or, with --optim, as they are kept (in 8 bits with
-                                 exp_avg_scale/..., exp_avg_sq_scale/..., remainder/...), and its
-                                 random-number state (rng/...)
+                                 exp_avg_scale/..., exp_avg_sq_scale/...), and its random-number
+                                 state (rng/...)
     state.json                   position in the data, Adam's count of updates, loss scale, plan,
                                  checksum of the data, the best evaluation so far
     metrics.jsonl                the run's up to here
@@ -14,7 +14,7 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
 
 Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and
 `latest` names it last. Tensors are copied to host memory while training waits (12 bytes a parameter
-over all processes, with --optim 6 or 5); a thread writes them while it goes on. Where they are in
+over all processes, with --optim 6 or 4); a thread writes them while it goes on. Where they are in
 host memory already (--offload_optim_frac), which has no room for them twice, training waits until
 they are written.
 """

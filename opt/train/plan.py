@@ -167,7 +167,7 @@ def _kernels(
 _OPTIMS = {
     "adamw_torch": "",
     "adamw_anyprecision": "; AdamW on these weights, rounded stochastically, moments in bf16",
-    "adamw_8bit": "; AdamW on weights of 24 bits, rounded stochastically, moments in 8 bits",
+    "adamw_8bit": "; AdamW on these weights, rounded stochastically, moments in 8 bits",
 }
 
 
