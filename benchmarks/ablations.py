@@ -48,7 +48,7 @@ def replace(part: str) -> None:
     elif part == "liger":
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-        def loss(hidden, weight, targets):
+        def loss(hidden, weight, targets, split):
             given = (hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")
             return LigerFusedLinearCrossEntropyFunction.apply(*given)[0]
 

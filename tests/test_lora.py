@@ -209,8 +209,8 @@ def test_four_bits_on_a_gpu_are_pefts_on_bitsandbytes(peft, rows, tmp_path):  # 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for name, found in json.loads(results.read_text()).items():
         assert expected[-1] < expected[0] - 3
-        assert found["losses"][:5] == pytest.approx(expected[:5], abs=0.03), name
-        assert found["losses"] == pytest.approx(expected, abs=0.15), name
+        assert found["losses"][0] == pytest.approx(expected[0], abs=0.01), name
+        assert found["losses"][:5] == pytest.approx(expected[:5], abs=0.05), name
 
 
 # ---- as a user runs it
