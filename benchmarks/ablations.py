@@ -63,7 +63,7 @@ def run_one(part: str, script: str, flags: list[str]) -> None:
         import opt_benchmark
         from args import benchmark_parser
 
-        opt_benchmark.main(benchmark_parser().parse_args(flags), opt_benchmark.by_training)
+        opt_benchmark.run(benchmark_parser().parse_args(flags))
     else:
         import opt_train_demo
         from args import train_parser

@@ -25,6 +25,7 @@ from opt.colossal.plugin import Plugin
 from opt.colossal.processes import Spread
 from opt.colossal.reduction import LayerwiseDDP
 from opt.colossal.sharded import Sharded
+from opt.model import operations
 from opt.model.attention import Attention
 from opt.model.config import DTYPES
 from opt.model.linear import Linear, each, plain, sum_over_tokens
@@ -324,18 +325,14 @@ def _columns_backward(
     return [of_x, *of_weights]
 
 
-def _fake_columns_backward(grads, x, weights, group):
-    return [torch.empty_like(x), *map(torch.empty_like, weights)]
-
-
 # An operation of its own, or the compiler would cut the layer at the exchange, and choose what goes
-# beside it. Defined as those of linear.py.
-_OPERATIONS = torch.library.Library("opt", "FRAGMENT")
-_OPERATIONS.define(
-    "columns_backward(Tensor[] grads, Tensor x, Tensor[] weights, str group) -> Tensor[]"
+# beside it
+operations.define(
+    "columns_backward(Tensor[] grads, Tensor x, Tensor[] weights, str group) -> Tensor[]",
+    _columns_backward,
+    lambda grads, x, weights, group: [torch.empty_like(x), *map(torch.empty_like, weights)],
+    cost=lambda grads, x, weights, group: sum(4 * x[0] * out * inner for out, inner in weights),
 )
-_OPERATIONS.impl("columns_backward", _columns_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("opt::columns_backward", _fake_columns_backward, lib=_OPERATIONS)
 
 
 def _add_up(x, group):
