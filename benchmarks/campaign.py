@@ -39,7 +39,7 @@ sys.path.insert(0, str(REPO))
 
 import psutil  # noqa: E402
 
-from benchmarks import report  # noqa: E402
+from benchmarks import records, report  # noqa: E402
 from benchmarks.measurements import MEASUREMENTS, Measurement  # noqa: E402
 from benchmarks.peers import ENGINES  # noqa: E402
 from opt import installed  # noqa: E402
@@ -234,14 +234,14 @@ class Campaign:
         self._ready = False  # whether this process has imported what the measurements need
         self._before = {}
         for gpus in COUNTS:
-            for line in report.lines(self.file(gpus)):
+            for line in records.lines(self.file(gpus)):
                 self._before[line["commit"], line["command"]] = line
 
     def file(self, gpus: int) -> Path:
         """Where results on so many GPUs go: where this commit's are, or today's."""
         pattern = f"{COUNTS[gpus]}-{self.machine.short_name}.jsonl"
         for file in sorted(self.args.out.glob(f"????-??-??-{pattern}"), reverse=True):
-            if any(line["commit"] == self.commit for line in report.lines(file)):
+            if any(line["commit"] == self.commit for line in records.lines(file)):
                 return file
         return self.args.out / f"{datetime.date.today()}-{pattern}"
 

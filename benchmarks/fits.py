@@ -10,7 +10,7 @@ from pathlib import Path
 
 from args import benchmark_parser, resolve
 from benchmarks.predicted import plan_of, results
-from benchmarks.report import GIB
+from benchmarks.records import GIB
 from opt.model.sizes import PRESETS, num_parameters, preset_config
 from opt.train.memory import Rows, estimate
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from args import Settings, benchmark_parser, resolve
-from benchmarks.report import GIB, lines
+from benchmarks.records import GIB, lines
 from opt.model.sizes import PRESETS, preset_config
 from opt.registry import PLUGINS
 from opt.train.memory import Estimate, Rows, estimate

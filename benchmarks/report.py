@@ -18,9 +18,9 @@ import re
 from pathlib import Path
 
 from benchmarks.peers import ENGINES
+from benchmarks.records import GIB, lines
 from opt.errors import report_user_error
 
-GIB = 2**30
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 # Of a step: blocks of steps that wait for the GPU alone lie within a percent
@@ -77,20 +77,6 @@ def rows(results: list[dict], columns: dict) -> list[list[str]]:
 
 
 _KNOWN = ("model", "plugin", "engine", "precision", "gpus", "batch", "status")
-
-
-def lines(file: Path) -> list[dict]:
-    """A campaign's results, of each measurement the last; none of a file that is not there. A last
-    line that a killed campaign has left unfinished is not one."""
-    found = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue
-        # Records of before there were campaigns have the file that they were
-        found[result["commit"], result["command"], result.get("file")] = result
-    return list(found.values())
 
 
 def spread(result: dict) -> str:
@@ -572,7 +558,7 @@ def main() -> None:
     if args.command == "campaign":
         report_campaign(args.name, args.results, REPO if args.docs else None)
         if args.docs:
-            from benchmarks import fits  # which reads campaigns by this module
+            from benchmarks import fits  # which takes seconds
 
             fits.write()
         return

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig
 
 from args import benchmark_parser, resolve
-from benchmarks import measurements, peers, report
+from benchmarks import measurements, peers, records, report
 from opt.measure import flops_per_token
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
@@ -238,7 +238,7 @@ def results_of_campaign(out) -> dict[str, dict]:
     return {
         line["name"].removeprefix("opt-tiny-4-").removeprefix("cpu-"): line
         for file in out.glob("*.jsonl")
-        for line in report.lines(file)
+        for line in records.lines(file)
     }
 
 

@@ -11,6 +11,7 @@ pass that finds its largest element, and, of gradients, the bias's.
 import torch
 
 from opt.model import operations
+from opt.model.formats import SMALLEST_LARGEST
 from opt.model.kernel_probe import has_kernel
 
 UNIT = 16  # the fp8 kernel takes matrices whose sizes are multiples of this
@@ -93,7 +94,7 @@ def _quantize(tensor, dtype, transposed, summed):
 
         return quantize(tensor.contiguous(), dtype, transposed, summed)
     largest = torch.finfo(dtype).max
-    scale = tensor.abs().amax().float().clamp(min=SMALLEST) / largest
+    scale = tensor.abs().amax().float().clamp(min=SMALLEST_LARGEST) / largest
     quantized = (tensor.float() / scale).clamp(-largest, largest).to(dtype)
     turned = quantized.t().contiguous() if transposed else quantized.new_empty(0)
     sums = tensor.sum(0, dtype=torch.float32) if summed else scale.new_empty(0)
@@ -109,8 +110,6 @@ def _shapes(tensor, dtype, transposed, summed):
         tensor.new_empty((columns,) if summed else (0,), dtype=torch.float32),
     )
 
-
-SMALLEST = 1e-12  # a matrix of zeros has a scale as well
 
 operations.define(
     "quantize(Tensor tensor, ScalarType dtype, bool transposed, bool summed) "

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
+from opt.model import formats
+
 WORK = {
     "update": "the update",
     "update_low": "AdamW on bf16 weights",
@@ -150,14 +152,12 @@ def _try_update(kernels, device, gradient: torch.dtype, output: torch.dtype | No
 
 
 def _try_update_low(kernels, device, bits: int) -> None:
-    from opt.model import low_bits
-
-    bf16 = [torch.zeros(low_bits.BLOCK, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    bf16 = [torch.zeros(formats.BLOCK, dtype=torch.bfloat16, device=device) for _ in range(4)]
     scales = [None, None]
     if bits == 8:
         bf16[2:] = [t.to(torch.uint8) for t in bf16[2:]]
         scales = [torch.zeros(1, device=device) for _ in range(2)]
-    held = low_bits.Held(*bf16, *scales, seed=0, start=0)
+    held = formats.Held(*bf16, *scales, seed=0, start=0)
     ones = torch.ones((), device=device), torch.ones(4, device=device)
     kernels.adamw_low([held], *ones, 0.9, 0.999, 1e-8, 0.0)
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from opt.model import float8, low_bits
+from opt.model import formats
 
 # From Triton 3.1 (torch 2.5) to 3.6 (torch 2.11), tests/test_kernels.py compiles all for the GPUs
 # there are. [F39] 3.1 takes no constexpr in a pointer's type, only its `value`. Where an integer
@@ -24,20 +24,20 @@ from opt.model import float8, low_bits
 # Elements that a program updates; with 8 warps each, of 8 choices the fastest on an H100
 BLOCK = 2048
 
-# Of low_bits, for _adamw_low
+# For _adamw_low
 FIRST_SHIFT, SECOND_SHIFT = (
-    tl.constexpr(low_bits.FIRST_SHIFT),
-    tl.constexpr(low_bits.SECOND_SHIFT),
+    tl.constexpr(formats.FIRST_SHIFT),
+    tl.constexpr(formats.SECOND_SHIFT),
 )
 FIRST_SHIFT_UP, SECOND_SHIFT_UP = (
-    tl.constexpr(1 / low_bits.FIRST_SHIFT),
-    tl.constexpr(1 / low_bits.SECOND_SHIFT),
+    tl.constexpr(1 / formats.FIRST_SHIFT),
+    tl.constexpr(1 / formats.SECOND_SHIFT),
 )
 FIRST_SCALE, SECOND_SCALE = (
-    tl.constexpr(1 / low_bits.FIRST_MAX),
-    tl.constexpr(1 / low_bits.SECOND_MAX),
+    tl.constexpr(1 / formats.FIRST_MAX),
+    tl.constexpr(1 / formats.SECOND_MAX),
 )
-SMALLEST = tl.constexpr(low_bits.SMALLEST)
+SMALLEST = tl.constexpr(formats.SMALLEST)
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
@@ -255,7 +255,7 @@ def _adamw_low(
 
 
 def adamw_low(
-    held: Sequence[low_bits.Held], divisor, rates, beta1, beta2, eps, weight_decay
+    held: Sequence[formats.Held], divisor, rates, beta1, beta2, eps, weight_decay
 ) -> None:
     """low_bits.adamw on the GPU: 10 bytes a parameter read and written with moments of 8 bits, 14
     with 16.
@@ -288,8 +288,8 @@ def adamw_low(
         blocks.shape[1],
         BITS=bits,
         ALIGNED=aligned,
-        ROWS=BLOCK // low_bits.BLOCK,
-        COLUMNS=low_bits.BLOCK,
+        ROWS=BLOCK // formats.BLOCK,
+        COLUMNS=formats.BLOCK,
         num_warps=8,
     )
 
@@ -729,7 +729,7 @@ def quantize(matrix, dtype, transposed: bool, summed: bool):
         rows,
         columns,
         torch.finfo(dtype).max,
-        float8.SMALLEST,
+        formats.SMALLEST_LARGEST,
         FORMAT=_FORMATS[dtype],
         TRANSPOSED=transposed,
         ROWS=128,

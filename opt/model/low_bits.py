@@ -20,35 +20,13 @@ however a parameter is cut into pieces.
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from opt.model.formats import BLOCK, FIRST_MAX, SECOND_MAX, SMALLEST, Held
 from opt.model.kernel_probe import has_kernel
 
-BLOCK = 256  # elements that share a scale
-FIRST_MAX, SECOND_MAX = 448.0, 1.9375  # of the codes 126 and 255
-# Powers of two by which the codes' exponents are under fp32's: then an fp32 number's leading bits
-# are the code, down to its subnormal numbers
-FIRST_SHIFT, SECOND_SHIFT = 2.0**-120, 2.0**-112
-SMALLEST = 1e-30  # scales under it are none: their moments are 0
-
 _MASK = 0xFFFFFFFF
-
-
-@dataclass
-class Held:
-    """What AdamW updates of one parameter, or of a piece of it: flat tensors with as many elements
-    each."""
-
-    grad: torch.Tensor | None  # bf16; None between updates
-    weight: torch.Tensor  # bf16
-    exp_avg: torch.Tensor  # bf16; or codes, uint8, then whole blocks
-    exp_avg_sq: torch.Tensor  # the same; the codes are of its root
-    exp_avg_scale: torch.Tensor | None  # fp32, of each block of codes
-    exp_avg_sq_scale: torch.Tensor | None
-    seed: int  # of the parameter in this run, see parameter_seed()
-    start: int  # the piece's first element in the parameter
 
 
 def has_blocks(shape: tuple[int, ...]) -> bool:

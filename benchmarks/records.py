@@ -1,0 +1,20 @@
+"""A campaign's file: a result a line."""
+
+import json
+from pathlib import Path
+
+GIB = 2**30
+
+
+def lines(file: Path) -> list[dict]:
+    """A campaign's results, of each measurement the last; none of a file that is not there. A last
+    line that a killed campaign has left unfinished is not one."""
+    found = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue
+        # Records of before there were campaigns have the file that they were
+        found[result["commit"], result["command"], result.get("file")] = result
+    return list(found.values())
