@@ -38,11 +38,10 @@ def main(flags, measured_by) -> None:
     """Check, start the processes, measure, print and write the result: the course of
     benchmarks/peers.py as well."""
     here = processes.place()
-    if getattr(flags, "auto", None):  # the peers have no such flag
-        flags = checks.with_first_plugin(flags, here)
+    flags = checks.with_first_plugin(flags, here)
     plan, config, weights = checks.check_benchmark(flags, here)
     processes.start(here, plan.mem_cap, plan.timeout_minutes)
-    if getattr(plan, "auto", None):
+    if plan.auto:
         case, chosen = fit.choose(case_of(flags, plan, config, here))
         plan = case.plan
         if here.is_main:
