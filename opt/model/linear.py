@@ -176,7 +176,7 @@ class _FewTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x, grad.t() @ _ones(len(grad), grad.dtype, grad.device)
+        return grad @ weight, grad.t() @ x, sum_over_tokens(grad)
 
 
 def sum_over_tokens(grad: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ class _AddsUp(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, total = ctx.saved_tensors
         torch.ops.opt.add_product(total, grad.t(), x)
-        return grad @ weight, None, grad.sum(0) if ctx.has_bias else None, None
+        return grad @ weight, None, sum_over_tokens(grad) if ctx.has_bias else None, None
 
 
 def _add_product(total, a, b) -> None:
