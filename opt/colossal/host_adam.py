@@ -13,7 +13,7 @@ device computes the layers before it, and copies go on beside both.
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from colossalai.accelerator import get_accelerator
@@ -78,14 +78,6 @@ class _Part:
     numbers: tuple[float, ...]
 
 
-@dataclass
-class _Due:
-    """What a chunk's 16-bit weights wait for: updates, or, after a step that was skipped, to be
-    copied again."""
-
-    parts: list[_Part] = field(default_factory=list)
-
-
 class HostAdam:
     """Updates the chunks whose fp32 part is in host memory."""
 
@@ -99,7 +91,8 @@ class HostAdam:
         }
         for key in self._chunks:  # Adam's moments are made where it is
             key.data = torch.empty(0)
-        self._due: dict[Chunk, _Due] = {}
+        # What 16-bit weights wait for: updates, or, where a step was skipped, to be copied again
+        self._due: dict[Chunk, list[_Part]] = {}
         self._slices: deque[tuple[Chunk, int, int]] = deque()
         self._arrivals = {}  # by chunk: when its weights are there
         device = get_accelerator()
@@ -134,15 +127,15 @@ class HostAdam:
         for parameter in parameters:
             state = self._adam.state[parameter]
             numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            self._wait(self._chunks[parameter]).parts.append(
+            self._wait(self._chunks[parameter]).append(
                 _Part(*self._ranges[parameter], state, (*numbers, state["step"], divisor))
             )
 
-    def _wait(self, chunk: Chunk) -> _Due:
+    def _wait(self, chunk: Chunk) -> list[_Part]:
         """Note that the 16-bit weights of `chunk` have to follow the fp32 ones."""
         if chunk not in self._due:
             assert not self._slices and not self._on_the_way  # forward goes through all chunks
-            self._due[chunk] = _Due()
+            self._due[chunk] = []
             # What is to be copied is there, and no longer used, when this stream comes here
             self._stream.wait_stream(get_accelerator().current_stream())
         return self._due[chunk]
@@ -151,9 +144,9 @@ class HostAdam:
     def finish(self, chunk: Chunk | None = None) -> None:
         """Update `chunk`, by default all; the current stream goes on with its new weights."""
         if self._due and not self._slices and not self._on_the_way:
-            for due in sorted(self._due, key=lambda due: due.count_id):  # as forward needs them
-                for first in range(0, max(1, due.valid_end), SLICE):
-                    self._slices.append((due, first, min(first + SLICE, due.valid_end)))
+            for one in sorted(self._due, key=lambda one: one.count_id):  # as forward needs them
+                for first in range(0, max(1, one.valid_end), SLICE):
+                    self._slices.append((one, first, min(first + SLICE, one.valid_end)))
         while chunk in self._due if chunk else self._due:
             self._next()
         for arrived in [chunk] if chunk else list(self._arrivals):
@@ -166,7 +159,7 @@ class HostAdam:
         chunk, first, end = buffer.chunk, buffer.first, buffer.end
         values = buffer.values[: end - first]
         buffer.filled.synchronize()
-        if self._due[chunk].parts:
+        if self._due[chunk]:
             self._update(values, chunk, first)
         else:
             values.copy_(chunk.paired_chunk.cpu_shard[first:end])
@@ -185,7 +178,7 @@ class HostAdam:
             chunk, first, end = self._slices.popleft()
             buffer.chunk, buffer.first, buffer.end = chunk, first, end
             with get_accelerator().stream(self._stream):
-                if self._due[chunk].parts:
+                if self._due[chunk]:
                     grads = chunk.grad_chunk if self._grads_apart else chunk
                     buffer.values[: end - first].copy_(grads.payload[first:end], non_blocking=True)
                 buffer.filled.record()
@@ -195,7 +188,7 @@ class HostAdam:
         """Update what of `chunk` is from `first` on, and let the weights take the place of its
         gradients in `values`."""
         by_numbers = defaultdict(list)
-        for part in self._due[chunk].parts:
+        for part in self._due[chunk]:
             begin, end = max(part.begin, first), min(part.end, first + len(values))
             if begin < end:
                 here = values[begin - first : end - first]
