@@ -177,6 +177,16 @@ def test_what_a_trial_builds_the_run_uses(compiled):
     assert built == {"trial": KERNELS | OF_FP8, "run": set()}
 
 
+def interpreted(code: str, request) -> subprocess.CompletedProcess:
+    """`code` with Triton's interpreter in its kernels' place, which needs no GPU: 3.6's, since
+    3.1's reads nothing right beside numpy 2."""
+    env = triton_on_path(TRITONS[-1], request.config.cache)
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    streams = {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, cwd=REPO, env=os.environ | env, **streams)
+
+
 QUANTIZE = """
 import torch
 from opt.model import float8, kernels
@@ -206,10 +216,8 @@ print("all")
 
 
 def test_quantization_is_pytorchs(request):
-    """By Triton's interpreter, which needs no GPU. 3.1's reads nothing right beside numpy 2."""
-    env = triton_on_path(TRITONS[-1], request.config.cache) | {"TRITON_INTERPRET": "1"}
-    code = [sys.executable, "-W", "ignore", "-c", QUANTIZE]
-    done = subprocess.run(code, env=os.environ | env, capture_output=True, text=True)
+    """Both formats, by rows and by columns; an infinity or a nan does not become finite."""
+    done = interpreted(QUANTIZE, request)
     assert done.stdout.split() == ["all"], done.stderr[-2000:]
 
 

@@ -3,10 +3,7 @@ promised, and a run on it is a run."""
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ from opt.model.opt import meta_model
 from opt.model.weights import InitialWeights
 
 from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, start
-from .test_kernels import triton_on_path
+from .test_kernels import interpreted
 
 NUMBERS = dict(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 
@@ -170,13 +167,8 @@ for bits, sizes in ((8, (9 * 256, 256)), (16, (9 * 256, 77))):
 
 
 def test_the_kernel_is_the_update(request):
-    """In Triton's interpreter, random bits and all; 3.1's cannot read bf16."""
-    env = triton_on_path("3.6.0", request.config.cache)
-    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", KERNEL]
-    done = subprocess.run(
-        command, cwd=REPO, env=os.environ | env, capture_output=True, text=True, timeout=300
-    )
+    """Random bits and all."""
+    done = interpreted(KERNEL, request)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
