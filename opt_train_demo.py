@@ -12,6 +12,7 @@ HybridAdam, boost, weights; the loop; the step; the evaluation.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from args import train_parser
 from opt import installed, registry
@@ -29,8 +30,7 @@ from opt.colossal.low_memory import LowMemoryAdam
 from opt.data import tokens
 from opt.data.batches import Batch, Batches
 from opt.data.rows import Rows, open_dataset
-from opt.model.opt import expect_varying_lengths
-from opt.train import card, checks, export, faults, graphs, hub, recorder, samples, schedule
+from opt.train import checks, faults, graphs, recorder, result, schedule
 from opt.train import plan as plans
 from opt.train.checkpoints import Saver
 from opt.train.signals import Control
@@ -54,9 +54,7 @@ def main(flags) -> None:
     is_done = evaluate_only(run) if flags.eval_only else train(run)
     processes.stop()
     if is_done and here.is_main:
-        samples.show(run)
-        if flags.push_to_hub:
-            hub.push(run.plan)
+        result.show(run)
 
 
 @dataclass
@@ -93,17 +91,22 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
     plugin.place(model, weights)  # only now it knows this process's share of each tensor
     boosted = Boosted(booster, model, optimizer, lr_schedule)
     if plan.cuda_graph:
-        boosted.recorded = graphs.record(lambda *batch: backward(boosted, *batch), plugin, model)
+        boosted.recorded = graphs.record(partial(forward_backward, boosted), plugin, model)
+    return boosted
+
+
+def boost_for(run: plans.Run) -> Boosted:
+    """What trains `run`'s rows, or evaluates them."""
+    boosted = boost(run.plan, run.here, run.setup.config, run.weights, run.steps)
+    boosted.model.unwrap().expect_rows(run.dataset.train.shortest, run.dataset.longest)
     return boosted
 
 
 def evaluate_only(run: plans.Run) -> bool:
     """--eval_only. False: there is no new model."""
-    boosted = boost(run.plan, run.here, run.setup.config, run.weights, run.steps)
-    boosted.model.unwrap().longest_row = run.dataset.longest
-    recorder.results_of_evaluation(
-        run, evaluate(boosted, batches_of(run.dataset.held_out, run, boosted))
-    )
+    boosted = boost_for(run)
+    held_out_loss = evaluate(boosted, batches_of(run.dataset.held_out, run, boosted))
+    recorder.results_of_evaluation(run, held_out_loss)
     return False
 
 
@@ -116,25 +119,18 @@ def batches_of(rows: Rows, run: plans.Run, boosted: Boosted, seed=None) -> Batch
 
 def train(run: plans.Run) -> bool:
     """From the model to the saved model. False if a signal has stopped it."""
-    plan, here, setup, dataset, before = run.plan, run.here, run.setup, run.dataset, run.before
-    control = Control(here)
-    if dataset.train.shortest < dataset.train.longest:
-        expect_varying_lengths()
-    boosted = boost(plan, here, setup.config, run.weights, run.steps)
-    boosted.model.unwrap().longest_row = dataset.longest
-
+    plan, dataset, total = run.plan, run.dataset, run.steps.total_steps
+    control = Control(run.here)
+    boosted = boost_for(run)
     train_batches = batches_of(dataset.train, run, boosted, plan.seed)
     eval_batches = batches_of(dataset.held_out, run, boosted)
-
-    saver = Saver(run, control, boosted, run.weights)
-    if before:
-        saver.restore(before)
-    evaluations, patience = saver.evaluations, plan.early_stopping_patience
-    total = run.start.step if evaluations.are_enough(patience) else run.steps.total_steps
-    position, stopped_by = run.start, None
-    ahead = (run.start, total, plan.gradient_accumulation_steps)
+    saver = Saver(run, control, boosted)
+    evaluations, position, stopped_by = saver.evaluations, run.start, None
+    if evaluations.are_enough(plan.early_stopping_patience):  # of the run that this one goes on
+        total = position.step
+    ahead = position, total, plan.gradient_accumulation_steps
     with recorder.Recorder(run) as record:
-        if len(dataset.held_out) and not run.start.step:
+        if len(dataset.held_out) and not position.step:
             evaluations.add(0, record.evaluation(0, evaluate(boosted, eval_batches)))
         for position, batches in train_batches.steps(*ahead):
             lr = boosted.lr_schedule.get_last_lr()[0]
@@ -142,23 +138,15 @@ def train(run: plans.Run) -> bool:
             record.step(position, batches, loss, lr, grad_norm)
             is_last = position.step == total
             if len(dataset.held_out) and (position.step % run.steps.eval_steps == 0 or is_last):
-                held_out_loss = evaluate(boosted, eval_batches)
-                evaluations.add(position.step, record.evaluation(position.step, held_out_loss))
-                is_last |= evaluations.are_enough(patience)
+                held_out_loss = record.evaluation(position.step, evaluate(boosted, eval_batches))
+                evaluations.add(position.step, held_out_loss)
+                is_last |= evaluations.are_enough(plan.early_stopping_patience)
             # Checkpoints, signals, steps that lead nowhere.
             stopped_by = saver.after(position, record, is_last)
             if stopped_by or is_last:
                 break
         saver.finish()
-
-    if plan.load_best_model_at_end and not stopped_by:
-        saver.load_best()
-    if not stopped_by and not plan.no_save:
-        whole = (setup.directory, setup.source, setup.tokenizer, plan.output_path)
-        text = card.text(run) if here.is_main else None
-        export.export_model(boosted.plugin, *whole, card=text)
-    if here.is_main:
-        recorder.say_how_it_ended(run, position.step, stopped_by, saver)
+    result.save(run, boosted.plugin, saver, position.step, stopped_by)
     return not stopped_by
 
 
@@ -183,7 +171,7 @@ def train_step(boosted: Boosted, batches: list[Batch]):
             if boosted.recorded:
                 loss = boosted.recorded(batch.inputs, weight)
             else:
-                loss = backward(boosted, batch.to(plugin.device), weight)
+                loss = forward_backward(boosted, batch.to(plugin.device), weight)
         share += loss / plugin.spread.dp_size
     optimizer.step()
     boosted.lr_schedule.step()
@@ -191,41 +179,34 @@ def train_step(boosted: Boosted, batches: list[Batch]):
     return share, plugin.grad_norm(optimizer)
 
 
-def backward(boosted: Boosted, inputs: dict[str, torch.Tensor], weight) -> torch.Tensor:
-    """The summed loss of a batch on the device, times `weight`, and its gradients. The loss is 0
-    where another process speaks for it."""
-    booster, plugin = boosted.booster, boosted.plugin
-    model, optimizer = boosted.model, boosted.optimizer
+def forward_backward(boosted: Boosted, inputs: dict[str, torch.Tensor], weight=1.0, trains=True):
+    """The summed loss of a batch on the device, times `weight`, and its gradients; unless it
+    `trains`, no gradients. The loss is 0 where another process speaks for it."""
+    booster, plugin, model = boosted.booster, boosted.plugin, boosted.model
+    optimizer = boosted.optimizer if trains else None
     if plugin.spread.pp_size > 1:
-        criterion = pipeline_criterion(plugin, weight)
+        # Asked of each micro-batch; the schedule takes the mean over them
+        scale = weight * plugin.scheduler.num_microbatches
+
+        def criterion(outputs, _):
+            return outputs["loss"] * scale
+
         loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer)["loss"]
     else:
         loss = model(**inputs)["loss"] * weight
-        booster.backward(loss, optimizer)
+        if trains:
+            booster.backward(loss, optimizer)
     return plugin.spread.counted(loss, plugin.device)
-
-
-def pipeline_criterion(plugin, weight):
-    """What execute_pipeline asks: of a micro-batch its part of the batch's summed loss times
-    `weight`. The schedule takes the mean over the micro-batches."""
-    weight = weight * plugin.scheduler.num_microbatches
-    return lambda outputs, _: outputs["loss"] * weight
 
 
 @torch.no_grad()
 def evaluate(boosted: Boosted, batches: Batches) -> float:
     """The mean loss over all target tokens of `batches`, the same value on every process."""
-    booster, plugin, model = boosted.booster, boosted.plugin, boosted.model
+    model, device = boosted.model, boosted.plugin.device
     model.eval()
-    total, targets = torch.zeros((), device=plugin.device, dtype=torch.float64), 0
+    total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
     for batch in batches.epoch():
-        inputs = batch.to(plugin.device)
-        if plugin.spread.pp_size > 1:
-            criterion = pipeline_criterion(plugin, 1.0)
-            loss = booster.execute_pipeline(iter([inputs]), model, criterion)["loss"]
-        else:
-            loss = model(**inputs)["loss"]
-        total += plugin.spread.counted(loss, plugin.device)
+        total += forward_backward(boosted, batch.to(device), trains=False)
         targets += batch.targets
     model.train()
     dist.all_reduce(total)

@@ -36,11 +36,11 @@ from tests.conftest import tokenize
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 
 
-def save_for_ever(run, boosted, initial, report: int) -> None:
+def save_for_ever(run, boosted, report: int) -> None:
     """What a run does that has nothing to do but to save: from the newest checkpoint on. Reports
     each that is complete."""
     found = checkpoints.find("auto", run.output)
-    saver = checkpoints.Saver(run, Control(run.here), boosted, initial)
+    saver = checkpoints.Saver(run, Control(run.here), boosted)
     step = found.position.step if found else 0
     while True:
         step += 1
@@ -66,14 +66,15 @@ def main(output: Path, kills: int) -> None:
     tokenizer = tokens.load_tokenizer(SAMPLE / "opt-tiny")
     dataset = tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer)
     (output / "metrics.jsonl").write_text("")
-    run = SimpleNamespace(plan=plan, here=here, dataset=dataset, output=output, before=None)
+    run = SimpleNamespace(plan=plan, here=here, dataset=dataset, output=output)
+    run.before, run.weights = None, initial
 
     chance, made, in_the_middle = random.Random(0), 0, 0
     for _ in range(kills):
         reading, report = os.pipe()
         child = os.fork()
         if child == 0:
-            save_for_ever(run, boosted, initial, report)
+            save_for_ever(run, boosted, report)
         os.close(report)
         first = os.read(reading, 100)  # its first checkpoint of this round is complete
         assert first, "the child ended by itself"

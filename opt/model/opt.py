@@ -53,7 +53,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # None, the one that runs next or None, the hidden states between them). Backward comes by
         # again, see Tensor.register_hook: behind the one, ahead of the other.
         self.between_layers = None
-        # Tokens of the longest packed row, see forward; less makes attention faster
+        # Tokens of the longest packed row, see forward and expect_rows
         self.longest_row = config.max_position_embeddings
         for layer in self.model.decoder.layers:
             layer.self_attn.__class__ = Attention
@@ -62,6 +62,17 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
     def own_layers(self) -> nn.ModuleList:
         """The decoder layers of this process's pipeline stage."""
         return self.model.decoder.layers[self.stage.start : self.stage.end]
+
+    def expect_rows(self, shortest: int, longest: int) -> None:
+        """Make ready for rows of `shortest` to `longest` tokens: attention of short ones is faster.
+
+        [C18] PyTorch prefers cuDNN's kernels on Hopper (seen in 2.11), which plan anew for every
+        shape: with short rows on an H100, 3 ms a layer of the host's time, where the GPU computes
+        for 0.05 ms. They are kept out of batches whose length changes from step to step.
+        """
+        self.longest_row = longest
+        if shortest < longest and torch.cuda.is_available():
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def forward(
         self, input_ids=None, labels=None, hidden_states=None, cu_seqlens=None
@@ -168,16 +179,6 @@ def run_layer(
         return layer(hidden_states, attention_mask=rows)[0]
 
     return checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
-
-
-def expect_varying_lengths() -> None:
-    """Keep cuDNN out of attention, for batches whose length changes from step to step.
-
-    [C18] PyTorch prefers cuDNN's kernels on Hopper (seen in 2.11), which plan anew for every shape:
-    with short rows on an H100, 3 ms a layer of the host's time, where the GPU computes for 0.05 ms.
-    """
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def meta_model(config: OPTConfig) -> OPTForCausalLM:

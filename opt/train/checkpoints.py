@@ -57,9 +57,10 @@ class Saver:
     """Writes checkpoints, one at a time, and says when a run is to stop. Made and used by all
     processes together."""
 
-    def __init__(self, run, control: Control, boosted, model: weights.Weights):
-        """`run`: a plan.Run; `boosted`: what is trained, see opt_train_demo.py; `model`: its
-        weights, of which the shapes are asked."""
+    def __init__(self, run, control: Control, boosted):
+        """`run`: a plan.Run; `boosted`: what is trained, see opt_train_demo.py. Takes up the state
+        of the checkpoint that the run goes on from, if there is one."""
+        model = run.weights
         self._directory, self._plan = folder(run.output), run.plan
         self._here, self._control, self._rows = run.here, control, run.dataset.train
         self._optimizer, self._lr_schedule = boosted.optimizer, boosted.lr_schedule
@@ -77,6 +78,8 @@ class Saver:
                 *self._directory.glob(f"{_REMOVING}*"),
             ):
                 shutil.rmtree(left_over)
+        if run.before:
+            self._restore(run.before)
 
     def after(self, position: Position, recorder, is_last: bool) -> str | None:
         """To be called after each step: saves where that is due, or where a signal asks the run to
@@ -118,9 +121,9 @@ class Saver:
         """Whether this process's thread is at work."""
         return self._thread is not None and self._thread.is_alive()
 
-    def restore(self, checkpoint: "Checkpoint") -> None:
-        """Put a checkpoint's state into a run that was built with its weights, in fp32 where Adam
-        updates them.
+    def _restore(self, checkpoint: "Checkpoint") -> None:
+        """Put its state into a run that was built with its weights, in fp32 where Adam updates
+        them.
 
         The random-number state is taken up where the number of processes is the same; otherwise
         dropout starts from the seed.

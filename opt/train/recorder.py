@@ -296,22 +296,3 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
-
-
-def say_how_it_ended(run: Run, step: int, stopped_by: str | None, saver) -> None:
-    """The last lines of a training: where it stopped, and where the result is."""
-    if stopped_by:
-        print(
-            f"{stopped_by}: stopped after step {step}, saved in {saver.saved}; go on with the same "
-            "command and --resume auto",
-            flush=True,
-        )
-        return
-    if step < run.steps.total_steps:
-        print(
-            f"ended early, after step {step} of {run.steps.total_steps}: "
-            f"{saver.evaluations.without_better} evaluations in a row had no lower held-out loss",
-            flush=True,
-        )
-    if not run.plan.no_save:
-        print(f"saved the model to {run.plan.output_path}", flush=True)

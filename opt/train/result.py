@@ -1,0 +1,41 @@
+"""What a run leaves behind: the model, in the weights that were asked for, with its card; and the
+last lines."""
+
+from opt.colossal.plugin import Plugin
+from opt.train import card, export, hub, samples
+from opt.train.checkpoints import Saver
+from opt.train.plan import Run
+
+
+def save(run: Run, plugin: Plugin, saver: Saver, step: int, stopped_by: str | None) -> None:
+    """Export the model after its last step, unless a signal has `stopped_by` the run, and say where
+    it is. To be called by all processes."""
+    plan, setup, is_main = run.plan, run.setup, run.here.is_main
+    if stopped_by:
+        if is_main:
+            print(
+                f"{stopped_by}: stopped after step {step}, saved in {saver.saved}; go on with the "
+                "same command and --resume auto",
+                flush=True,
+            )
+        return
+    if plan.load_best_model_at_end:
+        saver.load_best()
+    if not plan.no_save:
+        whole = (setup.directory, setup.source, setup.tokenizer, plan.output_path)
+        export.export_model(plugin, *whole, card=card.text(run) if is_main else None)
+    if is_main and step < run.steps.total_steps:
+        print(
+            f"ended early, after step {step} of {run.steps.total_steps}: "
+            f"{saver.evaluations.without_better} evaluations in a row had no lower held-out loss",
+            flush=True,
+        )
+    if is_main and not plan.no_save:
+        print(f"saved the model to {plan.output_path}", flush=True)
+
+
+def show(run: Run) -> None:
+    """After the processes' end, by the main one: what the model writes, and its way to the Hub."""
+    samples.show(run)
+    if run.plan.push_to_hub:
+        hub.push(run.plan)
