@@ -316,7 +316,8 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         help="what AdamW keeps: adamw_torch two fp32 moments, and fp32 weights (16 bytes a "
         "parameter with gradients); adamw_anyprecision bf16 weights alone and bf16 moments (8 "
         "bytes); adamw_8bit bf16 weights alone and 8-bit moments (6 bytes), both rounded "
-        "stochastically; these two with torch_ddp or low_level_zero, in bf16, not with LoRA; "
+        "stochastically; these two with torch_ddp or low_level_zero, adamw_anyprecision with "
+        "gemini too, in bf16, not with LoRA; "
         "default adamw_torch",
     )
     g.add_argument(
@@ -808,9 +809,11 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
 
 def _resolve_optim(args: argparse.Namespace, device_type: str) -> None:
     """Settle what an optimizer of fewer bits needs. Raises UserError where it cannot be had."""
-    if args.plugin not in ("torch_ddp", "low_level_zero"):
+    plugins = ["torch_ddp", "low_level_zero"] + ["gemini"] * (args.optim == OPTIMS[1])
+    if args.plugin not in plugins:
+        *first, last = plugins
         raise UserError(
-            f"--optim {args.optim} is for torch_ddp and low_level_zero, not for {args.plugin}: "
+            f"--optim {args.optim} is for {', '.join(first)} and {last}, not for {args.plugin}: "
             "change the plugin, or leave it out"
         )
     if args.lora_r or getattr(args, "lora_adapter", None):

@@ -44,7 +44,13 @@ def ways_to_hold(gpus: int, bf16: bool) -> Iterator[tuple[str, dict, str]]:
             {"optim": "adamw_8bit"},
             "without fp32 copies, its moments in 8 bits",
         )
-    yield "gemini", in_chunks | {"offload_optim_frac": 1.0}, "Adam is in host memory"
+    on_host = in_chunks | {"offload_optim_frac": 1.0}
+    yield "gemini", on_host, "Adam is in host memory"
+    yield (
+        "gemini",
+        on_host | {"optim": "adamw_anyprecision"},
+        "Adam is in host memory, without fp32 copies, its moments in 16 bits",
+    )
     for size in (2, 4, 8):
         if gpus % size == 0:
             yield "hybrid_parallel", {"tp_size": size}, "each GPU has a part of each layer"

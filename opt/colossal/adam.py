@@ -8,6 +8,7 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
 
+from opt.model.formats import Held
 from opt.model.kernel_probe import has_kernel
 
 
@@ -157,6 +158,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
 
     # What its state has of each parameter, and of how many elements a number of it is
     moments: dict[str, int] = dict.fromkeys(MOMENTS, 1)
+    dtype = torch.float32  # of the weights that it updates, and of moments that are no codes
 
     # Gives the gradient's norm where a plugin's optimizer has computed it on the host just before
     # it calls step().
@@ -249,6 +251,23 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
             divisor,
             *numbers,
             rates=self._rates.get((id(group), params[0].device)),
+        )
+
+    def held(self, param: torch.Tensor) -> Held:
+        """A parameter that has been counted and its state; its gradient is still to be put in."""
+        state = adam_state(self, param, param.shape)
+        moments = (state[name].view(-1) for name in MOMENTS)
+        return Held(None, param.data.view(-1), *moments, None, None, seed=0, start=0)
+
+    def update_held(self, held: list[Held], divisor: float, numbers: tuple[float, ...]) -> None:
+        """One step, in host memory, of what has the same `numbers`: lr, beta1, beta2, eps,
+        weight_decay, step. The updated weights, in 16 bits, take the place of the gradients."""
+        grads = [one.grad for one in held]
+        state = ([getattr(one, name) for one in held] for name in ("weight", *MOMENTS))
+        update(
+            *(grads, *state, grads),
+            None if divisor == 1.0 else torch.tensor(divisor),
+            *numbers,
         )
 
     def new_moments(self, key: torch.Tensor, shape: torch.Size | tuple) -> dict[str, torch.Tensor]:

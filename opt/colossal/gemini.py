@@ -22,12 +22,12 @@ from colossalai.booster.plugin import GeminiPlugin
 from colossalai.utils import is_ddp_ignored
 from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import TensorState, gemini_ddp
-from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.memory_tracer import OrderedParamGenerator
 from torch import nn
 
-from opt.colossal import host_adam
+from opt.colossal import host_adam, low_memory
 from opt.colossal.chunks import Chunks
 from opt.colossal.plugin import Plugin
 from opt.model.config import DTYPES
@@ -83,7 +83,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         is_alone = dp_size == 1 and plan.offload_optim_frac == 0
         has_own = plan.gradient_accumulation_steps > 1 or is_alone
         own = parameters / dp_size
-        return own * 2, own * 2 * has_own, own * 12 * (1 - plan.offload_optim_frac)
+        adam = _adam_bytes(plan) * (1 - plan.offload_optim_frac)
+        return own * 2, own * 2 * has_own, own * adam
 
     @staticmethod
     def buffer_bytes(plan, parameters, dp_size):
@@ -92,8 +93,8 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
 
     @staticmethod
     def host_bytes(plan, parameters, dp_size):
-        """Adam's fp32 weights and moments; gradients and 16-bit weights only pass through."""
-        return 12 * parameters * plan.offload_optim_frac / dp_size
+        """What Adam updates, and its moments; gradients and weights only pass through."""
+        return _adam_bytes(plan) * parameters * plan.offload_optim_frac / dp_size
 
     @staticmethod
     def frozen_bytes(plan, parameters, dp_size):
@@ -104,7 +105,10 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
     def update_kernels(plan):
         """Gradients come in 16 bits, the weights follow by ColossalAI's copy."""
         if plan.offload_optim_frac < 1:
-            yield "update", DTYPES[plan.precision], None
+            if low_memory.is_low(plan):
+                yield from low_memory.update_kernels(plan.but(max_norm=0.0))  # has its own norm
+            else:
+                yield "update", DTYPES[plan.precision], None
 
     # ---- plugin, travel, form
 
@@ -112,9 +116,11 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         """Booster.boost calls this."""
         init_chunks = _init_frozen_chunks if self.adapters else _init_chunks
         close_chunk = host_adam.close_chunk(self.plan.offload_optim_frac)
+        dtype = torch.bfloat16 if low_memory.is_low(self.plan) else torch.float32
         with (
             patch.object(GeminiDDP, "_init_chunks", init_chunks),
             patch.object(Chunk, "close_chunk", close_chunk),
+            patch.object(ChunkManager, "register_tensor", host_adam.register_tensor(dtype)),
         ):
             model, optimizer, *rest = super().configure(
                 model, optimizer, criterion, dataloader, lr_scheduler
@@ -126,6 +132,7 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         if any(host_adam.is_on_host(c.paired_chunk) for c in optimizer.chunk16_set):
             optimizer.optim.host_adam = host_adam.HostAdam(model, optimizer)
         self.form = Chunks(model, optimizer)
+        self._know_pieces(optimizer)
         if self.knows_grad_norm:
             optimizer.optim.find_norm = optimizer.get_grad_norm
         self._finish_layers(model.unwrap())
@@ -134,6 +141,11 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
             model.name2param = dict(inner.named_parameters(remove_duplicate=False))
             model.param2name = {p: name for name, p in inner.named_parameters()}
         return model, optimizer, *rest
+
+
+def _adam_bytes(plan) -> float:
+    """A parameter's, of what Adam updates and its moments."""
+    return 2 + low_memory.moment_bytes(plan) if low_memory.is_low(plan) else 12
 
 
 def _init_frozen_chunks(self, param_order, **flags) -> None:

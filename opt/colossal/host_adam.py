@@ -1,5 +1,5 @@
 """Adam in host memory, of some chunks or of all: fp32 weights and moments, 12 bytes a parameter and
-no more.
+no more; with --optim adamw_anyprecision both in bf16, 6 bytes.
 
 What is on the device stays there: 16-bit weights, and the gradients, which take their place until
 the update or have chunks of their own. On the way to Adam and back they pass through a few pinned
@@ -18,27 +18,42 @@ from dataclasses import dataclass
 import torch
 from colossalai.accelerator import get_accelerator
 from colossalai.zero import GeminiDDP
-from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 
 from opt.colossal import host_kernel
-from opt.colossal.adam import MOMENTS, update
+from opt.model.formats import Held
 
 BUFFERS = 4
 SLICE = 8 * 2**20  # elements of a chunk that pass through a buffer at once: 16 MiB
 
-_close_chunk = Chunk.close_chunk
+_close_chunk, _register_tensor = Chunk.close_chunk, ChunkManager.register_tensor
+
+
+def register_tensor(dtype: torch.dtype) -> Callable[..., None]:
+    """A ChunkManager.register_tensor that keeps what Adam updates in `dtype`, where Gemini has
+    fp32, and notes which chunks are of these."""
+
+    def register(self: ChunkManager, tensor: torch.Tensor, group_type: str, **options) -> None:
+        is_updated = group_type == "fp32_param"
+        if is_updated:
+            tensor.data = tensor.data.to(dtype)
+        _register_tensor(self, tensor, group_type, **options)
+        self.get_chunk(tensor).is_updated = is_updated
+
+    return register
 
 
 def close_chunk(fraction: float) -> Callable[[Chunk], None]:
-    """A Chunk.close_chunk that lets about `fraction` of the fp32 elements have their chunk in host
-    memory: the first chunks, the last ones, and evenly between them. They have no content yet."""
+    """A Chunk.close_chunk that lets about `fraction` of the elements that Adam updates have their
+    chunk in host memory: the first chunks, the last ones, and evenly between them. They have no
+    content yet."""
     closed = on_host = 0
 
     def close(self: Chunk) -> None:
         nonlocal closed, on_host
         _close_chunk(self)
-        if self.dtype != torch.float32 or self.keep_gathered:
+        if not self.is_updated or self.keep_gathered:
             return
         closed += self.utilized_size
         if on_host + self.utilized_size / 2 <= fraction * closed:
@@ -54,7 +69,7 @@ def close_chunk(fraction: float) -> Callable[[Chunk], None]:
 
 
 def is_on_host(chunk: Chunk) -> bool:
-    """Whether an fp32 chunk is one of these."""
+    """Whether a chunk that Adam updates is one of these."""
     return chunk.cpu_shard is not None
 
 
@@ -73,13 +88,13 @@ class _Part:
 
     begin: int  # in the chunk's slice of this process
     end: int
-    state: dict  # HybridAdam's
-    # lr, beta1, beta2, eps, weight_decay, step, divisor
+    held: Held  # the whole of it
+    # divisor, lr, beta1, beta2, eps, weight_decay, step
     numbers: tuple[float, ...]
 
 
 class HostAdam:
-    """Updates the chunks whose fp32 part is in host memory."""
+    """Updates the chunks whose part of Adam is in host memory."""
 
     def __init__(self, model: GeminiDDP, optimizer: GeminiOptimizer):
         manager = model.chunk_manager
@@ -100,7 +115,8 @@ class HostAdam:
         size, dtype = min(SLICE, max(chunk.shard_size for chunk in chunks)), chunks[0].dtype
         on_gpu = torch.device(device.get_current_device()).type == "cuda"
         # On a CPU all plugins compute alike, to the last bit
-        self.kernel = host_kernel.load() if on_gpu and dtype == torch.bfloat16 else None
+        has_kernel = on_gpu and dtype == torch.bfloat16
+        self.kernel = host_kernel.load(self._adam.dtype) if has_kernel else None
         self._free = deque(
             _Buffer(torch.empty(size, dtype=dtype, pin_memory=on_gpu), device.Event())
             for _ in range(BUFFERS)
@@ -125,14 +141,14 @@ class HostAdam:
         """HybridAdam.update_group, of parameters that have been counted: as soon as forward needs
         them."""
         for parameter in parameters:
-            state = self._adam.state[parameter]
-            numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            numbers = (divisor, group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            numbers += (self._adam.state[parameter]["step"],)
             self._wait(self._chunks[parameter]).append(
-                _Part(*self._ranges[parameter], state, (*numbers, state["step"], divisor))
+                _Part(*self._ranges[parameter], self._adam.held(parameter), numbers)
             )
 
     def _wait(self, chunk: Chunk) -> list[_Part]:
-        """Note that the 16-bit weights of `chunk` have to follow the fp32 ones."""
+        """Note that the weights of `chunk` on the device have to follow those on the host."""
         if chunk not in self._due:
             assert not self._slices and not self._on_the_way  # forward goes through all chunks
             self._due[chunk] = []
@@ -191,21 +207,12 @@ class HostAdam:
         for part in self._due[chunk]:
             begin, end = max(part.begin, first), min(part.end, first + len(values))
             if begin < end:
-                here = values[begin - first : end - first]
-                weights = chunk.paired_chunk.cpu_shard[begin:end]
-                moments = (
-                    part.state[name].view(-1)[begin - part.begin : end - part.begin]
-                    for name in MOMENTS
-                )
-                by_numbers[part.numbers].append((here, weights, *moments))
-        for (*numbers, divisor), parts in by_numbers.items():
+                held = part.held.part(begin - part.begin, end - part.begin)
+                held.grad = values[begin - first : end - first]
+                by_numbers[part.numbers].append(held)
+        for (divisor, *numbers), parts in by_numbers.items():
             if self.kernel:
-                for part in parts:
-                    self.kernel(*part, divisor, *numbers)
-                continue
-            grads, *others = map(list, zip(*parts, strict=True))
-            update(
-                *(grads, *others, grads),
-                None if divisor == 1.0 else torch.tensor(divisor),
-                *numbers,
-            )
+                for held in parts:
+                    self.kernel(held, divisor, *numbers)
+            else:
+                self._adam.update_held(parts, divisor, tuple(numbers))

@@ -1,5 +1,6 @@
-"""AdamW on the host's cores in one pass over memory, in C, built when it is first asked for (half a
-second; Triton needs the same compiler).
+"""AdamW on the host's cores in one pass over memory, in C, in fp32 or, with --optim, in bf16 that
+is rounded stochastically; built when it is first asked for (half a second; Triton needs the same
+compiler).
 
 [C35] PyTorch's own on a CPU wants gradients in fp32, and is three operations a piece that each wait
 for all cores.
@@ -15,30 +16,73 @@ from pathlib import Path
 
 import torch
 
+from opt.model import low_bits
+from opt.model.formats import Held
+
 _SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
 
 typedef union { float value; uint32_t bits; } word;
 
-/* `values`: bf16 gradients, in whose place come the updated weights, rounded to nearest even. */
-void adamw(uint16_t *restrict values, float *restrict weights, float *restrict exp_avgs,
-           float *restrict exp_avg_sqs, int64_t size, float divisor, float rate, float beta1,
-           float beta2, float eps, float decay, float correction1, float correction2, int threads)
+static inline float widened(uint16_t number)
 {
-    float kept = 1.0f - rate * decay, step = rate / correction1, root = sqrtf(correction2);
+    word wide = {.bits = (uint32_t)number << 16};
+    return wide.value;
+}
+
+/* To bf16: of `more`, 16 bits, half and a little makes it the nearest, random ones stochastic. */
+static inline uint16_t narrowed(float number, uint32_t more)
+{
+    word wide = {.value = number};
+    return number == number ? (wide.bits + more) >> 16 : 0x7fc0;
+}
+
+static inline uint16_t nearest_even(float number)
+{
+    word wide = {.value = number};
+    return narrowed(number, 0x7fff + ((wide.bits >> 16) & 1));
+}
+
+/* As low_bits._mixed */
+static inline uint32_t mixed(uint32_t number)
+{
+    number = (number ^ number >> 16) * 0x85EBCA6B;
+    number = (number ^ number >> 13) * 0xC2B2AE35;
+    return number ^ number >> 16;
+}
+
+#if BITS == 16
+typedef uint16_t kept;
+#define TAKE(number) widened(number)
+#define KEEP(number, random) narrowed(number, random)
+#else
+typedef float kept;
+#define TAKE(number) (number)
+#define KEEP(number, random) (number)
+#endif
+
+/* `values`: bf16 gradients, in whose place come the updated weights. In bf16 all that is kept is
+   rounded by `key` and its place, as by low_bits._update; fp32 weights to the nearest, for
+   `values`. */
+void adamw(uint16_t *restrict values, kept *restrict weights, kept *restrict exp_avgs,
+           kept *restrict exp_avg_sqs, int64_t size, float divisor, float rate, float beta1,
+           float beta2, float eps, float decay, float correction1, float correction2, uint32_t key,
+           int threads)
+{
+    float left = 1.0f - rate * decay, step = rate / correction1, root = sqrtf(correction2);
     #pragma omp parallel for simd schedule(static) num_threads(threads) if (size > 65536)
     for (int64_t i = 0; i < size; i++) {
-        word grad = {.bits = (uint32_t)values[i] << 16};
-        float g = grad.value / divisor;
-        float m = exp_avgs[i] + (1.0f - beta1) * (g - exp_avgs[i]);
-        float v = beta2 * exp_avg_sqs[i] + (1.0f - beta2) * g * g;
-        word weight = {.value = kept * weights[i] - step * m / (sqrtf(v) / root + eps)};
-        exp_avgs[i] = m;
-        exp_avg_sqs[i] = v;
-        weights[i] = weight.value;
-        uint32_t rounded = (weight.bits + 0x7fff + ((weight.bits >> 16) & 1)) >> 16;
-        values[i] = weight.value == weight.value ? rounded : 0x7fc0;
+        float g = widened(values[i]) / divisor;
+        float m = TAKE(exp_avgs[i]), v = beta2 * TAKE(exp_avg_sqs[i]) + (1.0f - beta2) * g * g;
+        m += (1.0f - beta1) * (g - m);
+        float weight = left * TAKE(weights[i]) - step * m / (sqrtf(v) / root + eps);
+        uint32_t random = mixed((uint32_t)i + key), other = random * 0x9E3779B1;
+        kept rounded = KEEP(weight, random & 0xffff);
+        exp_avgs[i] = KEEP(m, other >> 16);
+        exp_avg_sqs[i] = KEEP(v, random >> 16);
+        weights[i] = rounded;
+        values[i] = nearest_even(TAKE(rounded));
     }
 }
 """
@@ -46,10 +90,10 @@ _FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared 
 
 
 @functools.cache
-def load() -> Callable[..., None] | None:
-    """adamw(values, weights, exp_avg, exp_avg_sq, divisor, lr, beta1, beta2, eps, weight_decay,
-    step), of contiguous tensors of as many elements, the first in bf16, the others in fp32; None
-    where it cannot be built, of which a line tells."""
+def load(dtype: torch.dtype) -> Callable[..., None] | None:
+    """adamw(held, divisor, lr, beta1, beta2, eps, weight_decay, step), of a Held with a gradient in
+    bf16, and weights and moments in `dtype`, fp32 or bf16: in the gradient's place come the updated
+    weights in bf16. None where it cannot be built, of which a line tells."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "adamw.c"), Path(folder, "adamw.so")
@@ -57,7 +101,8 @@ def load() -> Callable[..., None] | None:
         try:
             if compiler is None:
                 raise OSError("no C compiler")
-            command = [compiler, *_FLAGS, str(source), "-o", str(library), "-lm"]
+            flags = [*_FLAGS, f"-DBITS={dtype.itemsize * 8}"]
+            command = [compiler, *flags, str(source), "-o", str(library), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             function = ctypes.CDLL(str(library)).adamw
         except (OSError, subprocess.CalledProcessError) as error:
@@ -68,16 +113,16 @@ def load() -> Callable[..., None] | None:
             )
             return None
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] + [ctypes.c_float] * 8
-    function.argtypes += [ctypes.c_int]
+    function.argtypes += [ctypes.c_uint32, ctypes.c_int]
     function.restype = None
 
-    def adamw(
-        values, weights, exp_avg, exp_avg_sq, divisor, lr, beta1, beta2, eps, weight_decay, step
-    ):
+    def adamw(held: Held, divisor, lr, beta1, beta2, eps, weight_decay, step):
+        tensors = held.grad, held.weight, held.exp_avg, held.exp_avg_sq
+        key = low_bits.rounding_key(held.seed, step) + held.start
         function(
-            *(tensor.data_ptr() for tensor in (values, weights, exp_avg, exp_avg_sq)),
-            *(values.numel(), divisor, lr, beta1, beta2, eps, weight_decay),
-            *(1 - beta1**step, 1 - beta2**step, torch.get_num_threads()),
+            *(tensor.data_ptr() for tensor in tensors),
+            *(held.grad.numel(), divisor, lr, beta1, beta2, eps, weight_decay),
+            *(1 - beta1**step, 1 - beta2**step, key & 0xFFFFFFFF, torch.get_num_threads()),
         )
 
     return adamw

@@ -7,8 +7,10 @@ What is rounded and how is in opt/model/low_bits.py.
 | `adamw_anyprecision` | 2 + 2 + 4                                     |
 | `adamw_8bit`         | 2 + 2 + 2.03                                  |
 
-Under low_level_zero, which spreads the last number over the processes, and torch_ddp: the other
-plugins' optimizers update an fp32 copy.
+Under low_level_zero, which spreads the last number over the processes, and torch_ddp; with moments
+in 16 bits under gemini too, which spreads all three, and has the weights a second time beside the
+moments, in host memory with --offload_optim_frac: gradients take the place of the first ones. The
+others' optimizers update an fp32 copy.
 """
 
 import math
@@ -18,6 +20,7 @@ from functools import partial
 
 import torch
 from colossalai.interface import OptimizerWrapper
+from colossalai.zero.gemini import gemini_optimizer
 
 from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, rates_of
 from opt.errors import UserError
@@ -66,9 +69,12 @@ class LowMemoryAdam(HybridAdam):
     """HybridAdam with moments of `bits` bits, on bf16 weights."""
 
     moments = HybridAdam.moments | {f"{name}_scale": BLOCK for name in MOMENTS}
+    dtype = torch.bfloat16
 
     def __init__(self, *args, bits: int, **kwargs):
         super().__init__(*args, **kwargs)
+        if bits == 16:  # without scales
+            self.moments = HybridAdam.moments
         self._bits, self._held, self._pieces, self._seed = bits, {}, {}, 0
 
     @classmethod
@@ -101,7 +107,7 @@ class LowMemoryAdam(HybridAdam):
             divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
         by_bits: dict[torch.dtype, list[Held]] = {}
         for param, grad in zip(params, grads, strict=True):
-            held = self._held_of(param)
+            held = self.held(param)
             held.grad = grad.view(-1)
             by_bits.setdefault(held.exp_avg.dtype, []).append(held)
         rates = self._rates.get((id(group), params[0].device))
@@ -115,19 +121,32 @@ class LowMemoryAdam(HybridAdam):
             for held in same:
                 held.grad = None  # its memory is the next forward's
 
-    def _held_of(self, param: torch.Tensor) -> Held:
-        """Made once: weights and moments stay where they are."""
+    def update_held(self, held, divisor, numbers):
+        """See HybridAdam."""
+        lr, beta1, beta2, eps, weight_decay, step = numbers
+        rates = rates_of(lr, beta1, beta2, step)
+        divide_by = None if divisor == 1.0 else torch.tensor(divisor)
+        low_bits.adamw(held, divide_by, rates, beta1, beta2, eps, weight_decay)
+        for one in held:
+            one.grad.copy_(one.weight)
+
+    def held(self, param: torch.Tensor) -> Held:
+        """See HybridAdam. Made once: weights and moments stay where they are."""
         if param not in self._held:
             state, piece = adam_state(self, param, param.shape), self._pieces[param]
             moments = {
                 name: None if (moment := state.get(name)) is None else moment.view(-1)
-                for name in self.moments
+                for name in LowMemoryAdam.moments
             }
             seed = low_bits.parameter_seed(self._seed, piece.name)
             self._held[param] = Held(
                 grad=None, weight=param.data.view(-1), **moments, seed=seed, start=piece.start
             )
         return self._held[param]
+
+
+# [F15] As for HybridAdam
+gemini_optimizer._AVAIL_OPTIM_LIST |= {LowMemoryAdam}
 
 
 def adam_of(optimizer: torch.optim.Optimizer) -> LowMemoryAdam:

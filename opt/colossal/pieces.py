@@ -163,6 +163,11 @@ class TrainingState:
         """What there is to read and write, the weights first."""
         return (WEIGHTS, *self._adam.moments)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that Adam updates, and of moments that are no codes."""
+        return self._adam.dtype
+
     def own_shapes(self) -> dict[str, torch.Size]:
         """What own_share gives this process: names and whole shapes, in its order."""
         return {p.name: self._shapes[p.name] for p, is_own in self._dealt() if is_own}
@@ -257,7 +262,7 @@ class TrainingState:
         # A slice of ZeRO's may reach past the parameter's end, into padding.
         flat = torch.zeros(
             max((piece.start + piece.size) // span, numel),
-            dtype=torch.float32 if own is None else own.dtype,
+            dtype=self._adam.dtype if own is None else own.dtype,
             device=own.device if stays else get_accelerator().get_current_device(),
         )
         if own is not None:

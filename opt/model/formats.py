@@ -20,13 +20,24 @@ class Held:
     each."""
 
     grad: torch.Tensor | None  # bf16; None between updates
-    weight: torch.Tensor  # bf16
+    weight: torch.Tensor  # bf16; of adamw_torch in host memory fp32, and so are the moments
     exp_avg: torch.Tensor  # bf16; or codes, uint8, then whole blocks
     exp_avg_sq: torch.Tensor  # the same; the codes are of its root
     exp_avg_scale: torch.Tensor | None  # fp32, of each block of codes
     exp_avg_sq_scale: torch.Tensor | None
     seed: int  # of the parameter in this run, see parameter_seed()
     start: int  # the piece's first element in the parameter
+
+    def part(self, first: int, end: int) -> "Held":
+        """Its elements from `first` to `end`, views; in codes between whole blocks."""
+        grad = None if self.grad is None else self.grad.view(-1)[first:end]
+        tensors = (self.weight, self.exp_avg, self.exp_avg_sq)
+        scales = [
+            None if t is None else t[first // BLOCK : end // BLOCK]
+            for t in (self.exp_avg_scale, self.exp_avg_sq_scale)
+        ]
+        flat = [t.view(-1)[first:end] for t in tensors]
+        return Held(grad, *flat, *scales, self.seed, self.start + first)
 
 
 # ---- matrices of float8

@@ -41,6 +41,12 @@ def parameter_seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
+def rounding_key(seed: int, step: int) -> int:
+    """Of a parameter's update number `step`, 32 bits: added to a place in it and mixed, what the
+    number there is rounded by."""
+    return _mixed((seed + step * 0x9E3779B9) & _MASK)
+
+
 def adamw(
     held: Sequence[Held],
     divisor: torch.Tensor | None,
@@ -69,10 +75,10 @@ def adamw(
         return
     lr, correction1, correction2_root, step = rates.tolist()
     for one in held:
-        key = _mixed((one.seed + int(step) * 0x9E3779B9) & _MASK)
+        key = rounding_key(one.seed, int(step))
         for first in range(0, one.weight.numel(), _PIECE):
             _update(
-                _piece(one, first),
+                one.part(first, first + _PIECE),
                 key,
                 1.0 if divisor is None else 1.0 / divisor,
                 *(lr, correction1, correction2_root),
@@ -81,17 +87,6 @@ def adamw(
 
 
 _PIECE = 2**18  # elements: the fp32 and int64 tensors of one in between are a few MiB each
-
-
-def _piece(held: Held, first: int) -> Held:
-    """Its elements from `first` on, _PIECE at most."""
-    flat = [t.view(-1)[first : first + _PIECE] for t in (held.grad, held.weight)]
-    flat += [t.view(-1)[first : first + _PIECE] for t in (held.exp_avg, held.exp_avg_sq)]
-    scales = [
-        None if t is None else t[first // BLOCK : (first + _PIECE) // BLOCK]
-        for t in (held.exp_avg_scale, held.exp_avg_sq_scale)
-    ]
-    return Held(*flat, *scales, held.seed, held.start + first)
 
 
 def _update(

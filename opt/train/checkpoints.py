@@ -148,7 +148,8 @@ class Saver:
         kinds = self._state.kinds
         if self._plan.offload_optim_frac:
             shapes = self._state.own_shapes()
-            entries = {f"{kind}/{n}": (torch.float32, shapes[n]) for kind in kinds for n in shapes}
+            names, dtype = [f"{kind}/{n}" for kind in kinds for n in shapes], self._state.dtype
+            entries = {name: (dtype, shapes[name.split("/", 1)[1]]) for name in names}
             tensors = (tensor for kind in kinds for _, tensor in self._state.own_share(kind))
         else:
             copies = {f"{kind}/{n}": t for kind in kinds for n, t in self._state.own_share(kind)}
