@@ -111,6 +111,23 @@ def test_loss_curve_on_a_gpu(tmp_path, reference, flags):
     assert found == pytest.approx(reference, abs=0.03)
 
 
+def test_adam_in_16_bits_in_host_memory(tmp_path):
+    """The C kernel, and Triton's for what is on the GPU: the losses of low_level_zero, whose
+    updates round alike."""
+    found, common = {}, ("--optim", "adamw_anyprecision", "--max_norm", "0")
+    for name, flags in (
+        ("zero", ("--plugin", "low_level_zero")),
+        ("host", ("--plugin", "gemini", "--offload_optim_frac", "1")),
+        ("half", ("--plugin", "gemini", "--offload_optim_frac", "0.5")),
+    ):
+        done = train(tmp_path / name, *CURVE, *common, *flags)
+        assert "kernels  " not in done.stdout
+        found[name] = losses(tmp_path / name)
+    assert found["zero"][-1] < found["zero"][0] - 0.3
+    for name in ("host", "half"):
+        assert found[name] == pytest.approx(found["zero"], abs=0.01)
+
+
 def test_without_a_compiler(tmp_path, reference):
     """Triton can build nothing: the plan says so, and PyTorch's operations give the same losses."""
     env = {"CC": "/nowhere/cc", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
