@@ -24,6 +24,8 @@ WAYS = {
     "all, fp32 Adam": "--plugin low_level_zero --compile --fused_loss",
     "all, 8-bit Adam": "--plugin low_level_zero --optim adamw_8bit --compile --fused_loss",
     "all, Adam in host memory": "--plugin gemini --offload_optim_frac 1 --compile --fused_loss",
+    "the same in 16 bits": "--plugin gemini --offload_optim_frac 1 --optim adamw_anyprecision "
+    "--compile --fused_loss",
     "LoRA": "--plugin low_level_zero --compile --fused_loss --lora_r 16",
     "LoRA, 4 bits": "--plugin low_level_zero --fused_loss --lora_r 16 --load_in_4bit",
 }

@@ -51,6 +51,14 @@ RUNS = {
         ("--plugin", "gemini", "--offload_optim_frac", 1, "--gradient_accumulation_steps", 2),
         0,
     ),
+    "gemini, offloaded in 16 bits, accumulated": (
+        2,
+        (
+            *("--plugin", "gemini", "--offload_optim_frac", 1, "--gradient_accumulation_steps", 2),
+            *("--optim", "adamw_anyprecision"),
+        ),
+        0,
+    ),
     "tp=2": (2, (*HYBRID, "--tp_size", 2), 0),
     "pp=2, bf16": (2, (*HYBRID, "--pp_size", 2, "--precision", "bf16"), 0),
     "tp=2 x pp=2": (4, (*HYBRID, "--tp_size", 2, "--pp_size", 2), 0),

@@ -240,6 +240,28 @@ def test_a_run(tmp_path, small_model):
     assert apart[0] < 1e-4 and apart.max() < 0.02
 
 
+def test_gemini_goes_on_to_the_last_bit(tmp_path, small_model):
+    """Two processes of low_level_zero, and from their fourth step on of gemini, which have half of
+    Adam in host memory, cut elsewhere: the same weights and moments after eight, in 6 bytes a
+    parameter. (Clipped, they would differ by the last bits of the norm.)"""
+    common = ("--optim", "adamw_anyprecision", "--batch_size", 2, "--max_norm", 0)
+    common += ("--max_train_steps", 8, "--save_steps", 4)
+    gemini = ("--plugin", "gemini", "--offload_optim_frac", 0.5)
+    first, then = tmp_path / "zero", tmp_path / "gemini"
+    trained((first, 2, ("--plugin", "low_level_zero", *common)))
+    middle, end = (f"checkpoints/step-{step:08d}" for step in (4, 8))
+    trained((then, 2, (*gemini, *common, "--resume", first / middle)))
+    wanted, found = checkpoint_tensors(first / end), checkpoint_tensors(then / end)
+    assert found.keys() == wanted.keys() and losses(then) == losses(first)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    weights = {name: t for name, t in found.items() if name.startswith("weights/")}
+    parameters = sum(t.numel() for t in weights.values())
+    assert sum(t.nbytes for t in found.values()) == 6 * parameters
+    assert any(
+        not torch.equal(t, checkpoint_tensors(first / middle)[n]) for n, t in weights.items()
+    )
+
+
 @pytest.mark.parametrize(
     "flags, line",
     [
@@ -251,9 +273,16 @@ def test_a_run(tmp_path, small_model):
     ],
 )
 def test_refused(flags, line):
+    """And adamw_anyprecision of one plugin less."""
     given = train_parser().parse_args(["--optim", "adamw_8bit", *flags.split()])
     with pytest.raises(UserError, match=line):
         resolve(given, "cpu", False)
+    given = given.but(optim="adamw_anyprecision")
+    if given.plugin == "gemini":
+        assert resolve(given, "cpu", False).precision == "bf16"
+    else:
+        with pytest.raises(UserError, match=line.replace(" and low_level_zero", ".*gemini")):
+            resolve(given, "cpu", False)
 
 
 def test_refused_where_blocks_would_be_cut():

@@ -215,6 +215,12 @@ CHOICES = [
     ("6.7b", [16, "--optim", "adamw_torch"], 1, 79.2, 125, "gemini 16 x 1", {}),
     ("6.7b", [32, "--lora_r", 16], 1, 79.2, 125, "low_level_zero 16 x 2", {"grad_checkpoint": 0}),
     ("30b", [8, "--optim", "adamw_torch"], 1, 79.2, 125, None, {}),
+    # 74 GiB of host memory, where fp32 would take 145
+    (
+        *("13b", [4], 1, 79.2, 125, "gemini 4 x 1"),
+        {"offload_optim_frac": 1, "optim": "adamw_anyprecision", "grad_checkpoint": 0},
+    ),
+    ("13b", [4], 1, 79.2, 250, "gemini 4 x 1", {"optim": "adamw_torch"}),
 ]
 
 
@@ -294,8 +300,13 @@ def test_only_what_cannot_fit_is_refused(monkeypatch, rows, is_refused, is_enoug
     "model, arguments, gpus, host, named",
     [
         ("6.7b", [], 1, 125, ["--plugin gemini --offload_optim_frac 1", "--lora_r 16"]),
-        # Adam's 80 GB do not fit into this host either
-        ("6.7b", [], 1, 64, ["--lora_r 16"]),
+        # Adam's 80 GB do not fit into this host either, but half as many
+        ("6.7b", [], 1, 64, ["--plugin gemini --offload_optim_frac 1 --optim adamw_anyprecision"]),
+        ("6.7b", [], 1, 40, ["--lora_r 16"]),
+        (
+            *("13b", ["--grad_checkpoint"], 1, 125),
+            ["--plugin gemini --offload_optim_frac 1 --optim adamw_anyprecision"],
+        ),
         ("66b", ["--lora_r", 16], 1, 125, ["--load_in_4bit"]),
         ("13b", [], 4, 500, ["--zero_stage 2", "--plugin gemini"]),
         ("175b", ["--lora_r", 16, "--load_in_4bit", "--grad_checkpoint"], 1, 500, []),

@@ -66,17 +66,18 @@ typedef float kept;
    rounded by `key` and its place, as by low_bits._update; fp32 weights to the nearest, for
    `values`. */
 void adamw(uint16_t *restrict values, kept *restrict weights, kept *restrict exp_avgs,
-           kept *restrict exp_avg_sqs, int64_t size, float divisor, float rate, float beta1,
-           float beta2, float eps, float decay, float correction1, float correction2, uint32_t key,
-           int threads)
+           kept *restrict exp_avg_sqs, int64_t size, double divisor, double rate, double beta1,
+           double beta2, double eps, double decay, double correction1, double correction2,
+           uint32_t key, int threads)
 {
-    float left = 1.0f - rate * decay, step = rate / correction1, root = sqrtf(correction2);
+    float divide_by = divisor, left = 1 - rate * decay, step = rate / correction1;
+    float root = sqrt(correction2), least = eps, new1 = 1 - beta1, old2 = beta2, new2 = 1 - beta2;
     #pragma omp parallel for simd schedule(static) num_threads(threads) if (size > 65536)
     for (int64_t i = 0; i < size; i++) {
-        float g = widened(values[i]) / divisor;
-        float m = TAKE(exp_avgs[i]), v = beta2 * TAKE(exp_avg_sqs[i]) + (1.0f - beta2) * g * g;
-        m += (1.0f - beta1) * (g - m);
-        float weight = left * TAKE(weights[i]) - step * m / (sqrtf(v) / root + eps);
+        float g = widened(values[i]) / divide_by;
+        float m = TAKE(exp_avgs[i]), v = old2 * TAKE(exp_avg_sqs[i]) + new2 * g * g;
+        m += new1 * (g - m);
+        float weight = left * TAKE(weights[i]) - step * m / (sqrtf(v) / root + least);
         uint32_t random = mixed((uint32_t)i + key), other = random * 0x9E3779B1;
         kept rounded = KEEP(weight, random & 0xffff);
         exp_avgs[i] = KEEP(m, other >> 16);
@@ -112,7 +113,7 @@ def load(dtype: torch.dtype) -> Callable[..., None] | None:
                 flush=True,
             )
             return None
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] + [ctypes.c_float] * 8
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] + [ctypes.c_double] * 8
     function.argtypes += [ctypes.c_uint32, ctypes.c_int]
     function.restype = None
 

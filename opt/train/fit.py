@@ -122,13 +122,16 @@ def _others(case: Case) -> Iterator[tuple[dict, Estimate]]:
         states += [lora, lora | {"load_in_4bit": True}]
     elif case.plan.lora_r and not flags.load_in_4bit:
         states.append({"load_in_4bit": True})
-    is_enough_so = any(found)
+    is_enough_so, is_on_host = any(found), False
     for state in states:
+        if is_on_host and state.get("offload_optim_frac"):
+            continue  # in fewer bits than would do
         # Beside a way that keeps all as it is, one that does not is of use with the batch as it is
         smaller = [] if is_enough_so else _smaller_batches(flags.but(**state))
         checkpoints = [] if is_enough_so else every[-1:]
         ways = [a | b for a in [fused, *checkpoints] for b in [{}, *smaller]]
         if fit := case.first_that_fits([state | way for way in ways]):
+            is_on_host |= bool(state.get("offload_optim_frac"))
             yield fit
 
 
