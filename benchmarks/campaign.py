@@ -7,7 +7,8 @@
 
 A result is one line of benchmarks/results/DATE-one-h100.jsonl (-two-, -four-: the GPUs it used), a
 failure too. What is there of this commit is not measured again: ended by Ctrl-C, by --minutes or
-by the machine's end, the same command goes on. benchmarks/report.py draws tables and plots from it.
+by the machine's end, the same command goes on. On another machine of the same GPUs it begins with
+what the host decides, and measures that once more. benchmarks/report.py draws tables and plots.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import datetime
 import fnmatch
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -46,6 +48,7 @@ from opt import installed  # noqa: E402
 
 COUNTS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 OPT_IN_TRANSFORMERS = "transformers.models.opt.modeling_opt"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 AT_ONCE = 15  # seconds within which nothing would come out that has not begun
 
 
@@ -118,17 +121,20 @@ def main() -> None:
     if not wanted:
         parser.error(f"--only {' '.join(args.only)}: benchmarks/measurements.py has none of these")
     here = [m for m in wanted if m.on_cpu == (not machine.gpus)]
-    fitting = [m for m in here if m.gpus <= machine.processes]
+    fitting = [m for m in here if machine.has_room_for(m)]
     if args.launch:
         fitting = [replace(m, launched=True) for m in fitting]
     campaign = Campaign(args, commit, machine)
+    again = [m for m in fitting if campaign.is_to_be_seen_on_another_host(m)]
     missing = [m for m in fitting if not campaign.is_done(m)]
     print(
-        f"campaign: {len(here)} measurements, {len(here) - len(fitting)} for more than "
-        f"{machine.processes} GPUs, {len(fitting) - len(missing)} done; {machine.device}, commit "
-        f"{commit}, results in {args.out}/{campaign.file(1).name}",
+        f"campaign: {len(here)} measurements, {len(here) - len(fitting)} for more or other than "
+        f"{machine.processes} GPUs, {len(fitting) - len(missing)} done, {len(again)} of them once "
+        f"more on this host; {machine.device}, commit {commit}, results in "
+        f"{args.out}/{campaign.file(1).name}",
         flush=True,
     )
+    missing = again + missing
     if args.list:
         for m in missing:
             print(f"{m.name:32} {campaign.command(m)}")
@@ -156,6 +162,7 @@ class Machine:
 
     device: str
     gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES has them; none on a CPU
+    gib: float  # of each
     cores: tuple[int, ...]
     host: dict
 
@@ -163,13 +170,14 @@ class Machine:
     def here(cls) -> "Machine":
         names = []
         if shutil.which("nvidia-smi"):
-            ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+            ask = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total"]
+            ask.append("--format=csv,noheader,nounits")
             said = subprocess.run(ask, capture_output=True, text=True)
             names = said.stdout.splitlines() if not said.returncode else []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = [str(i) for i in range(len(names))] if visible is None else visible.split(",")
         gpus = tuple(gpu for gpu in gpus if names and gpu)
-        name, _, driver = names[0].partition(", ") if gpus else ("CPU", "", "")
+        name, driver, mib = names[0].split(", ") if gpus else ("CPU", "", 0)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         cpu = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         host = {
@@ -179,13 +187,20 @@ class Machine:
             "gpus": len(gpus),
             "driver": driver,
             "system": platform.platform(),
+            # By which one machine is told from another
+            "boot": BOOT.read_text()[:8] if BOOT.is_file() else socket.gethostname(),
         }
-        return cls(name, gpus, cores, host)
+        return cls(name, gpus, float(mib) / 1024, cores, host)
 
     @property
     def processes(self) -> int:
         """The most that run at a time: one a GPU, and two on a CPU, where they are for trying."""
         return len(self.gpus) or 2
+
+    def has_room_for(self, m: Measurement) -> bool:
+        """Whether it can run here."""
+        least, most = m.gib
+        return m.gpus <= self.processes and (m.on_cpu or least <= self.gib < most)
 
     @property
     def short_name(self) -> str:
@@ -232,10 +247,10 @@ class Campaign:
         self._begun = time.monotonic()
         self._running: list[Running] = []
         self._ready = False  # whether this process has imported what the measurements need
-        self._before = {}
+        self._before: dict[tuple, list[dict]] = {}  # of each measurement what is there
         for gpus in COUNTS:
             for line in records.lines(self.file(gpus)):
-                self._before[line["commit"], line["command"]] = line
+                self._keep(line)
 
     def file(self, gpus: int) -> Path:
         """Where results on so many GPUs go: where this commit's are, or today's."""
@@ -251,7 +266,7 @@ class Campaign:
             given = {"MODEL": self.args.demo_model, "DATASET": self.args.demo_dataset}
             given |= {"GPUNUM": str(m.gpus)}
             names = [f"{name}={shlex.quote(value)}" for name, value in given.items()]
-            return " ".join([*names, "bash run_demo.sh"])
+            return " ".join([*names, "bash run_demo.sh", *m.flags])
         launcher = f"-m opt.torchrun --standalone --nproc_per_node {m.gpus} " if m.gpus > 1 else ""
         return f"python {launcher}{shlex.join([*self._script(m), *self._flags(m)])}"
 
@@ -261,13 +276,25 @@ class Campaign:
         return peer if is_peer else ["opt_benchmark.py", "--plugin", m.engine]
 
     def _flags(self, m: Measurement) -> list[str]:
-        return [*m.flags, *shlex.split(self.args.flags)]
+        return [*m.flags, *(shlex.split(self.args.flags) if m.engine != "demo" else [])]
 
     def is_done(self, m: Measurement) -> bool:
-        line = self._before.get((self.commit, self._key(m)))
-        if line is None or line.get("status") == "not installed":
+        lines = self._found(m)
+        if not lines or lines[-1].get("status") == "not installed":
             return False
-        return not (self.args.retry and "status" in line)
+        return not (self.args.retry and "status" in lines[-1])
+
+    def is_to_be_seen_on_another_host(self, m: Measurement) -> bool:
+        """Whether the host decides it, and this is not the only one that it was measured on."""
+        lines = self._found(m)
+        hosts = {line["host"]["boot"] for line in lines} | {self.machine.host["boot"]}
+        return len(lines) == 1 and len(hosts) == 2 and report.is_decided_by_host(lines[0])
+
+    def _found(self, m: Measurement) -> list[dict]:
+        return self._before.get((self.commit, self._key(m)), [])
+
+    def _keep(self, line: dict) -> None:
+        self._before.setdefault((line["commit"], line["command"]), []).append(line)
 
     def _key(self, m: Measurement) -> str:
         # A launched one is another measurement than the same command forked off.
@@ -287,9 +314,12 @@ class Campaign:
             self._collect(total - len(left), total)
             if self._seconds_left() <= 0:
                 break
-        if left or self._running:
-            unfinished = len(left) + len(self._running)
-            print(f"campaign: {unfinished} left for another time: the same command goes on")
+        left = [running.measurement for running in self._running] + left
+        seconds = time.monotonic() - self._begun
+        print(f"campaign: {total - len(left)} measured in {seconds:.0f} s", flush=True)
+        if left:
+            names = " ".join(m.name for m in left)
+            print(f"campaign: {len(left)} left, the same command goes on: {names}", flush=True)
 
     def _seconds_left(self) -> float:
         return self.args.minutes * 60 - (time.monotonic() - self._begun)
@@ -407,7 +437,7 @@ class Campaign:
             self._running.remove(running)
             line = self._line(running, status, seconds)
             append(self.file(running.measurement.gpus), json.dumps(line))
-            self._before[line["commit"], line["command"]] = line
+            self._keep(line)
             at = time.monotonic() - self._begun
             said = f"[{number}/{total}, {at:.0f} s] {line['name']}: {report.in_a_line(line)}"
             print(f"{said} ({seconds:.0f} s)", flush=True)
@@ -435,12 +465,15 @@ class Campaign:
             if not m.launched:
                 found["seconds_to_first_step"] = None  # a fork has none of its own
             return found | about
-        flags = dict(zip(m.flags[::2], m.flags[1::2], strict=False))
+        flags = dict(itertools.pairwise(m.flags))
+        is_demo = m.engine == "demo"
         return about | {
             "plugin": m.engine,
-            "model": flags.get("--model_name_or_path", self.args.demo_model),
-            "batch_size": int(flags.get("--batch_size", 32 // m.gpus)),
+            "model": "350m" if is_demo else flags["--model_name_or_path"],
+            "batch_size": 32 // m.gpus if is_demo else int(flags["--batch_size"]),
+            "seq_length": 0 if is_demo else int(flags.get("--seq_length", 1024)),
             "world_size": m.gpus,
+            "device": self.machine.device,
             "status": report.reason(log, status),
         }
 

@@ -32,6 +32,7 @@ ENGINES = {
     "hf_trainer": ["accelerate"],
     "torch_amp": [],
     "fsdp2": [],
+    "torch_tp": [],
     "deepspeed_zero2": ["deepspeed"],
     "deepspeed_zero3": ["deepspeed"],
     "deepspeed_offload": ["deepspeed"],
@@ -57,10 +58,13 @@ def main() -> None:
     import torch
 
     import opt_benchmark  # behind the flags: it takes seconds
+    from opt.colossal import processes
     from opt.train import faults
 
     precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args = args.but(precision=precision, compile=args.compile and args.engine != "deepspeed_zero3")
+    if args.engine == "torch_tp":  # to the checks and the result it is hybrid_parallel
+        args = args.but(plugin="hybrid_parallel", tp_size=processes.place().world_size)
     with faults.reported(args):
         opt_benchmark.main(args, measure_engine)
 
@@ -145,16 +149,17 @@ def measure_engine(args, here, config, contents):
     from opt.data.batches import SyntheticBatches
     from opt_benchmark import time_steps
 
-    processes.seed_everything(args.seed + here.rank)
+    dp_rank = here.rank % args.dp_size
+    processes.seed_everything(args.seed + dp_rank)
     model = build_model(args, here, config, contents)
     batches = SyntheticBatches(
-        args.batch_size, args.seq_length, config.vocab_size, here.rank, here.world_size, args.seed
+        args.batch_size, args.seq_length, config.vocab_size, dp_rank, args.dp_size, args.seed
     )
     if args.engine == "hf_trainer":
         measured = hf_trainer(args, here, model, batches)
     else:
         plain = ("torch_amp", "bnb_8bit", *LORA)
-        engines = {"fsdp2": fsdp2, **dict.fromkeys(plain, torch_amp)}
+        engines = {"fsdp2": fsdp2, "torch_tp": torch_tp, **dict.fromkeys(plain, torch_amp)}
         engine = engines.get(args.engine, deepspeed_zero)
         step, about = engine(args, here, model)
 
@@ -311,18 +316,25 @@ def torch_amp(args, here, model):
     """PyTorch alone: fp32 weights, or with PEFT what they are, forward under autocast,
     DistributedDataParallel where there are several processes."""
     import torch
+    from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
     from opt.colossal.adam import decay_groups
 
     groups = decay_groups(model, args.weight_decay)
+    if args.engine == "torch_tp":  # the fused update takes no list of both kinds
+        groups = [
+            group | {"params": [p for p in group["params"] if isinstance(p, DTensor) == is_split]}
+            for group in groups
+            for is_split in (True, False)
+        ]
     if args.engine == "bnb_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         adam = AdamW8bit(groups, **adam_numbers(args))
     else:
         adam = torch.optim.AdamW(groups, **adam_numbers(args), fused=True)
-    if here.world_size > 1:
+    if args.dp_size > 1:
         device_ids = [here.local_rank] if here.device.type == "cuda" else None
         model = DistributedDataParallel(
             model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -334,12 +346,43 @@ def torch_amp(args, here, model):
             return model(**inputs)["loss"]
 
     def reducing(is_last):
-        return nullcontext() if is_last or here.world_size == 1 else model.no_sync()
+        return nullcontext() if is_last or args.dp_size == 1 else model.no_sync()
 
     about = {"optimizer": type(adam).__name__, "load_in_4bit": args.engine == "peft_4bit"}
     if args.engine == "bnb_8bit":
         about["optim"] = "adamw_bnb_8bit"
     return (lambda group: accumulate(adam, group, forward, reducing)), about
+
+
+def torch_tp(args, here, model):
+    """PyTorch's tensor parallelism over all processes: parallelize_module cuts the layers' matrices
+    as Megatron does, two all-reduces a layer forward and two backward. Embedding, norms and loss
+    are whole on each; otherwise torch_amp."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh(here.device.type, (here.world_size,))
+    # One tensor for q, k and v, so that its gradient is summed over the processes once
+    hidden = {"hidden_states": Replicate()}
+    shared = PrepareModuleInput(
+        input_kwarg_layouts=hidden, desired_input_kwarg_layouts=dict(hidden)
+    )
+    cuts = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    cuts |= {"fc1": ColwiseParallel(), "self_attn.out_proj": RowwiseParallel()}
+    cuts |= {"fc2": RowwiseParallel(), "self_attn": shared}
+    for layer in model.model.decoder.layers:
+        parallelize_module(layer, mesh, cuts)
+        layer.self_attn.num_heads //= here.world_size
+        if args.precision == "bf16":  # which norms leave under autocast: gradients would be sent so
+            for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
+                norm.register_forward_hook(lambda module, given, out: out.bfloat16())
+    return torch_amp(args, here, model)
 
 
 def fsdp2(args, here, model):

@@ -7,14 +7,16 @@ GIB = 2**30
 
 
 def lines(file: Path) -> list[dict]:
-    """A campaign's results, of each measurement the last; none of a file that is not there. A last
-    line that a killed campaign has left unfinished is not one."""
+    """A campaign's results, of each measurement on a host the last; none of a file that is not
+    there. A last line that a killed campaign has left unfinished is not one."""
     found = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             result = json.loads(line)
         except ValueError:
             continue
-        # Records of before there were campaigns have the file that they were
-        found[result["commit"], result["command"], result.get("file")] = result
+        # Records of before there were campaigns have the file that they were; what the host decides
+        # is measured on two.
+        host = result.get("host", {}).get("boot")
+        found[result["commit"], result["command"], result.get("file"), host] = result
     return list(found.values())

@@ -90,6 +90,11 @@ def apart(result: dict) -> float:
     return (max(result["repeats"]) - min(result["repeats"])) / result["step_seconds"]["median"]
 
 
+def is_decided_by_host(result: dict) -> bool:
+    """Whether its blocks lie so far apart that the GPU alone cannot have been waited for."""
+    return len(result.get("repeats", ())) > 1 and apart(result) > HOST_DECIDES
+
+
 def in_a_line(result: dict) -> str:
     """What came out, for the terminal."""
     if status(result) != "ok":
@@ -229,13 +234,20 @@ def draw(results: list[dict], directory: Path) -> None:
 
 def campaign(name: str, folder: Path = RESULTS) -> list[dict]:
     """The results whose files' names begin so, of the commit that was measured last, in the order
-    of GPUs, model, rows and rate. Records of before there were campaigns only by a file's whole
-    name, and of all their commits."""
+    of GPUs, model, rows and rate; what was measured on two hosts once, with the other's seconds as
+    `elsewhere`. Records of before there were campaigns only by a file's whole name, and of all
+    their commits."""
     files = sorted(folder.glob(f"{name}*.jsonl"))
     found = [line for file in files for line in lines(file) if "file" not in line]
     if found:
         commit = max(found, key=lambda line: line["date"])["commit"]
         found = [line for line in found if line["commit"] == commit]
+    first = {}
+    for line in sorted(found, key=lambda line: line["date"]):
+        known = first.setdefault((line.get("device"), line["command"]), line)
+        if known is not line and status(line) == "ok":
+            known["elsewhere"] = line["step_seconds"]["median"]
+    found = list(first.values())
     found += [line for line in lines(folder / f"{name}.jsonl") if "file" in line]
     return sorted(found, key=lambda r: (*group(r), -r.get("tokens_per_second", 0)))
 
@@ -249,7 +261,41 @@ def group(result: dict) -> tuple:
     model = result["model"]
     place = sizes.index(model) if model in sizes else -1
     length = result.get("seq_length", 0 if result["plugin"] == "demo" else 1024)
-    return result["world_size"], place, model, result["batch_size"], length
+    about = result["world_size"], place, model, result["batch_size"], length
+    return *about, gpu_of(result)
+
+
+def gpu_of(result: dict) -> str:
+    """A GPU's name, short: H200 of NVIDIA H200; empty of what has failed."""
+    named = re.search(r"\b[A-Z]+\d+\w*", result.get("device", ""))
+    return named[0] if named else ""
+
+
+def alone(result: dict, results: list[dict]) -> dict | None:
+    """Of `results` what that of several GPUs is to be compared with: one GPU of the same kind, with
+    the same engine and rows; where layers or stages are cut over the GPUs with low_level_zero, and
+    as many rows or 16. None where it was not measured."""
+    if result["world_size"] == 1 or status(result) != "ok" or "seq_length" not in result:
+        return None
+    engine, sizes = words(result), [result["batch_size"]]
+    if result["tp_size"] * result["pp_size"] > 1:
+        is_compiled = result["compile"] or is_peer(result)
+        engine = "--compile --fused_loss" if is_compiled else "--fused_loss --cuda_graph"
+        engine, sizes = f"low_level_zero {engine}", [*sizes, 16]
+    for rows in sizes:
+        wanted = 1, result["model"], rows, result["seq_length"], gpu_of(result), engine
+        for other in results:
+            place = other["world_size"], other["model"], other["batch_size"]
+            about = other.get("seq_length"), gpu_of(other), words(other)
+            if (*place, *about) == wanted and status(other) == "ok":
+                return other
+    return None
+
+
+def share_of_one(result: dict, results: list[dict]) -> float | None:
+    """Its rate a GPU as a share of that of `alone`."""
+    other = alone(result, results)
+    return other and result["tokens_per_second_per_gpu"] / other["tokens_per_second_per_gpu"]
 
 
 def is_peer(result: dict) -> bool:
@@ -314,8 +360,8 @@ def is_sharded(result: dict) -> bool:
     return result["plugin"] == "gemini" or bool(result.get("zero_stage"))
 
 
-def columns_of_campaign() -> dict:
-    """Heading, how to read it off a result."""
+def columns_of_campaign(results: list[dict]) -> dict:
+    """Heading, how to read it off one of `results`."""
 
     def ms(seconds: float) -> str:
         return f"{1000 * seconds:.1f}"
@@ -336,11 +382,17 @@ def columns_of_campaign() -> dict:
         said = r.get("predicted_bytes")
         return f"{(said['device'] or said['host']) / GIB:.1f}" if said else ""
 
+    def of_one(r) -> str:
+        share = share_of_one(r, results)
+        return f"{share:.2f}" if share else ""
+
     return {
         "engine": lambda r: f"*{words(r)}*" if is_peer(r) else words(r),
         "tokens/s/gpu": lambda r: f"{r['tokens_per_second_per_gpu']:,.0f}",
-        "spread": lambda r: spread(r) + "†" * (apart(r) > HOST_DECIDES),
+        "of one GPU": of_one,
+        "spread": lambda r: spread(r) + "†" * is_decided_by_host(r),
         "ms": lambda r: ms(r["step_seconds"]["median"]),
+        "another host's ms": lambda r: ms(r["elsewhere"]) if "elsewhere" in r else "",
         "operations": lambda r: least(r, "operations"),
         "update": lambda r: least(r, "update"),
         "left": left,
@@ -355,14 +407,16 @@ def columns_of_campaign() -> dict:
 
 def tables_of_campaign(results: list[dict]) -> str:
     """Every row in markdown, in a table for each number of GPUs, model and rows."""
-    columns = columns_of_campaign()
+    columns = columns_of_campaign(results)
+    kinds = {gpu_of(r) for r in results} - {""}
     text = [f"{conditions(results)}{_ABOUT}"]
     groups = {}
     for r in results:
         groups.setdefault(group(r), []).append(r)
-    for (gpus, _, model, rows_each, length), members in groups.items():
+    for (gpus, _, model, rows_each, length, kind), members in groups.items():
         what = f"{rows_each} rows of {length}" if length else f"{rows_each} rows"
-        text.append(f"\n### {model}, {what}, {gpus} GPU{'s' * (gpus > 1)}\n\n")
+        kind = f" ({kind})" * (len(kinds) > 1 and kind != "")
+        text.append(f"\n### {model}, {what}, {gpus} GPU{'s' * (gpus > 1)}{kind}\n\n")
         measured = [r for r in members if status(r) == "ok" and "tokens_per_second" in r]
         if measured:
             used = {h: c for h, c in columns.items() if any(c(r) for r in measured)}
@@ -375,10 +429,12 @@ def tables_of_campaign(results: list[dict]) -> str:
 
 _ABOUT = """\
 Peers in italics. *ms*: a step, the median of the blocks; *spread*: the slowest block less the
-fastest, over 3 % with a †: there the host decides, and another host has another figure. The floor
-by arithmetic, ms: *operations* of the model at the matrix rate measured beside it, *update*: what
-Adam reads and writes at the memory's rate; *left* is what is between. It has no communication in
-it, and no host: where Adam is in host memory there is none.
+fastest, over 3 % with a †: there the host decides, and another host has another figure. *of one
+GPU*: the rate a GPU as a share of one GPU's with the same engine and rows; where layers or stages
+are cut over the GPUs, which then have these rows together, of low_level_zero's, of as many rows or
+16. The floor by arithmetic, ms: *operations* of the model at the matrix rate measured beside it,
+*update*: what Adam reads and writes at the memory's rate; *left* is what is between. It has no
+communication in it, and no host: where Adam is in host memory there is none.
 """
 
 
@@ -397,16 +453,21 @@ def others_line(result: dict) -> str:
 
 def claim(results: list[dict], model: str = "1.3b", rows_each: int = 16) -> list[dict]:
     """The rows that carry the claim: one GPU, this model and rows, all parameters by the same
-    AdamW, nothing in host memory; the fastest first."""
-    return [
+    AdamW, nothing in host memory, nothing computed again but by default; the fastest first. Of the
+    kind of GPU of which there are most."""
+    found = [
         r
         for r in results
         if (r["world_size"], r["model"], r["batch_size"]) == (1, model, rows_each)
         and status(r) == "ok"
         and not r.get("offload_optim_frac")
         and not r.get("lora_r")
+        and not {"--grad_checkpoint", "--activation_memory_budget"} & set(r["engine"].split())
+        and r.get("started") != "launched"
         and r.get("optim", "adamw_torch") == "adamw_torch"
     ]
+    kinds = [gpu_of(r) for r in found]
+    return [r for r in found if gpu_of(r) == max(kinds, key=kinds.count)]
 
 
 def short(result: dict) -> str:
@@ -417,7 +478,7 @@ def short(result: dict) -> str:
 
 def table_of_claim(results: list[dict]) -> str:
     """For the README, in markdown."""
-    left = columns_of_campaign()["left"]
+    left = columns_of_campaign(results)["left"]
     rows = [
         f"{f'*{short(r)}*' if is_peer(r) else short(r)} | {r['tokens_per_second']:,.0f} "
         f"| {peak_bytes(r) / GIB:.1f} | {left(r)}"
@@ -469,19 +530,20 @@ def draw_campaign(results: list[dict], picture: Path) -> None:
     if not groups:
         return
     width = min(3, len(groups))
-    height = -(-len(groups) // width)
-    most = max(map(len, groups.values()))
+    sizes = [len(members) for members in groups.values()]
+    heights = [0.9 + 0.2 * max(sizes[i : i + width]) for i in range(0, len(sizes), width)]
     figure, axes = pyplot.subplots(
-        height,
+        len(heights),
         width,
-        figsize=(5.5 * width, height * (0.9 + 0.2 * most)),
+        figsize=(5.5 * width, sum(heights)),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
     for panel in axes.flat[len(groups) :]:
         panel.set_visible(False)
     for panel, (key, members) in zip(axes.flat, groups.items(), strict=False):
-        gpus, _, model, rows_each, length = key
+        gpus, _, model, rows_each, length, _ = key
         title = f"{model}, {rows_each} rows of {length}" + f", {gpus} GPUs" * (gpus > 1)
         panel.set_title(title, fontsize=9)
         for y, r in enumerate(members):
@@ -490,6 +552,8 @@ def draw_campaign(results: list[dict], picture: Path) -> None:
             panel.barh(y, rate, color="silver" if is_peer(r) else "tab:blue")
             panel.plot([min(ends), max(ends)], [y, y], color="red", linewidth=1.5)
             label = f" {rate:,.1f}, {peak_bytes(r) / GIB:.1f} GiB"
+            if share := share_of_one(r, results):
+                label += f", {share:.2f} of one GPU"
             panel.text(max(ends), y, label, va="center", fontsize=6)
         panel.set_yticks(range(len(members)), [short(r)[:60] for r in members], fontsize=6)
         panel.set_ylim(len(members) - 0.5, -0.5)
@@ -514,10 +578,13 @@ def report_campaign(name: str, folder: Path, docs: Path | None) -> None:
     draw_campaign(results, folder / f"{name}.png")
     print(f"{folder}: {name}.md, {name}.png of {len(results)} measurements")
     shown = claim(results)
-    if shown:
-        print(table_of_claim(shown))
     if docs:
         fill(docs / "docs" / "measured.md", "campaign", text)
+    if not shown:
+        print(f"{name}: nothing of the README's table is measured, which stays as it is")
+        return
+    print(table_of_claim(shown))
+    if docs:
         fill(docs / "README.md", "claim", table_of_claim(shown))
         draw_claim(shown, docs / "docs" / "speed.png")
 

@@ -268,7 +268,7 @@ def test_a_killed_campaign_measures_only_what_is_missing(campaign):
     out, before, printed = campaign
     now = results_of_campaign(out)
     assert list(before) == ["torch_ddp"] and now["torch_ddp"] == before["torch_ddp"]
-    assert "6 measurements, 0 for more than 2 GPUs, 1 done" in printed
+    assert "7 measurements, 0 for more than 2 GPUs, 1 done" in printed
     # A line that a lost machine has left unfinished, and a deleted one, are measured again; what
     # was not installed too.
     files = {file: file.read_text() for file in out.glob("*-one-cpu.jsonl")}
@@ -293,13 +293,15 @@ def test_a_result_says_all_that_it_depends_on(campaign):
     assert script == "opt_benchmark.py" and again.batch_size == 16 and again.dropout == 0
 
 
-@pytest.mark.parametrize("engine", ["torch_amp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["torch_amp", "fsdp2", "x2-cpu-torch_tp"])
 def test_peers_do_the_same_work(campaign, engine):
     results = results_of_campaign(campaign[0])
     ours, peer = results["torch_ddp"], results[engine]
     if "requires CUDA" in peer.get("status", ""):
         pytest.skip("FSDP2 of PyTorch 2.5 is for CUDA devices alone")
-    assert peer["loss"] == pytest.approx(ours["loss"], abs=1e-4)
+    # Adam makes much of what sums in another order differ in: hybrid_parallel is as far off
+    error = 1e-3 if peer["tp_size"] > 1 else 1e-4
+    assert peer["loss"] == pytest.approx(ours["loss"], abs=error)
     assert [key for key in ours if key not in peer] == []
     assert len(peer["repeats"]) == 2 and min(peer["repeats"]) <= peer["step_seconds"][
         "median"
