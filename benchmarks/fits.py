@@ -2,15 +2,16 @@
 
     python -m benchmarks.fits               writes them anew
 
-What was measured is taken from the campaigns on one H100 in benchmarks/results.
+What was measured is taken from the campaigns on one GPU in benchmarks/results; times with its name.
 """
 
 import re
 from pathlib import Path
 
-from args import benchmark_parser, resolve
+from args import OPTIMS, benchmark_parser, resolve
 from benchmarks.predicted import plan_of, results
 from benchmarks.records import GIB
+from benchmarks.report import gpu_of
 from opt.model.sizes import PRESETS, num_parameters, preset_config
 from opt.train.memory import Rows, estimate
 
@@ -50,9 +51,10 @@ class Found:
     def __init__(self):
         self.records = [
             (plan_of(result), result)
-            for _, result in results(*sorted(RECORDS.glob("????-??-??-one-h100*.jsonl")))
+            for _, result in results(*sorted(RECORDS.glob("????-??-??-one-h?00.jsonl")))
             if result["world_size"] == 1 and result["seq_length"] == LENGTH
         ]
+        self.records.sort(key=lambda record: record[1]["date"])
 
     def of(self, model: str, plan) -> dict | None:
         """The newest result of this plan; None if it was not measured."""
@@ -94,28 +96,28 @@ def table(found: Found, batches: str) -> list[str]:
 
 def costs(found: Found) -> list[str]:
     """What is kept for backward against what is computed again."""
-    lines = ["| | GiB, computed | measured | ms a step |", "|---|---|---|---|"]
+    lines = ["| | GiB, computed | measured | ms a step | on |", "|---|---|---|---|---|"]
     for what, flags in COSTS.items():
         plan = settled(f"{WAYS['all, fp32 Adam']} --batch_size 16 {flags}")
         needed = estimate(plan, preset_config("1.3b"), Rows(LENGTH), "cuda")
         result = found.of("1.3b", plan)
-        measured = ["", ""]
+        measured = ["", "", ""]
         if result:
             peak, median = result["peak_memory_allocated_bytes"], result["step_seconds"]["median"]
-            measured = [f"{peak / GIB:.1f}", f"{median * 1000:.0f}"]
+            measured = [f"{peak / GIB:.1f}", f"{median * 1000:.0f}", gpu_of(result)]
         lines.append(f"| {what} | {needed.device / GIB:.1f} | {' | '.join(measured)} |")
     return lines
 
 
 def measured(found: Found) -> list[str]:
-    """Those of the largest sizes, with their rates."""
-    lines = ["| | GiB | thousand tokens/s | commit |", "|---|---|---|---|"]
+    """Those of the largest sizes, with their rates; of each way the newest."""
+    lines = {}
     for plan, result in found.records:
         if result["model"] in PRESETS[3:]:
             way = [f"{plan.batch_size} rows", plan.plugin]
-            way += [
-                f"--{name}" for name in ("compile", "fp8", "load_in_4bit") if getattr(plan, name)
-            ]
+            switches = ("compile", "cuda_graph", "fp8", "load_in_4bit")
+            way += [f"--{name}" for name in switches if getattr(plan, name)]
+            way += [f"--optim {plan.optim}"] * (plan.optim != OPTIMS[0])
             way += [
                 f"--{name} {getattr(plan, name):g}"
                 for name in ("lora_r", "grad_checkpoint", "offload_optim_frac")
@@ -123,9 +125,15 @@ def measured(found: Found) -> list[str]:
             ]
             peak, rate = result["peak_memory_allocated_bytes"], result["tokens_per_second"]
             name = f"{result['model']}, {', '.join(way)}"
-            numbers = f"{peak / GIB:.1f} | {rate / 1000:.1f} | {result['commit'][:7]}"
-            lines.append(f"| {name} | {numbers} |")
-    return lines
+            numbers = f"{peak / GIB:.1f} | {rate / 1000:.1f}"
+            lines[name] = f"| {name} | {numbers} | {gpu_of(result)} | {result['commit'][:7]} |"
+    head = ["| | GiB | thousand tokens/s | on | commit |", "|---|---|---|---|---|"]
+    return head + [lines[name] for name in sorted(lines, key=size_and_name)]
+
+
+def size_and_name(name: str) -> tuple:
+    """The largest last."""
+    return PRESETS.index(name.split(",")[0]), name
 
 
 def written(document: str) -> str:

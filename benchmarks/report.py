@@ -317,7 +317,7 @@ def words(result: dict) -> str:
 
 
 _SAME_FOR_ALL = ("--model_name_or_path", "--batch_size", "--repeats", "--max_train_steps")
-_SAME_FOR_ALL += ("--warmup_steps", "--seq_length")
+_SAME_FOR_ALL += ("--warmup_steps", "--seq_length", "--lora_alpha")
 
 
 def floor(result: dict) -> dict[str, float] | None:
@@ -529,20 +529,21 @@ def draw_campaign(results: list[dict], picture: Path) -> None:
             groups.setdefault(group(r), []).append(r)
     if not groups:
         return
-    width = min(3, len(groups))
+    width = min(2, len(groups))
     sizes = [len(members) for members in groups.values()]
-    heights = [0.9 + 0.2 * max(sizes[i : i + width]) for i in range(0, len(sizes), width)]
+    most = [max(sizes[i : i + width]) for i in range(0, len(sizes), width)]  # in a line of panels
+    heights = [0.9 + 0.18 * size for size in most]
     figure, axes = pyplot.subplots(
         len(heights),
         width,
-        figsize=(5.5 * width, sum(heights)),
+        figsize=(7.5 * width, sum(heights) + 0.5),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
     for panel in axes.flat[len(groups) :]:
         panel.set_visible(False)
-    for panel, (key, members) in zip(axes.flat, groups.items(), strict=False):
+    for i, (panel, (key, members)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
         gpus, _, model, rows_each, length, _ = key
         title = f"{model}, {rows_each} rows of {length}" + f", {gpus} GPUs" * (gpus > 1)
         panel.set_title(title, fontsize=9)
@@ -556,9 +557,8 @@ def draw_campaign(results: list[dict], picture: Path) -> None:
                 label += f", {share:.2f} of one GPU"
             panel.text(max(ends), y, label, va="center", fontsize=6)
         panel.set_yticks(range(len(members)), [short(r)[:60] for r in members], fontsize=6)
-        panel.set_ylim(len(members) - 0.5, -0.5)
-        panel.margins(x=0.3)  # room for the figures
-        panel.set_xlim(left=0)
+        panel.set_ylim(most[i // width] - 0.5, -0.5)  # as thick bars in all
+        panel.set_xlim(0, 1.6 * members[0]["tokens_per_second_per_gpu"] / 1000)  # and the figures
         panel.tick_params(axis="x", labelsize=7)
     figure.supxlabel(
         "thousand tokens/s a GPU, peak memory; plugins in blue; red: the repeats", fontsize=9
