@@ -200,10 +200,10 @@ def everything():
     yield from side_by_side("13b", 8, ("gemini", "fsdp2", "deepspeed_zero3"), 4, gib=LARGE)
     yield measured("low_level_zero-2", 4, "13b", 3, stage2, gib=SMALL)
     yield from side_by_side("13b", 4, ("gemini", "fsdp2", "deepspeed_zero3"), 4, gib=SMALL)
-    yield from cut(4, "6.7b", 8, "--cuda_graph")
+    yield from hybrid("tp", 4, "6.7b", 8, "--tp_size 4", "--cuda_graph")
     yield from staged(4, "6.7b", 32, 16, "--cuda_graph")
     yield from cut(4, "1.3b", 16, "--cuda_graph")
-    yield from on_several(4, "1.3b", SEVERAL[3:])
+    yield from on_several(4, "1.3b", ("fsdp2",))
 
     yield from offloaded("1.3b", 16)
 
@@ -236,6 +236,8 @@ def everything():
     for model, rows in (("6.7b", 8), ("1.3b", 16)):
         yield from hybrid("tp", 2, model, rows, "--tp_size 2", "")
     yield from staged(2, "6.7b", 16, 8, "")
+    yield from on_several(4, "1.3b", ("deepspeed_zero2",))
+    yield measured("tp-torch_tp", 4, "6.7b", 8, "torch_tp --fused_loss")
     yield measured("low_level_zero-2", 4, "6.7b", 8, stage2)
     yield measured("low_level_zero-2-fp8", 4, "6.7b", 8, f"{stage2} --fp8")
     yield from side_by_side("6.7b", 8, ("gemini", "fsdp2", "fsdp2-fp8", "deepspeed_zero3"), 4)

@@ -268,17 +268,23 @@ def test_a_killed_campaign_measures_only_what_is_missing(campaign):
     out, before, printed = campaign
     now = results_of_campaign(out)
     assert list(before) == ["torch_ddp"] and now["torch_ddp"] == before["torch_ddp"]
-    assert "7 measurements, 0 for more than 2 GPUs, 1 done" in printed
+    assert "7 measurements, 0 for more or other than 2 GPUs, 1 done" in printed
     # A line that a lost machine has left unfinished, and a deleted one, are measured again; what
-    # was not installed too.
+    # was not installed too; and first what the host decided, where this is another.
     files = {file: file.read_text() for file in out.glob("*-one-cpu.jsonl")}
     ((file, text),) = files.items()
-    kept = [line for line in text.splitlines() if json.loads(line)["plugin"] != "torch_amp"]
-    file.write_text("\n".join(kept) + '\n{"name": "opt-ti')
+    kept = [json.loads(line) for line in text.splitlines()]
+    kept = [line for line in kept if line["plugin"] != "torch_amp"]
+    elsewhere = {"host": {"boot": "another"}}
+    for line, slower in ((kept[0], 1.01), (kept[-1], 1.1)):
+        median = line["step_seconds"]["median"]
+        line |= elsewhere | {"repeats": [median, slower * median]}
+    file.write_text("\n".join(map(json.dumps, kept)) + '\n{"name": "opt-ti')
     left = run(*of_campaign(out, "--list"), env={"CUDA_VISIBLE_DEVICES": ""})
     file.write_text(text)
     missing = [line.split()[0] for line in left.stdout.splitlines()[1:]]
     names = ["torch_amp", *(() if DEEPSPEED else ("deepspeed_zero2",))]
+    names.insert(0, kept[-1]["name"].removeprefix("opt-tiny-4-cpu-"))
     assert missing == [f"opt-tiny-4-cpu-{name}" for name in names], left.stdout + left.stderr
 
 
@@ -436,8 +442,21 @@ def test_report_of_a_campaign(recorded, tmp_path):
     losses = {"held_out_losses": [10.86, 6.06], "loss": 6.06, "device": "NVIDIA H100 80GB HBM3"}
     demo = {"engine": "demo", "plugin": "demo", "model": "350m", "batch_size": 32, "world_size": 1}
     lines.append(about | demo | steps | seconds | losses | {"command": "time bash run_demo.sh"})
+    by_row = {(r["model"], r["plugin"], r["batch_size"]): r for r in lines}
+    first = by_row["350m", "torch_ddp", 8]
+    again = {"host": {"boot": "another"}, "date": "2026-11-27T03:40:00Z"}
+    lines.append(first | again | {"step_seconds": {"median": 0.0777}})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "2026-11-27-one-h100.jsonl").write_text(text)
+    # On two GPUs: beside one with the same engine and rows; cut layers beside low_level_zero
+    one = recorded_result("1.3b", "low_level_zero --compile --fused_loss", 16, 60_000)
+    two = {"world_size": 2, "tokens_per_second_per_gpu": 45_000}
+    cut = recorded_result("1.3b", "torch_tp --fused_loss", 8, 90_000) | two | {"tp_size": 2}
+    more = [one, one | two, cut | {"compile": True}]
+    text = "".join(
+        json.dumps(r | about | {"command": f"more {i}"}) + "\n" for i, r in enumerate(more)
+    )
+    (tmp_path / "2026-11-27-two-h100.jsonl").write_text(text)
     report.report_campaign("2026-11-27", tmp_path, None)
     assert_picture(tmp_path / "2026-11-27.png")
     tables = (tmp_path / "2026-11-27.md").read_text().split("\n### ")
@@ -453,7 +472,12 @@ def test_report_of_a_campaign(recorded, tmp_path):
     update = 28 * PUBLISHED["350m"] / 3.35e12 * 1000
     assert float(row["update"]) == pytest.approx(update, abs=0.06)
     assert float(row["left"]) == pytest.approx(0.75 * ms - update, abs=0.11)
+    assert row["another host's ms"] == "77.7"
     assert "- gemini: loss is nan" in "\n".join(table)
+    on_two = [
+        line.split("|")[3].strip() for t in tables for line in t.split("\n") if "45,000" in line
+    ]
+    assert on_two == ["0.75", "0.75"]
     said = "39.9 s from launch to the saved model, 28.8 of them 2620 steps, median 11.00 ms"
     assert said in "".join(tables)
 
@@ -480,6 +504,12 @@ def test_the_readmes_table_keeps_who_is_faster(tmp_path, capsys):
     ]
     assert "1.3b, 16 rows of 1024" in (tmp_path / "docs" / "measured.md").read_text()
     assert_picture(tmp_path / "docs" / "speed.png")
+    # A part of a campaign, without these rows, leaves the README as it is
+    part = recorded_result("350m", "fsdp2 --fused_loss", 16, 1) | {"command": "", "date": ""}
+    (tmp_path / "part.jsonl").write_text(json.dumps(part))
+    report.report_campaign("part", tmp_path, tmp_path)
+    assert (tmp_path / "README.md").read_text() == readme
+    assert "350m, 16 rows of 1024" in (tmp_path / "docs" / "measured.md").read_text()
 
 
 def test_the_records_that_documents_cite_are_there():
