@@ -32,6 +32,8 @@ IN_BEST_FORM = {
     "deepspeed_zero2-own-loss": "deepspeed_zero2",
 }
 GRAPHED = "low_level_zero --fused_loss --cuda_graph"
+OFFLOADED = f"gemini {FAST} --offload_optim_frac 1"
+IN_16_BITS = "--optim adamw_anyprecision"
 LORA = "--fused_loss --lora_r 16 --lora_alpha 32"
 # What holds on several GPUs as well: the plugins, and peers
 SEVERAL = ("low_level_zero", "gemini", "torch_ddp", "fsdp2", "deepspeed_zero2")
@@ -87,8 +89,8 @@ def in_four_bits(model: str, rows: int, **more):
 
 def offloaded(model: str, rows: int):
     """Adam in host memory, each alone on the host's cores."""
-    ours, peer = f"gemini {FAST} --offload_optim_frac 1", "deepspeed_offload --fused_loss"
-    yield measured("offload", 1, model, rows, ours, alone=True)
+    yield measured("offload", 1, model, rows, OFFLOADED, alone=True)
+    peer = "deepspeed_offload --fused_loss"
     yield measured("offload-deepspeed", 1, model, rows, peer, alone=True)
 
 
@@ -206,13 +208,15 @@ def everything():
     yield from on_several(4, "1.3b", ("fsdp2",))
 
     yield from offloaded("1.3b", 16)
+    in_16_bits = f"{OFFLOADED} {IN_16_BITS}"
+    yield measured("offload-16bit", 1, "1.3b", 16, in_16_bits, alone=True)
 
     yield from in_four_bits("66b", 4)
-    offload = f"gemini {FAST} --offload_optim_frac 1"
-    yield measured("offload", 1, "6.7b", 8, offload)  # DeepSpeed's takes more than the host has
+    yield measured("offload", 1, "6.7b", 8, OFFLOADED)  # DeepSpeed's asks for more than hosts have
     stages = "hybrid_parallel --pp_size 2 --num_microbatches 4"
     in_4bit = f"{stages} {LORA} --grad_checkpoint --load_in_4bit"
     yield measured("lora-4bit-pp", 2, "175b", 4, in_4bit)
+    yield measured("offload-16bit", 1, "13b", 4, f"{in_16_bits} --grad_checkpoint")
     yield from in_eight_bits("1.3b", 16)
     yield from adapters("30b", 4, "--grad_checkpoint")
     for engine in ("low_level_zero", "torch_amp", "deepspeed_zero2", "hf_trainer-liger"):
