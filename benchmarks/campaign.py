@@ -49,7 +49,8 @@ from opt import installed  # noqa: E402
 COUNTS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 OPT_IN_TRANSFORMERS = "transformers.models.opt.modeling_opt"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-AT_ONCE = 15  # seconds within which nothing would come out that has not begun
+# Seconds, by GPUs, within which nothing would come out that has not begun
+AT_LEAST = {1: 15, 2: 20, 4: 30, 8: 40}
 
 
 def main() -> None:
@@ -306,10 +307,10 @@ class Campaign:
         self.args.out.mkdir(parents=True, exist_ok=True)
         left, total = list(missing), len(missing)
         while left or self._running:
-            is_late = self._seconds_left() < AT_ONCE
-            while left and not is_late and (slots := self._free(left[0])) is not None:
-                self._start(left.pop(0), slots)
-            if not self._running and is_late:
+            while (m := self._next(left)) and (slots := self._free(m)) is not None:
+                left.remove(m)
+                self._start(m, slots)
+            if not self._running:
                 break
             self._collect(total - len(left), total)
             if self._seconds_left() <= 0:
@@ -320,6 +321,11 @@ class Campaign:
         if left:
             names = " ".join(m.name for m in left)
             print(f"campaign: {len(left)} left, the same command goes on: {names}", flush=True)
+
+    def _next(self, left: list[Measurement]) -> Measurement | None:
+        """The first that there is time for."""
+        seconds = self._seconds_left()
+        return next((m for m in left if seconds >= AT_LEAST[m.gpus]), None)
 
     def _seconds_left(self) -> float:
         return self.args.minutes * 60 - (time.monotonic() - self._begun)
