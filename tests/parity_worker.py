@@ -83,12 +83,19 @@ def adapters(args, here, rows: str) -> dict[str, list]:
     return {"losses": losses, "norms": norms, "evaluated": evaluate(trained, batches)}
 
 
-def trained(args, here, rows: str, tokenizer: str, adds_up: bool) -> list[float]:
+def trained(
+    args, here, rows: str, tokenizer: str, adds_up: bool = False, halves: bool = False
+) -> list[float]:
     """The losses of --max_train_steps steps of all rows; then the model is written to
-    --output_path. `adds_up`: see HybridPlugin.adds_up_in_products."""
-    with patch.object(HybridPlugin, "adds_up_in_products", adds_up):
+    --output_path. `adds_up`, `halves`: see HybridPlugin's adds_up_in_products, halves_from."""
+    with (
+        patch.object(HybridPlugin, "adds_up_in_products", adds_up),
+        patch.object(HybridPlugin, "halves_from", staticmethod(lambda plan: 1 if halves else None)),
+    ):
         boosted_ = boosted(args, here)
-    assert not adds_up or len(boosted_.plugin.totals) == 6 * len(boosted_.model.unwrap().own_layers)
+    model = boosted_.model.unwrap()
+    assert not adds_up or len(boosted_.plugin.totals) == 6 * len(model.own_layers)
+    assert not halves or len(model.halves.split(torch.zeros(4, 1, 1))) == 2
     spread = boosted_.plugin.spread
     rows = Rows(Path(rows), "train")
     batches = Batches(

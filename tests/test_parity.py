@@ -263,8 +263,11 @@ def worker(tmp_path_factory, checkpoints, rows, big_model, untied):
                 cases["untied", setting, precision] = untied_case(
                     untied / "model", untied / f"{setting} {precision}", rows, flags, precision
                 )
-                # As compiled stages on GPUs: micro-batches add up in the products
-                cases["untied", setting, precision]["adds_up"] = setting == "pp=2"
+                # As compiled layers on GPUs: micro-batches add up in the products, recorded batches
+                # go through cut layers in halves
+                case = cases["untied", setting, precision]
+                halves = setting == "tp=2" and precision == "fp32"
+                case |= {"adds_up": setting == "pp=2", "halves": halves}
         for chunk in CHUNKS if nproc > 1 else ():
             cases["split loss", chunk] = {"wanted": "split_loss", "flags": (), "chunk": chunk}
         # glibc keeps freed memory for later; here it is to give it back, so that the next case

@@ -123,6 +123,28 @@ def test_loss_curve_is_that_of_one_gpu(tmp_path, reference, rows, flags):
     assert losses(tmp_path) == pytest.approx(reference, abs=0.03)
 
 
+BLOCKS = [*COMMON, "--num_epoch", "5", "--block_size", "256", "--batch_size", "64"]
+
+
+@pytest.fixture(scope="module")
+def reference_of_blocks(tmp_path_factory) -> list[float]:
+    """The losses of ten steps on one GPU, in fp32: of 64 full rows of 256 tokens, and of the few
+    that are left, in turn."""
+    output = tmp_path_factory.mktemp("blocks")
+    train(output, *BLOCKS, "--precision", "fp32", env={"CUDA_VISIBLE_DEVICES": "0"})
+    return losses(output)
+
+
+def test_batches_in_halves_have_the_loss_curve_of_one_gpu(tmp_path, reference_of_blocks):
+    """Recorded, 16,384 tokens go through cut layers on two streams, and fewer do not."""
+    flags = [*HYBRID, "--tp_size", "2", "--compile", "--cuda_graph", "--fused_loss"]
+    done = train(tmp_path, *BLOCKS, *flags, nproc=2)
+    assert "AccumulateGrad" not in done.stderr  # PyTorch's warning of gradients from two streams
+    assert len(reference_of_blocks) == 10
+    assert reference_of_blocks[-1] < reference_of_blocks[0] - 0.3
+    assert losses(tmp_path) == pytest.approx(reference_of_blocks, abs=0.03)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, None), (None, 2)], ids=["2 to 1", "1 to 2"])
 @pytest.mark.parametrize("plugin", ["low_level_zero", "gemini"])
 def test_saved_on_some_gpus_and_resumed_on_others(tmp_path, reference, plugin, before, after):

@@ -1,6 +1,7 @@
 """--plugin hybrid_parallel: tensor and pipeline parallelism, with or without ZeRO over the
 data-parallel ranks."""
 
+import os
 from contextlib import nullcontext
 from functools import partial
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from colossalai.booster.plugin import HybridParallelPlugin, hybrid_parallel_plugin
+from colossalai.cluster import ProcessGroupMesh
 from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
 from colossalai.shardformer.layer._operation import reduce_backward, reduce_forward
 from colossalai.shardformer.policies.base_policy import SubModuleReplacementDescription
@@ -28,6 +30,7 @@ from opt.colossal.sharded import Sharded
 from opt.model import operations
 from opt.model.attention import Attention
 from opt.model.config import DTYPES
+from opt.model.halves import Halves
 from opt.model.linear import Linear, each, plain, sum_over_tokens
 from opt.model.opt import OPTForCausalLM, Stage
 
@@ -38,6 +41,9 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
     is_lazy = True
 
     def __init__(self, plan, device, num_parameters):
+        if self.halves_from(plan) is not None:
+            # [C36] For the groups that are made from here on
+            os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         super().__init__(
             tp_size=plan.tp_size,
             pp_size=plan.pp_size,
@@ -69,6 +75,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         self._ddp: LayerwiseDDP | None = None
         # By weight, where its gradient is added up over micro-batches, if their products do it
         self.totals: dict[torch.Tensor, torch.Tensor] = {}
+        # For the collectives of fc1 and fc2
+        self._mlp_group = self.tp_group
 
     # ---- before there are processes
 
@@ -104,6 +112,19 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         )
         if own and plan.max_norm > 0 and plan.tp_size * plan.pp_size == 1:
             yield "norm", torch.bfloat16
+
+    @staticmethod
+    def halves_from(plan) -> int | None:
+        """From how many tokens on a batch goes through the layers in halves, see halves.Halves;
+        None: never. With twice as many kernels, only where they are recorded."""
+        splits = (
+            plan.tp_size > 1
+            and plan.pp_size == 1
+            and plan.cuda_graph
+            and plan.compile
+            and not plan.lora_r
+        )
+        return 16_384 if splits else None
 
     # ---- hold
 
@@ -147,6 +168,15 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
                 ]
             model.sync_shared_params = partial(_add_up_tied, model)
         if inner.tp_group is not None:
+            least = self.halves_from(self.plan)
+            if least is not None:
+                inner.halves = Halves(least)
+                # A group's collectives follow one another in the order of their launch, a layer of
+                # one half and then of the other: in a single group the second half's behind its
+                # attention would wait for the first half's behind fc2
+                mesh = ProcessGroupMesh(*self.pg_mesh.shape)
+                self._mlp_group = mesh.create_group_along_axis(self.tp_axis)
+            self._mlp = {m for layer in inner.own_layers for m in (layer.fc1, layer.fc2)}
             self._share_input(inner)
             if self.adapters:
                 self._add_up_summands(inner, optimizer)
@@ -234,16 +264,17 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
 
     def _cut(self, module) -> dict | None:
         """What linear.Linear is to do with a map that the policy has cut."""
+        if not isinstance(module, Linear1D_Row | Linear1D_Col):
+            return None
+        group = self._mlp_group if module in self._mlp else self.tp_group
         if isinstance(module, Linear1D_Row):
-            return {"leave": partial(_add_up, group=self.tp_group)}
-        if isinstance(module, Linear1D_Col):
-            if not self.adapters:
-                return {"product": partial(_column, group=self.tp_group.group_name)}
-            # With the adapter's; and there is no weight's gradient to go beside
-            if module in self._inputs_shared:
-                return {}
-            return {"enter": partial(_add_up_gradient, group=self.tp_group)}
-        return None
+            return {"leave": partial(_add_up, group=group)}
+        if not self.adapters:
+            return {"product": partial(_column, group=group.group_name)}
+        # With the adapter's; and there is no weight's gradient to go beside
+        if module in self._inputs_shared:
+            return {}
+        return {"enter": partial(_add_up_gradient, group=group)}
 
     def accumulate(self, model, optimizer, is_last_batch):
         """See Plugin."""

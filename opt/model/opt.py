@@ -8,6 +8,7 @@ have attention and positions of their own (opt/model/attention.py).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from transformers import OPTConfig
 from transformers.modeling_utils import no_init_weights
 
 from opt.model.attention import Attention, PackedRows, locate
+from opt.model.halves import Halves
 from opt.model.linear import product_dtype
 from opt.model.loss import (
     IGNORE,
@@ -49,6 +51,8 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_every = 0  # see recomputes
         self.fused_loss = False
+        # Rows that are trained on go through the layers in halves, if a plugin says so
+        self.halves: Halves | None = None
         # Called before, between and behind the decoder layers with (the one that has just run or
         # None, the one that runs next or None, the hidden states between them). Backward comes by
         # again, see Tensor.register_hook: behind the one, ahead of the other.
@@ -116,13 +120,18 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
 
         # [F22] Gemini's embedding gives a ColoTensor, which no kernel takes for one
         hidden_states = hidden_states.as_subclass(torch.Tensor)
+        splits = self.halves is not None and self.training and rows is None
+        parts = self.halves.split(hidden_states) if splits else [hidden_states]
         before = None
         for number, layer in enumerate(self.own_layers, self.stage.start):
             if self.between_layers:
-                self.between_layers(before, layer, hidden_states)
+                # Of halves backward comes by the first one last
+                self.between_layers(before, layer, parts[0])
             recompute = self.training and recomputes(number, self.recompute_every)
-            hidden_states = run_layer(layer, recompute, hidden_states, rows)
+            run = partial(run_layer, layer, recompute, rows)
+            parts = self.halves.each(run, parts) if splits else [run(parts[0])]
             before = layer
+        hidden_states = self.halves.join(parts) if splits else parts[0]
         if self.between_layers:
             self.between_layers(before, None, hidden_states)
 
@@ -170,7 +179,7 @@ def recomputes(number: int, every: int) -> bool:
 
 
 def run_layer(
-    layer: nn.Module, recompute: bool, hidden_states: torch.Tensor, rows: PackedRows | None
+    layer: nn.Module, recompute: bool, rows: PackedRows | None, hidden_states: torch.Tensor
 ) -> torch.Tensor:
     """A decoder layer's output; with `recompute` its activations are computed a second time in
     backward."""

@@ -1,0 +1,59 @@
+"""A batch in two halves, each on a stream of its own: while the processes of a tensor-parallel
+group add up what one half's products have come to, a GPU multiplies for the other (the idea of
+DeepSpeed's Domino, arXiv:2409.15241).
+
+In backward as well: autograd runs each layer on the stream of its forward, of the second half ahead
+of the first, and adds up the weights' gradients of both.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+
+class Halves:
+    """Splits hidden states (rows, length, width) by rows, if they have at least `least` tokens and
+    an even number of rows: halves of other shapes would be compiled anew. On a CPU there is one
+    stream for both."""
+
+    def __init__(self, least: int):
+        self._least = least
+        self._stream: torch.cuda.Stream | None = None  # the second half's
+
+    def split(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Two halves; or what was there, alone."""
+        rows, length, _ = hidden_states.shape
+        if rows % 2 or rows * length < self._least:
+            return [hidden_states]
+        if hidden_states.is_cuda:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+                _expect_two_streams()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            hidden_states.record_stream(self._stream)
+        return list(hidden_states.chunk(2))
+
+    def each(self, function: Callable, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`function` of each of the parts."""
+        first, *second = parts
+        done = [function(first)]
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return done + [function(part) for part in second]
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What split() has split."""
+        if len(parts) == 1:
+            return parts[0]
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            parts[1].record_stream(torch.cuda.current_stream())
+        return torch.cat(parts)
+
+
+def _expect_two_streams() -> None:
+    """PyTorch (seen in 2.11) warns of a gradient that comes from another stream than the one it is
+    added up on, as of something not meant; here it is."""
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn is not None:
+        warn(False)
