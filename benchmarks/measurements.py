@@ -10,7 +10,7 @@ from benchmarks.peers import ENGINES
 from opt.registry import PLUGINS
 
 # Timed steps in each of three blocks, by model: what takes seconds is timed less often.
-STEPS = {"125m": 12, "350m": 10, "6.7b": 3, "13b": 3, "30b": 2, "66b": 1, "175b": 1}
+STEPS = {"125m": 12, "350m": 10, "6.7b": 3, "13b": 2, "30b": 2, "66b": 1, "175b": 1}
 FAST = "--compile --fused_loss"
 # A plugin in the form that is fastest for long rows, and each peer in its best one: where it is not
 # known before, in both.
@@ -57,10 +57,12 @@ class Measurement:
     gib: tuple[float, float] = (0, float("inf"))  # of the GPUs that it is for: from, to
 
 
-def measured(name: str, gpus: int, model: str, rows: int, command: str, **more) -> Measurement:
-    """`command`: the engine and flags of its own."""
+def measured(
+    name: str, gpus: int, model: str, rows: int, command: str, timed: int | None = None, **more
+) -> Measurement:
+    """`command`: the engine and flags of its own; `timed`: other than STEPS has it."""
     engine, *flags = command.split()
-    timed = STEPS.get(model, 5)
+    timed = timed or STEPS.get(model, 5)
     steps = ("--repeats", 3, "--max_train_steps", timed, "--warmup_steps", min(4, timed))
     work = ("--model_name_or_path", model, "--batch_size", rows)
     several = [f"x{gpus}"] if gpus > 1 else []
@@ -89,9 +91,9 @@ def in_four_bits(model: str, rows: int, **more):
 
 def offloaded(model: str, rows: int):
     """Adam in host memory, each alone on the host's cores."""
-    yield measured("offload", 1, model, rows, OFFLOADED, alone=True)
-    peer = "deepspeed_offload --fused_loss"
-    yield measured("offload-deepspeed", 1, model, rows, peer, alone=True)
+    engines = {"offload": OFFLOADED, "offload-deepspeed": "deepspeed_offload --fused_loss"}
+    for name, engine in engines.items():
+        yield measured(name, 1, model, rows, engine, timed=3, alone=True)
 
 
 def in_eight_bits(model: str, rows: int):
@@ -199,24 +201,25 @@ def everything():
     yield from short_rows(4, "tp2pp2", f"hybrid_parallel {both}")
     stage2 = f"low_level_zero {FAST} --zero_stage 2"
     yield measured("low_level_zero-2", 4, "13b", 8, stage2, gib=LARGE)
-    yield from side_by_side("13b", 8, ("gemini", "fsdp2", "deepspeed_zero3"), 4, gib=LARGE)
     yield measured("low_level_zero-2", 4, "13b", 3, stage2, gib=SMALL)
-    yield from side_by_side("13b", 4, ("gemini", "fsdp2", "deepspeed_zero3"), 4, gib=SMALL)
+    held = ((8, LARGE), (4, SMALL))  # rows of what spreads all
+    for rows, gib in held:
+        yield from side_by_side("13b", rows, ("gemini",), 4, gib=gib)
     yield from hybrid("tp", 4, "6.7b", 8, "--tp_size 4", "--cuda_graph")
     yield from staged(4, "6.7b", 32, 16, "--cuda_graph")
+    yield from offloaded("1.3b", 16)
+    for rows, gib in held:
+        yield from side_by_side("13b", rows, ("fsdp2", "deepspeed_zero3"), 4, gib=gib)
     yield from cut(4, "1.3b", 16, "--cuda_graph")
     yield from on_several(4, "1.3b", ("fsdp2",))
-
-    yield from offloaded("1.3b", 16)
     in_16_bits = f"{OFFLOADED} {IN_16_BITS}"
-    yield measured("offload-16bit", 1, "1.3b", 16, in_16_bits, alone=True)
+    yield measured("offload-16bit", 1, "1.3b", 16, in_16_bits, timed=3, alone=True)
 
     yield from in_four_bits("66b", 4)
     yield measured("offload", 1, "6.7b", 8, OFFLOADED)  # DeepSpeed's asks for more than hosts have
     stages = "hybrid_parallel --pp_size 2 --num_microbatches 4"
     in_4bit = f"{stages} {LORA} --grad_checkpoint --load_in_4bit"
     yield measured("lora-4bit-pp", 2, "175b", 4, in_4bit)
-    yield measured("offload-16bit", 1, "13b", 4, f"{in_16_bits} --grad_checkpoint")
     yield from in_eight_bits("1.3b", 16)
     yield from adapters("30b", 4, "--grad_checkpoint")
     for engine in ("low_level_zero", "torch_amp", "deepspeed_zero2", "hf_trainer-liger"):
@@ -247,6 +250,7 @@ def everything():
     yield from side_by_side("6.7b", 8, ("gemini", "fsdp2", "fsdp2-fp8", "deepspeed_zero3"), 4)
     yield from on_several(4, "350m")
     yield from on_several(2, "350m")
+    yield measured("offload-16bit", 1, "13b", 4, f"{in_16_bits} --grad_checkpoint")
     for model, rows in (("2.7b", 8), ("350m", 16), ("1.3b", 32), ("1.3b", 64)):
         yield from offloaded(model, rows)
     yield from in_four_bits("175b", 1, gib=LARGE)

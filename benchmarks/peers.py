@@ -5,7 +5,7 @@
         --model_name_or_path 1.3b --json result.json
 
 Plain transformers' OPTForCausalLM, with its own forward and loss, from the same initial weights, on
-the same tokens, with the same AdamW. benchmarks/compare.py runs these beside the plugins.
+the same tokens, with the same AdamW. benchmarks/campaign.py runs these beside the plugins.
 """
 
 import importlib.metadata
