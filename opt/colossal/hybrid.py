@@ -170,7 +170,8 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         if inner.tp_group is not None:
             least = self.halves_from(self.plan)
             if least is not None:
-                inner.halves = Halves(least)
+                # Of wider layers fewer tokens are as much work
+                inner.halves = Halves(min(least, 2**25 // inner.config.hidden_size))
                 # A group's collectives follow one another in the order of their launch, a layer of
                 # one half and then of the other: in a single group the second half's behind its
                 # attention would wait for the first half's behind fc2
