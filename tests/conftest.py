@@ -4,10 +4,13 @@ weights."""
 import atexit
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +91,26 @@ def finish(process: subprocess.Popen, timeout) -> subprocess.CompletedProcess:
         pytest.fail(f"not done after {timeout} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}")
 
 
+def finish_measured(process: subprocess.Popen, field: str, timeout):
+    """finish(), and the largest that a field of the process's /proc/PID/status was, in bytes."""
+    seen = [0]
+
+    def watch():
+        while process.poll() is None:
+            try:
+                text = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:  # over by now
+                return
+            seen.append(1024 * int((re.findall(rf"{field}:\s+(\d+)", text) or [0])[0]))
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    done = finish(process, timeout)
+    watcher.join()
+    return done, max(seen)
+
+
 def run(script, *arguments, nproc=None, env=None, timeout=180):
     """start() and finish(). Returns the CompletedProcess, with stdout and stderr as text."""
     return finish(start(script, *arguments, nproc=nproc, env=env), timeout)
@@ -151,6 +174,18 @@ def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env
     done = run(script, *flags, *arguments, nproc=nproc, env=env, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def wide_model(folder: Path) -> tuple[Path, int]:
+    """The configuration of a model of 65 M parameters, beside which activations are nothing, with
+    the sample's tokenizer; and how many they are."""
+    sizes = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096}
+    sizes |= {"num_hidden_layers": 5, "num_attention_heads": 16, "max_position_embeddings": 20}
+    shutil.copytree(SAMPLE_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text()) | sizes
+    (folder / "config.json").write_text(json.dumps(config))
+    number = 5 * (12 * 1024**2 + 13 * 1024) + 1024 * (config["vocab_size"] + 20 + 4)
+    return folder, number
 
 
 def tokenize(dataset, column, max_length, eval_fraction, seed, tokenizer, *flags) -> Dataset:

@@ -1,11 +1,6 @@
 """Adam in host memory (gemini, --offload_optim_frac): AdamW's updates, in 12 bytes a parameter; with
 --optim adamw_anyprecision in 6, the updates of low_bits."""
 
-import json
-import re
-import shutil
-import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +14,7 @@ from opt.model import low_bits
 from opt.model.low_bits import Held
 from opt.train.memory import GIB
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, start
+from .conftest import REPO, SAMPLE_DATA, finish_measured, losses, start, wide_model
 
 
 class Chunks:
@@ -229,35 +224,17 @@ def test_nothing_is_there_twice(tmp_path):
     """From the start to the checkpoint and the saved model: 12 bytes a parameter, beside them 2 of
     what would be on a GPU, and a chunk or two of these on their way. A copy of the state for a
     checkpoint would be 12 more."""
-    sizes = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096}
-    sizes |= {"num_hidden_layers": 5, "num_attention_heads": 16, "max_position_embeddings": 20}
-    model = tmp_path / "model"
-    shutil.copytree(SAMPLE_MODEL, model)
-    config = json.loads((model / "config.json").read_text()) | sizes
-    (model / "config.json").write_text(json.dumps(config))
-    number = 5 * (12 * 1024**2 + 13 * 1024)
-    number += 1024 * (config["vocab_size"] + 20 + 4)
+    model, number = wide_model(tmp_path / "model")
     process = start(
         *(REPO / "opt_train_demo.py", "--model_name_or_path", model, "--dataset", SAMPLE_DATA),
         *("--plugin", "gemini", "--offload_optim_frac", 1, "--max_train_steps", 2),
         *("--batch_size", 2, "--max_length", 16, "--eval_fraction", 0, "--save_steps", 2),
         *("--max_train_samples", 8, "--prompt", "A", "--output_path", tmp_path / "out"),
     )
-    peaks = [0]
-
-    def watch():
-        while process.poll() is None:
-            text = open(f"/proc/{process.pid}/status").read()
-            peaks.append(int((re.findall(r"RssAnon:\s+(\d+)", text) or [0])[0]) * 1024)
-            time.sleep(0.01)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    done = finish(process, 120)
-    watcher.join()
+    done, peak = finish_measured(process, "RssAnon", 120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(losses(tmp_path / "out")) == 2
     assert (tmp_path / "out" / "checkpoints" / "step-00000002").is_dir()
-    most = (max(peaks) - 0.6 * GIB) / number
+    most = (peak - 0.6 * GIB) / number
     print(f"{most:.1f} bytes a parameter of {number / 1e6:.0f} M")
     assert 12 < most < 18

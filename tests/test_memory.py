@@ -1,6 +1,8 @@
 """The memory that the plan says a run takes, what there is of it, and what is refused."""
 
+import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from opt.model.sizes import PRESETS, num_parameters, preset_config
 from opt.train import checks, fit, memory
 from opt.train import plan as plans
 
-from .conftest import REPO, stored
+from .conftest import REPO, SAMPLE_DATA, finish_measured, start, stored, wide_model
 
 RECORDS = REPO / "benchmarks" / "results"
 
@@ -328,3 +330,48 @@ def test_what_would_fit_is_named(monkeypatch, model, arguments, gpus, host, name
         assert [any(way.startswith(words) for way in ways) for words in named] == [True] * len(
             named
         )
+
+
+# ---- checkpoints
+
+SMALL_ROOM = """
+import runpy, sys
+from opt.train import memory
+memory._host_memory = lambda local: 2.1 * memory.GIB
+sys.path.insert(0, {repo!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_checkpoints_copy_is_counted_or_not_made(tmp_path):
+    """The copy is 12 bytes a parameter: with it the plan is within 10 % of the peak. Where it has
+    no room, training waits, takes no more than without a checkpoint, and writes the same."""
+    model, number = wide_model(tmp_path / "model")
+    script = str(REPO / "opt_train_demo.py")
+    (tmp_path / "small.py").write_text(SMALL_ROOM.format(repo=str(REPO), script=script))
+
+    def saved(name: str, starts):
+        flags = ("--model_name_or_path", model, "--dataset", SAMPLE_DATA)
+        flags += ("--plugin", "low_level_zero", "--precision", "bf16", "--max_train_steps", 2)
+        flags += ("--batch_size", 2, "--max_length", 16, "--eval_fraction", 0, "--save_steps", 2)
+        flags += ("--max_train_samples", 8, "--no_save", "--output_path", tmp_path / name)
+        process = start(starts, *flags, env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
+        done, peak = finish_measured(process, "VmHWM", 120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done, peak
+
+    names = "copied", "waits"
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(saved, names, (script, tmp_path / "small.py"))]
+    (copied, most), (waits, less) = found
+    takes = float(re.search(r": ([\d.]+) of .* in host memory", copied.stdout)[1])
+    copy = float(re.search(r"; ([\d.]+) more of host memory while", copied.stdout)[1])
+    assert copy == pytest.approx(12 * number / 2**30, rel=0.02)
+    assert takes + copy == pytest.approx(most / 2**30, rel=0.1)
+    assert "training waits until it is written, host memory has no room" in waits.stdout
+    assert "more of host memory" not in waits.stdout and "waits until" not in copied.stdout
+    assert takes > 0.9 * less / 2**30 and most - less > 0.8 * 12 * number
+    files = [tmp_path / name / "checkpoints/step-00000002" for name in names]
+    first, second = (json.loads((f / "manifest.json").read_text()) for f in files)
+    weights = "rank-00000.safetensors"
+    assert first[weights]["sha256"] == second[weights]["sha256"]

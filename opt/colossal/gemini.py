@@ -83,7 +83,7 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         is_alone = dp_size == 1 and plan.offload_optim_frac == 0
         has_own = plan.gradient_accumulation_steps > 1 or is_alone
         own = parameters / dp_size
-        adam = _adam_bytes(plan) * (1 - plan.offload_optim_frac)
+        adam = low_memory.state_bytes(plan) * (1 - plan.offload_optim_frac)
         return own * 2, own * 2 * has_own, own * adam
 
     @staticmethod
@@ -94,7 +94,7 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
     @staticmethod
     def host_bytes(plan, parameters, dp_size):
         """What Adam updates, and its moments; gradients and weights only pass through."""
-        return _adam_bytes(plan) * parameters * plan.offload_optim_frac / dp_size
+        return low_memory.state_bytes(plan) * parameters * plan.offload_optim_frac / dp_size
 
     @staticmethod
     def frozen_bytes(plan, parameters, dp_size):
@@ -141,11 +141,6 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
             model.name2param = dict(inner.named_parameters(remove_duplicate=False))
             model.param2name = {p: name for name, p in inner.named_parameters()}
         return model, optimizer, *rest
-
-
-def _adam_bytes(plan) -> float:
-    """A parameter's, of what Adam updates and its moments."""
-    return 2 + low_memory.moment_bytes(plan) if low_memory.is_low(plan) else 12
 
 
 def _init_frozen_chunks(self, param_order, **flags) -> None:

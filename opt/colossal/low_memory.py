@@ -42,6 +42,11 @@ def moment_bytes(plan: Namespace) -> float:
     return 2 * (bits / 8 + (4 / BLOCK if bits == 8 else 0))
 
 
+def state_bytes(plan: Namespace) -> float:
+    """Of a parameter: the weight that Adam updates, and its moments; what a checkpoint has."""
+    return 2 + moment_bytes(plan) if is_low(plan) else 12
+
+
 def update_kernels(plan: Namespace) -> Iterator[tuple]:
     """Those that an update comes to, see plugin.Plugin.update_kernels."""
     # A few parameters have moments of 16 bits in any case

@@ -163,14 +163,16 @@ class TrainingState:
         """What there is to read and write, the weights first."""
         return (WEIGHTS, *self._adam.moments)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights that Adam updates, and of moments that are no codes."""
-        return self._adam.dtype
-
-    def own_shapes(self) -> dict[str, torch.Size]:
-        """What own_share gives this process: names and whole shapes, in its order."""
-        return {p.name: self._shapes[p.name] for p, is_own in self._dealt() if is_own}
+    def own_entries(self, kind: str) -> Iterator[tuple[str, tuple[torch.dtype, torch.Size]]]:
+        """What own_share gives this process, in its order: names, dtypes and shapes."""
+        for piece, is_owner in self._dealt():
+            own = self._own(piece, kind) if piece.size else None
+            if not is_owner or (piece.size and own is None):
+                continue
+            span, shape = self._span(kind), self._shapes[piece.name]
+            if span > 1:
+                shape = torch.Size([shape.numel() // span])
+            yield piece.name, (self._adam.dtype if own is None else own.dtype, shape)
 
     def own_share(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and whole tensors (host memory, copies) of one of `kinds`. A collective.

@@ -15,8 +15,8 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
 Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and
 `latest` names it last. Tensors are copied to host memory while training waits (12 bytes a parameter
 over all processes, with --optim 6 or 4); a thread writes them while it goes on. Where they are in
-host memory already (--offload_optim_frac), which has no room for them twice, training waits until
-they are written.
+host memory already (--offload_optim_frac), or it has no room for a copy, training waits until they
+are written, a tensor at a time.
 """
 
 import errno
@@ -70,6 +70,7 @@ class Saver:
         self._frozen_checksum = model.frozen_checksum if run.here.is_main else None
         shapes = {name: torch.Size(model.shape(name)) for name in model}
         self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
+        self._copies = run.copies_checkpoints
         self._has_begun, self._thread = False, None
         self.saved: Path | None = None  # the newest that is complete
         if self._here.is_main:
@@ -146,15 +147,10 @@ class Saver:
             for name, tensor in _rng_state(self._here).items()
         }
         kinds = self._state.kinds
-        if self._plan.offload_optim_frac:
-            shapes = self._state.own_shapes()
-            names, dtype = [f"{kind}/{n}" for kind in kinds for n in shapes], self._state.dtype
-            entries = {name: (dtype, shapes[name.split("/", 1)[1]]) for name in names}
-            tensors = (tensor for kind in kinds for _, tensor in self._state.own_share(kind))
-        else:
-            copies = {f"{kind}/{n}": t for kind in kinds for n, t in self._state.own_share(kind)}
-            entries = {name: (tensor.dtype, tensor.shape) for name, tensor in copies.items()}
-            tensors = copies.values()
+        entries = {f"{kind}/{n}": of for kind in kinds for n, of in self._state.own_entries(kind)}
+        tensors = (tensor for kind in kinds for _, tensor in self._state.own_share(kind))
+        if self._copies:
+            tensors = list(tensors)
         entries |= {name: (tensor.dtype, tensor.shape) for name, tensor in rng.items()}
         tensors = itertools.chain(tensors, rng.values())
         texts = {}
@@ -181,14 +177,14 @@ class Saver:
         # For as long as this checkpoint is the newest, whatever the next evaluation says
         self._is_best = self.evaluations.best_step == position.step
         self._has_begun = True
-        if self._plan.offload_optim_frac:
+        if self._copies:
+            self._thread = threading.Thread(target=self._write, args=(entries, tensors, texts))
+            self._thread.start()
+        else:
             self._write(entries, tensors, texts)
             for _ in tensors:  # after an error: other processes need this one for theirs
                 pass
             self.finish()
-        else:
-            self._thread = threading.Thread(target=self._write, args=(entries, tensors, texts))
-            self._thread.start()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if there is one, and make it one. Raises

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig
 
+from opt.colossal import low_memory
 from opt.colossal.pipeline import layers_per_stage
 from opt.colossal.processes import Place
 from opt.data.batches import largest_batch
@@ -71,6 +72,7 @@ class Estimate:
     host_process: float
     host_optimizer: float
     host_reading: float
+    host_copy: float  # of what is written to a checkpoint while training goes on
     is_on_gpu: bool
 
     @property
@@ -85,7 +87,7 @@ class Estimate:
 
     @property
     def host(self) -> float:
-        """All that is in host memory."""
+        """All that is in host memory, but for a checkpoint's copy, which can be done without."""
         of_host = self.host_process + self.host_optimizer + self.host_reading
         return of_host + (0 if self.is_on_gpu else self.device)
 
@@ -184,6 +186,10 @@ def estimate(
         host_process=_PROCESS["cuda" if is_on_gpu else "cpu"],
         host_optimizer=plugin.host_bytes(plan, trained, plan.dp_size),
         host_reading=reading,
+        # In host memory it is already, with offload
+        host_copy=0
+        if plan.offload_optim_frac
+        else low_memory.state_bytes(plan) * trained / (plan.dp_size * plan.tp_size * plan.pp_size),
         is_on_gpu=is_on_gpu,
     )
 
@@ -205,6 +211,10 @@ class Room:
     def is_enough(self, needed: Estimate) -> bool:
         """Whether it is, whatever the estimate's error."""
         return self.lacks(needed, -ERROR) <= 0
+
+    def is_enough_to_copy(self, needed: Estimate) -> bool:
+        """Whether a checkpoint's copy has room in host memory too."""
+        return (needed.host + needed.host_copy) * self.local / (1 - ERROR) <= self.host
 
 
 def find_room(here: Place, mem_cap_gib: float) -> Room:

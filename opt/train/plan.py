@@ -51,6 +51,12 @@ class Run:
         return given.taken_up(before.tensors("weights")) if before else given
 
     @property
+    def copies_checkpoints(self) -> bool:
+        """Whether training goes on while a copy is written: not where Adam is in host memory, or
+        this has no room for it."""
+        return not self.plan.offload_optim_frac and self.room.is_enough_to_copy(self.needed)
+
+    @property
     def output(self) -> Path:
         """The folder of its results."""
         return output_directory(self.plan.output_path)
@@ -201,6 +207,7 @@ def describe(run: Run) -> str:
     trained = setup.weights.trained.num_parameters
     schedule = f" ({steps.scheduler_type})"
     patience = f", until {plan.early_stopping_patience} in a row are no better"
+    saves = bool(plan.save_steps) or plan.load_best_model_at_end
     lines = {
         "device": device,
         "plugin": plan.plugin + f" ({about})" * bool(about),
@@ -226,8 +233,12 @@ def describe(run: Run) -> str:
             if plan.save_steps
             else "when a signal stops the run"
         )
-        + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end,
-        "memory": memory_line(run.needed, run.room),
+        + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end
+        + "; training waits until it is written, host memory has no room for a copy"
+        * (saves and not run.copies_checkpoints),
+        "memory": memory_line(run.needed, run.room)
+        + f"; {memory.gib(run.needed.host_copy)} more of host memory while a checkpoint is written"
+        * (saves and run.copies_checkpoints),
         "output": plan.output_path
         + " (model not saved)" * plan.no_save
         + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub),
