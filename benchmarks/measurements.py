@@ -216,7 +216,8 @@ def everything():
     yield measured("offload-16bit", 1, "1.3b", 16, in_16_bits, timed=3, alone=True)
 
     yield from in_four_bits("66b", 4)
-    yield measured("offload", 1, "6.7b", 8, OFFLOADED)  # DeepSpeed's asks for more than hosts have
+    # Not DeepSpeed's, which asks for more than hosts have
+    yield measured("offload", 1, "6.7b", 8, OFFLOADED, timed=2)
     stages = "hybrid_parallel --pp_size 2 --num_microbatches 4"
     in_4bit = f"{stages} {LORA} --grad_checkpoint --load_in_4bit"
     yield measured("lora-4bit-pp", 2, "175b", 4, in_4bit)
@@ -250,7 +251,7 @@ def everything():
     yield from side_by_side("6.7b", 8, ("gemini", "fsdp2", "fsdp2-fp8", "deepspeed_zero3"), 4)
     yield from on_several(4, "350m")
     yield from on_several(2, "350m")
-    yield measured("offload-16bit", 1, "13b", 4, f"{in_16_bits} --grad_checkpoint")
+    yield measured("offload-16bit", 1, "13b", 4, f"{in_16_bits} --grad_checkpoint", timed=1)
     for model, rows in (("2.7b", 8), ("350m", 16), ("1.3b", 32), ("1.3b", 64)):
         yield from offloaded(model, rows)
     yield from in_four_bits("175b", 1, gib=LARGE)
