@@ -172,8 +172,6 @@ def everything():
     """In the order in which they are run: what has a target first, on one GPU, two and four, as
     many GPUs together as can be so that none waits for the others; then the breadth."""
     yield from side_by_side("1.3b", 16)
-    yield from side_by_side("350m", 16)
-    yield measured("cuda_graph", 1, "350m", 16, GRAPHED)
     yield from demo(1)
     yield from demo(1, "--fp8")
     yield from in_eight_bits("6.7b", 8)
@@ -212,9 +210,11 @@ def everything():
         yield from side_by_side("13b", rows, ("fsdp2", "deepspeed_zero3"), 4, gib=gib)
     yield from cut(4, "1.3b", 16, "--cuda_graph")
     yield from on_several(4, "1.3b", ("fsdp2",))
+
+    yield from side_by_side("350m", 16)
+    yield measured("cuda_graph", 1, "350m", 16, GRAPHED)
     in_16_bits = f"{OFFLOADED} {IN_16_BITS}"
     yield measured("offload-16bit", 1, "1.3b", 16, in_16_bits, timed=3, alone=True)
-
     yield from in_four_bits("66b", 4)
     # Not DeepSpeed's, which asks for more than hosts have
     yield measured("offload", 1, "6.7b", 8, OFFLOADED, timed=2)
