@@ -70,9 +70,9 @@ class Chunks(Form):
         self._place_frozen(weights)
         for piece in self.pieces():
             if piece.size:
-                piece.weights.copy_(
-                    weights[piece.name].flatten()[piece.start : piece.start + piece.size]
-                )
+                part = weights[piece.name].flatten()[piece.start : piece.start + piece.size]
+                # Narrowed where it is: PyTorch would copy it to the host as it is first
+                piece.weights.copy_(part.to(piece.weights.dtype))
         for chunk in self.optimizer.chunk16_set:
             chunk.optim_update()
         self.finish()

@@ -23,6 +23,8 @@ _SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
 
+#define BLOCK 16384 /* elements */
+
 typedef union { float value; uint32_t bits; } word;
 
 static inline float widened(uint16_t number)
@@ -72,18 +74,23 @@ void adamw(uint16_t *restrict values, kept *restrict weights, kept *restrict exp
 {
     float divide_by = divisor, left = 1 - rate * decay, step = rate / correction1;
     float root = sqrt(correction2), least = eps, new1 = 1 - beta1, old2 = beta2, new2 = 1 - beta2;
-    #pragma omp parallel for simd schedule(static) num_threads(threads) if (size > 65536)
-    for (int64_t i = 0; i < size; i++) {
-        float g = widened(values[i]) / divide_by;
-        float m = TAKE(exp_avgs[i]), v = old2 * TAKE(exp_avg_sqs[i]) + new2 * g * g;
-        m += new1 * (g - m);
-        float weight = left * TAKE(weights[i]) - step * m / (sqrtf(v) / root + least);
-        uint32_t random = mixed((uint32_t)i + key), other = random * 0x9E3779B1;
-        kept rounded = KEEP(weight, random & 0xffff);
-        exp_avgs[i] = KEEP(m, other >> 16);
-        exp_avg_sqs[i] = KEEP(v, random >> 16);
-        weights[i] = rounded;
-        values[i] = nearest_even(TAKE(rounded));
+    /* Not in equal shares: a core that has other work would hold up the rest */
+    #pragma omp parallel for schedule(dynamic) num_threads(threads) if (size > 65536)
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        int64_t end = first + BLOCK < size ? first + BLOCK : size;
+        #pragma omp simd
+        for (int64_t i = first; i < end; i++) {
+            float g = widened(values[i]) / divide_by;
+            float m = TAKE(exp_avgs[i]), v = old2 * TAKE(exp_avg_sqs[i]) + new2 * g * g;
+            m += new1 * (g - m);
+            float weight = left * TAKE(weights[i]) - step * m / (sqrtf(v) / root + least);
+            uint32_t random = mixed((uint32_t)i + key), other = random * 0x9E3779B1;
+            kept rounded = KEEP(weight, random & 0xffff);
+            exp_avgs[i] = KEEP(m, other >> 16);
+            exp_avg_sqs[i] = KEEP(v, random >> 16);
+            weights[i] = rounded;
+            values[i] = nearest_even(TAKE(rounded));
+        }
     }
 }
 """
