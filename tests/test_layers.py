@@ -1,6 +1,8 @@
 """The parts of a decoder layer that are this project's own, against PyTorch's: packed attention and
 linear maps; and how layers are dealt to pipeline stages."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from transformers import OPTConfig
 from opt.colossal.pipeline import layers_per_stage
 from opt.model import linear, sizes
 from opt.model.attention import attend, locate
-from opt.model.opt import OPTForCausalLM
+from opt.model.opt import OPTForCausalLM, compile_layers
 
 LENGTHS = [31, 5, 40, 1, 0, 22, 63, 14]
 
@@ -141,10 +143,12 @@ def test_every_nth_layer_is_recomputed():
         assert all(torch.equal(a, b) for a, b in zip(found[0], found[every], strict=True))
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "waiting"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_products_that_add_up(backend):
+def test_products_that_add_up(backend, waits):
     """Of several micro-batches under way at a time the sum of the gradients, where the totals are,
-    also in compiled layers, whose backward has been taken apart from their forward."""
+    also in compiled layers, whose backward has been taken apart from their forward; and when
+    products wait for the backward of the micro-batch behind theirs."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
     batches = torch.randn(4, 3, 5, 8, requires_grad=True)
@@ -159,17 +163,62 @@ def test_products_that_add_up(backend):
         part.bias.grad = None
     totals = [layers[0].total, layers[2].total]
     layers.compile(backend=backend)
-    losses = []
+    losses, waiting = [], []
     for number in range(5):
         if number < 4:
             losses.append(layers(batches[number]).square().sum())
         if number > 0:
-            with linear.in_place(totals):
+            products = []
+            with linear.in_place(totals), linear.put_off(products) if waits else nullcontext():
                 losses.pop(0).backward()
+            for put_off in waiting:
+                linear.add_up(put_off)
+            waiting = [products]
+            assert len(products) == 2 * waits
+    assert torch.any(layers[0].total != 0)
+    linear.add_up(waiting[0])
+    assert not waiting[0]
     assert all(layers[i].weight.grad is total for i, total in zip((0, 2), totals, strict=True))
     found = [batches.grad, *(p.grad for p in layers.parameters())]
     for a, b in zip(found, wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_what_waits_is_not_written_over(device):
+    """The gradients of layers that the compiler has made are the same to the last bit when the
+    weights' products wait for two backwards more: it does not use the memory of what they read for
+    anything else, as it does where it is not told."""
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, vocab_size=64, word_embed_proj_dim=32, init_std=0.2, dropout=0.0)
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).to(device, torch.bfloat16).train()
+    linear.attach(model.own_layers, linear.plain)
+    parts = [part for part in model.own_layers.modules() if isinstance(part, linear.Linear)]
+    totals = [torch.zeros_like(part.weight) for part in parts]
+    for part, total in zip(parts, totals, strict=True):
+        part.total = total
+    compile_layers(model, saves_memory=False, products_wait=True)
+    batches = torch.randint(4, 64, (5, 2, 16), device=device)
+    found = []
+    for lag in (0, 2):
+        torch._foreach_zero_(totals)
+        model.zero_grad()
+        waiting = []
+        for ids in batches:
+            loss, products = model(input_ids=ids, labels=ids)["loss"], []
+            with linear.in_place(totals), linear.put_off(products) if lag else nullcontext():
+                loss.backward()
+            assert len(products) == (len(totals) if lag else 0)
+            waiting.append(products)
+            if len(waiting) > lag:
+                linear.add_up(waiting.pop(0))
+        for products in waiting:
+            linear.add_up(products)
+        others = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([total.clone() for total in totals] + others)
+    assert all(total.any() for total in totals)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])

@@ -200,6 +200,12 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             and not (plan.fp8 or self.adapters)
         )
 
+    @property
+    def products_wait(self) -> bool:
+        """Whether this stage's schedule puts off products: of the first no other waits for
+        gradients."""
+        return self.adds_up_in_products and self.spread.pp_rank > 0
+
     def _add_up_in_products(self, model: OPTForCausalLM) -> None:
         """[C27] Left to autograd, adding them up takes a twelfth of the work of a stage of OPT-1.3b
         (micro-batches of 2 rows of 1,024 tokens, two H100)."""
@@ -207,6 +213,7 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             if isinstance(part, Linear) and part.product is plain:
                 self.totals[part.weight] = part.total = torch.zeros_like(part.weight)
         self.scheduler.totals = list(self.totals.values())
+        self.scheduler.lag = self.spread.pp_rank
 
     def _share_input(self, model: OPTForCausalLM) -> None:
         """Add up the gradient of the input of q, k and v over the tensor-parallel ranks once.

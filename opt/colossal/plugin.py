@@ -43,6 +43,7 @@ class Plugin:
     mixed_precision = None  # for Booster, where the plugin leaves precision to it
     # Whether gradients of several batches may be reduced once, with the last
     can_defer_sync = False
+    products_wait = False  # whether backward puts some off, see linear.put_off
     form: Form  # of the optimizer's state; set by configure
 
     plan: Namespace
@@ -176,7 +177,7 @@ class Plugin:
         )
         if self.plan.compile:
             budget = self.plan.activation_memory_budget
-            compile_layers(model, saves_memory(self.plan), budget=budget)
+            compile_layers(model, saves_memory(self.plan), budget, self.products_wait)
 
     def accumulate(self, model, optimizer, is_last_batch: bool):
         """The context for the backward of one of several batches of a step."""

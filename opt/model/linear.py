@@ -220,8 +220,15 @@ class _AddsUp(torch.autograd.Function):
         return grad @ weight, None, sum_over_tokens(grad) if ctx.has_bias else None, None
 
 
+# Where products go instead of being computed, see put_off
+_put_off: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+
 def _add_product(total, a, b) -> None:
-    total.addmm_(a, b)
+    if _put_off is None:
+        total.addmm_(a, b)
+    else:
+        _put_off.append((total, a.detach(), b.detach()))
 
 
 # An operation of its own, or a compiled layer would add in a second pass
@@ -240,6 +247,29 @@ def in_place(totals: Iterable[torch.Tensor]) -> Iterator[None]:
         for total in totals:
             stack.enter_context(torch.autograd._unsafe_preserve_version_counter(total))
         yield
+
+
+@contextmanager
+def put_off(products: list) -> Iterator[None]:
+    """Backwards of `adding_up` put what they would add into `products`, for add_up.
+
+    Compiled layers are to be of opt.compile_layers(..., products_wait=True): the compiler believes
+    that the operation has read what it is given, and would write other things there.
+    """
+    global _put_off
+    _put_off = products
+    try:
+        yield
+    finally:
+        _put_off = None
+
+
+@torch.no_grad()
+def add_up(products: list) -> None:
+    """Add what has been put off, in that order; `products` is empty then."""
+    for total, a, b in products:
+        total.data.addmm_(a, b)  # of which autograd takes no notice, as in in_place
+    products.clear()
 
 
 def fp8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

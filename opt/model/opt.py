@@ -196,7 +196,12 @@ def meta_model(config: OPTConfig) -> OPTForCausalLM:
         return OPTForCausalLM(config)
 
 
-def compile_layers(model: OPTForCausalLM, saves_memory: bool, budget: float | None = None) -> None:
+def compile_layers(
+    model: OPTForCausalLM,
+    saves_memory: bool,
+    budget: float | None = None,
+    products_wait: bool = False,
+) -> None:
     """Compile the decoder layers of this process, in place; they share one compilation.
 
     `budget`: the share of what backward needs that is kept, the rest is computed again. None: with
@@ -205,10 +210,14 @@ def compile_layers(model: OPTForCausalLM, saves_memory: bool, budget: float | No
     tokens and takes as long (H100, bf16 weights); at 0.8 it needs 6 GiB less and takes 3 % longer.
     Under autocast, with fp32 weights, 0.9 is 8 GiB less and 5 % longer, 0.98 3 GiB less and 2 %
     longer.
+
+    `products_wait`: backward is to leave alone what it has handed to linear.put_off. Nothing is
+    written into a tensor that it has had its last use of; its memory is let go of all the same.
     """
     is_autocast = next(model.parameters()).dtype == torch.float32
     if budget is None:
         budget = (0.98 if is_autocast else 0.9) if saves_memory else 1.0
     functorch.activation_memory_budget = budget
+    options = {"allow_buffer_reuse": False, "inplace_buffers": False} if products_wait else None
     for layer in model.own_layers:
-        layer.compile()
+        layer.compile(options=options)
