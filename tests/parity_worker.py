@@ -93,10 +93,11 @@ def trained(
         patch.object(HybridPlugin, "halves_from", staticmethod(lambda plan: 1 if halves else None)),
     ):
         boosted_ = boosted(args, here)
-    model = boosted_.model.unwrap()
-    assert not adds_up or len(boosted_.plugin.totals) == 6 * len(model.own_layers)
+    model, plugin, spread = boosted_.model.unwrap(), boosted_.plugin, boosted_.plugin.spread
+    if adds_up:
+        assert len(plugin.totals) == 6 * len(model.own_layers)
+        assert plugin.scheduler.lag == spread.pp_rank
     assert not halves or len(model.halves.split(torch.zeros(4, 1, 1))) == 2
-    spread = boosted_.plugin.spread
     rows = Rows(Path(rows), "train")
     batches = Batches(
         rows, len(rows) // spread.dp_size, spread.dp_rank, spread.dp_size, pad_id=1, seed=None

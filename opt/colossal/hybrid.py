@@ -101,6 +101,14 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         return Plugin.frozen_bytes(plan, parameters, dp_size) / (plan.tp_size * plan.pp_size)
 
     @staticmethod
+    def waiting_bytes(plan):
+        """Of stages that put off products; of maps that are cut by columns none are."""
+        if not _adds_up_in_products(plan):
+            return 0
+        # Inputs and gradients of all six maps; of those that are cut by rows
+        return 2 * (7 + 9 if plan.tp_size == 1 else 5 / plan.tp_size + 2)
+
+    @staticmethod
     def update_kernels(plan):
         """In bf16 the update is ours (copies.Copies, sharded.Sharded); otherwise ColossalAI widens
         gradients before it."""
@@ -190,15 +198,7 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
     def adds_up_in_products(self) -> bool:
         """Whether a micro-batch adds its weights' gradients to those before within the products. In
         compiled layers: there products are the plain ones."""
-        plan = self.plan
-        return (
-            self.device.type == "cuda"
-            and plan.pp_size > 1
-            and plan.compile
-            and plan.precision == "bf16"
-            and plan.zero_stage == 0
-            and not (plan.fp8 or self.adapters)
-        )
+        return self.device.type == "cuda" and _adds_up_in_products(self.plan)
 
     @property
     def products_wait(self) -> bool:
@@ -306,6 +306,17 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             return super().execute_pipeline(
                 data_iter, model, criterion, optimizer, return_loss, return_outputs
             )
+
+
+def _adds_up_in_products(plan) -> bool:
+    """Of a run on GPUs, see HybridPlugin.adds_up_in_products."""
+    return (
+        plan.pp_size > 1
+        and plan.compile
+        and plan.precision == "bf16"
+        and plan.zero_stage == 0
+        and not (plan.fp8 or plan.lora_r)
+    )
 
 
 def _add_up_tied(model) -> None:

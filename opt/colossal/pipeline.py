@@ -155,7 +155,7 @@ class Schedule(OneForwardOneBackwardSchedule):
         for vector in self.vectors:
             vector.grad = None
         products = []
-        with in_place(self.totals), put_off(products) if self.lag else nullcontext():
+        with in_place(self.totals), put_off(products, self.totals) if self.lag else nullcontext():
             input_grad = super().backward_step(*arguments)
         if products:
             self._waiting.append(products)

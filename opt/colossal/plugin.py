@@ -99,6 +99,12 @@ class Plugin:
         return kept - (0.7 if plan.compile and plan.fp8 and not plan.lora_r else 0)
 
     @staticmethod
+    def waiting_bytes(plan: Namespace) -> float:
+        """Of what a layer hands to products that wait behind its backward, on GPUs, a token and a
+        unit of width."""
+        return 0
+
+    @staticmethod
     def update_kernels(plan: Namespace) -> Iterable[tuple]:
         """Those of opt/model/kernels.py that an update comes to, as kernel_probe knows them."""
         raise NotImplementedError

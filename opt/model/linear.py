@@ -220,15 +220,17 @@ class _AddsUp(torch.autograd.Function):
         return grad @ weight, None, sum_over_tokens(grad) if ctx.has_bias else None, None
 
 
-# Where products go instead of being computed, see put_off
-_put_off: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+# Where products go instead of being computed, and where in memory totals are, see put_off
+_put_off: tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], set[int]] | None = None
 
 
 def _add_product(total, a, b) -> None:
     if _put_off is None:
         total.addmm_(a, b)
-    else:
-        _put_off.append((total, a.detach(), b.detach()))
+        return
+    products, places = _put_off
+    assert total.data_ptr() in places, "the compiler has made a copy, which nobody would read"
+    products.append((total, a.detach(), b.detach()))
 
 
 # An operation of its own, or a compiled layer would add in a second pass
@@ -250,14 +252,14 @@ def in_place(totals: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def put_off(products: list) -> Iterator[None]:
-    """Backwards of `adding_up` put what they would add into `products`, for add_up.
+def put_off(products: list, totals: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Backwards of `adding_up` put what they would add to `totals` into `products`, for add_up.
 
     Compiled layers are to be of opt.compile_layers(..., products_wait=True): the compiler believes
     that the operation has read what it is given, and would write other things there.
     """
     global _put_off
-    _put_off = products
+    _put_off = products, {total.data_ptr() for total in totals}
     try:
         yield
     finally:

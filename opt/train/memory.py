@@ -124,8 +124,9 @@ def estimate(
     whole = num_parameters(config)
     number = config.num_hidden_layers
     # Of the first stage, which keeps most activations; it has the embedding, as the last one has
-    stage = layers_per_stage(config, plan.pp_size)[0] if plan.pp_size > 1 and is_on_gpu else None
-    stage = stage or number / plan.pp_size
+    stage = last = number / plan.pp_size
+    if plan.pp_size > 1 and is_on_gpu:
+        stage, *_, last = layers_per_stage(config, plan.pp_size)
     embeddings = embedding_parameters(config)
     # Plugins divide them by the number of stages
     parameters = (whole - embeddings) * stage * plan.pp_size / number + embeddings * plan.pp_size
@@ -147,8 +148,10 @@ def estimate(
         of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
     every = plan.grad_checkpoint
     share = sum(recomputes(layer, every) for layer in range(number)) / number
-    layers = stage * min(plan.pp_size, microbatches)  # as many whose activations it keeps at a time
-    activations = layers * (share * width * unit + (1 - share) * of_layer)
+    kept = min(plan.pp_size, microbatches)  # as many whose activations it keeps at a time
+    activations = stage * kept * (share * width * unit + (1 - share) * of_layer)
+    # Of as many the last stage keeps what its products wait for
+    activations = max(activations, last * kept * unit * plugin.waiting_bytes(plan) * is_on_gpu)
     # Of the layer that is computed again; on a CPU its gradients lie beside what is let go of late
     activations += of_layer * (every > 0) * (1 if is_on_gpu else 2)
     if getattr(plan, "eval_only", False):  # at least: some plugins have fp32 copies all the same
