@@ -143,13 +143,13 @@ def test_every_nth_layer_is_recomputed():
         assert all(torch.equal(a, b) for a, b in zip(found[0], found[every], strict=True))
 
 
-@pytest.mark.parametrize(
-    "backend, waits", [("eager", False), ("eager", True), ("aot_eager", False)]
-)
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "waiting"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_products_that_add_up(backend, waits):
     """Of several micro-batches under way at a time the sum of the gradients, where the totals are,
     also in compiled layers, whose backward has been taken apart from their forward; and when
-    products wait for the backward of the micro-batch behind theirs."""
+    products wait for the backward of the micro-batch behind theirs. One that is to be added to a
+    copy, which "aot_eager" makes, does not wait."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
     batches = torch.randn(4, 3, 5, 8, requires_grad=True)
@@ -178,7 +178,7 @@ def test_products_that_add_up(backend, waits):
             for put_off in waiting:
                 linear.add_up(put_off)
             waiting = [products]
-            assert len(products) == 2 * waits
+            assert len(products) == (2 if waits and backend == "eager" else 0)
     assert torch.any(layers[0].total != 0)
     linear.add_up(waiting[0])
     assert not waiting[0]

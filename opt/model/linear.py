@@ -220,17 +220,17 @@ class _AddsUp(torch.autograd.Function):
         return grad @ weight, None, sum_over_tokens(grad) if ctx.has_bias else None, None
 
 
-# Where products go instead of being computed, and where in memory totals are, see put_off
-_put_off: tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], set[int]] | None = None
+# Where products go instead of being computed, and those of which totals, by their place in memory:
+# a copy that a compiler has made has to have its product at once
+_put_off: tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], set[int]] = [], set()
 
 
 def _add_product(total, a, b) -> None:
-    if _put_off is None:
-        total.addmm_(a, b)
-        return
     products, places = _put_off
-    assert total.data_ptr() in places, "the compiler has made a copy, which nobody would read"
-    products.append((total, a.detach(), b.detach()))
+    if total.data_ptr() in places:
+        products.append((total, a.detach(), b.detach()))
+    else:
+        total.addmm_(a, b)
 
 
 # An operation of its own, or a compiled layer would add in a second pass
@@ -259,11 +259,11 @@ def put_off(products: list, totals: Iterable[torch.Tensor]) -> Iterator[None]:
     that the operation has read what it is given, and would write other things there.
     """
     global _put_off
-    _put_off = products, {total.data_ptr() for total in totals}
+    before, _put_off = _put_off, (products, {total.data_ptr() for total in totals})
     try:
         yield
     finally:
-        _put_off = None
+        _put_off = before
 
 
 @torch.no_grad()
