@@ -332,8 +332,9 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         type=_number(float, 0, 1),
         metavar="SHARE",
         help="with --compile: how much of what backward needs is kept, the rest is computed again; "
-        "1 all of it, 0 as little as can be; default 0.9, in fp32 0.98, with --cuda_graph and with "
-        "--tp_size over 1 1",
+        "1 all of it, 0 as little as can be; default 0.92, with fp32 weights 0.98; 1 with LoRA, "
+        "norms behind the maps (opt-350m), --cuda_graph, --fp8 or --tp_size over 1; 0.9 where the "
+        "GPU has no kernel for dropout, residual and norm",
     )
     g.add_argument(
         "--fp8",

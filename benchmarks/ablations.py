@@ -25,6 +25,7 @@ WITHOUT = {
     "loss": "PyTorch's log_softmax on chunks of logits",
     "liger": "Liger's fused linear cross-entropy",
     "attention": "FlashAttention on packed rows",
+    "residual": "PyTorch's dropout, sum and norm, by compiled layers with a memory budget of 0.9",
     "few_tokens": "PyTorch's linear map, and its sum for a bias's gradient",
 }
 FEW = ["--max_train_steps", "8", "--warmup_steps", "4", "--repeats", "3", "--batch_size", "16"]

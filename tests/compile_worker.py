@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from opt.model import float8, kernel_probe, kernels, low_bits
+from opt.model import float8, kernel_probe, kernels, low_bits, residual_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -151,9 +151,28 @@ def call_all(call) -> None:
             qkv, torch.tensor([0, longest], dtype=torch.int32), longest
         ).sum().backward()
 
-    if gpu.capability < 89:
-        return
-    call_quantize(call)
+    call_residual(call)
+    if gpu.capability >= 89:
+        call_quantize(call)
+
+
+def call_residual(call) -> None:
+    """Widths of a power of 2 and others, the narrowest and the widest; dropped or not, trained or
+    frozen, both places of the norm."""
+    seeds = torch.zeros(2, dtype=torch.int64)
+    for dtype, columns in zip((*HALVES, HALVES[0]), (768, 64, 8192), strict=True):
+        x, by, of_row = (
+            torch.zeros(*size, dtype=dtype) for size in ((4, columns), (columns,), (4,))
+        )
+        of_row = of_row.float()
+        for threshold, is_total, is_trained in ((6554, True, True), (0, False, False)):
+            call[0] = {"hidden states": str(dtype), "columns": columns, "dropped": threshold}
+            given = seeds, 1, threshold
+            residual_kernels.add_norm(x, x, by, by, 1e-5, *given)
+            rest = is_total, is_trained
+            residual_kernels.add_norm_backward(x, x, x, of_row, of_row, by, *given, *rest)
+        residual_kernels.add(x, x, seeds, 1, 6554)
+        residual_kernels.add(x, None, seeds, 1, 6554)
 
 
 def call_quantize(call) -> None:
@@ -181,6 +200,7 @@ def call_trials(call) -> None:
         ("attention", bf16, 64, 64),
         ("fp8", bf16, float8.FORWARD),
         ("fp8", bf16, float8.BACKWARD),
+        ("residual", bf16, 1024, 0.1, False, True),
     ):
         kernel_probe._TRIALS[kernel](kernels, device, *variant)
     call[0] = "run"
@@ -208,6 +228,12 @@ def call_trials(call) -> None:
     matrix = torch.zeros(1024, 4096, dtype=bf16)
     kernels.quantize(matrix, float8.FORWARD, True, False)
     kernels.quantize(matrix, float8.BACKWARD, True, True)
+    x, by, of_row = matrix[:, :1024].contiguous(), matrix[0, :1024], torch.zeros(1024)
+    seeds = torch.zeros(2, 2, dtype=torch.int64)[1]
+    residual_kernels.add_norm(x, x, by, by, 1e-5, seeds, 0, 6554)
+    for grad in (x, None):
+        given = x, of_row, of_row, by, seeds, 0, 6554, False, True
+        residual_kernels.add_norm_backward(grad, x, *given)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ KERNELS = {
     "_cross_entropy_of_parts",
     "_short_attention",
     "_short_attention_backward",
+    "_add",
+    "_add_norm_backward",
 }
 OF_FP8 = {"_largest", "_to_fp8"}  # from Ada on
 
@@ -275,21 +277,25 @@ def test_all_kernels_away(broken):
     broken.update(kernel_probe.WORK)
     line = plan_line("--plugin low_level_zero --fused_loss")
     found = {name for name, work in kernel_probe.WORK.items() if work in line}
-    assert found == {"update", "norm", "loss", "attention"}
+    assert found == {"update", "norm", "loss", "attention", "residual"}
     assert line.count("no such instruction") == 1 and "about 8 % " in line and "37 % " in line
 
 
 @pytest.mark.parametrize(
     "flags, longest, needed",
     [
-        ("--plugin low_level_zero --fused_loss", 60, "update norm loss attention"),
-        ("--plugin low_level_zero --max_norm 0", None, "update norm"),
-        ("--plugin low_level_zero --fused_loss", 200, "update norm loss"),  # FlashAttention's rows
+        ("--plugin low_level_zero --fused_loss", 60, "update norm loss attention residual"),
+        ("--plugin low_level_zero --max_norm 0", None, "update norm residual"),
+        (
+            "--plugin low_level_zero --fused_loss",
+            200,
+            "update norm loss residual",
+        ),  # FlashAttention's rows
         ("--plugin torch_ddp --precision fp32", 60, "update norm"),
-        ("--plugin torch_ddp --optim adamw_8bit", None, "update_low norm"),
-        ("--plugin gemini", 60, "update attention"),
-        ("--plugin gemini --offload_optim_frac 1", 60, "attention"),
-        ("--plugin hybrid_parallel", None, "update norm"),
+        ("--plugin torch_ddp --optim adamw_8bit", None, "update_low norm residual"),
+        ("--plugin gemini", 60, "update attention residual"),
+        ("--plugin gemini --offload_optim_frac 1", 60, "attention residual"),
+        ("--plugin hybrid_parallel", None, "update norm residual"),
     ],
 )
 def test_the_plan_tries_what_the_run_needs(broken, flags, longest, needed):

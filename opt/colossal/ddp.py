@@ -42,10 +42,15 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
         return 4 * parameters, 4 * parameters, 8 * parameters
 
     @staticmethod
-    def kept_bytes(plan):
+    def is_autocast(plan):
+        """But with an --optim of fewer bits."""
+        return plan.precision != "fp32" and not low_memory.is_low(plan)
+
+    @staticmethod
+    def kept_bytes(plan, fused_budget):
         """Under autocast the stream between layers is fp32, but where weights are not."""
         if plan.lora_r or low_memory.is_low(plan):
-            return Plugin.kept_bytes(plan)
+            return Plugin.kept_bytes(plan, fused_budget)
         return kept_within(plan, 0.98, {0.9: 19.0, 0.98: 25.5, 1.0: 29.5})
 
     @staticmethod

@@ -31,6 +31,7 @@ from opt.model import operations
 from opt.model.attention import Attention
 from opt.model.config import DTYPES
 from opt.model.halves import Halves
+from opt.model.layer import DecoderLayer
 from opt.model.linear import Linear, each, plain, sum_over_tokens
 from opt.model.opt import OPTForCausalLM, Stage
 
@@ -412,6 +413,7 @@ class OPTPolicy(OPTForCausalLMPolicy):
             config._attn_implementation = "sdpa"
         for base, ours in (
             (OPTAttention, Attention),
+            (OPTDecoderLayer, DecoderLayer),
             (transformers.OPTForCausalLM, OPTForCausalLM),
         ):
             if base in policy:
@@ -429,7 +431,7 @@ class OPTPolicy(OPTForCausalLMPolicy):
                 )
                 for target in targets
             ]
-            self.append_or_create_submodule_replacement(adapters, policy, OPTDecoderLayer)
+            self.append_or_create_submodule_replacement(adapters, policy, DecoderLayer)
         return policy
 
     def get_shared_params(self):

@@ -87,14 +87,23 @@ class Plugin:
         return 0
 
     @staticmethod
-    def kept_bytes(plan: Namespace) -> float:
+    def is_autocast(plan: Namespace) -> bool:
+        """Whether weights are in fp32 and products in 16 bits."""
+        return False
+
+    @staticmethod
+    def kept_bytes(plan: Namespace, fused_budget: float | None) -> float:
         """Of activations that a layer keeps for backward, a token and a unit of width, in 16 bits.
 
         34 in Korthikanti et al., arXiv:2205.05198, table 2, without the attention scores, which the
         kernels do not keep; ReLU's input its output is enough for. Fitted to measured peaks, see
-        tests/test_memory.py.
+        tests/test_memory.py. `fused_budget`: the compiler's, where dropout's masks are not kept
+        either (residual), else None.
         """
-        kept = kept_within(plan, 0.9, {0.8: 18.2, 0.9: 22.3, 1.0: 26.0})
+        if fused_budget is None:
+            kept = kept_within(plan, 0.9, {0.8: 18.2, 0.9: 22.3, 1.0: 26.0})
+        else:
+            kept = kept_within(plan, fused_budget, {0.8: 18.2, 0.9: 18.2, 0.92: 22.3, 1.0: 24.3})
         # Inputs of products in fp8 are kept so, but where adapters read them too.
         return kept - (0.7 if plan.compile and plan.fp8 and not plan.lora_r else 0)
 

@@ -21,8 +21,9 @@ class Halves:
         self._least = least
         self._stream: torch.cuda.Stream | None = None  # the second half's
 
-    def split(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """Two halves; or what was there, alone."""
+    def split(self, hidden_states: torch.Tensor, seeds=None) -> list[torch.Tensor]:
+        """Two halves; or what was there, alone. `seeds`: a tensor that the layers read on both
+        streams."""
         rows, length, _ = hidden_states.shape
         if rows % 2 or rows * length < self._least:
             return [hidden_states]
@@ -31,15 +32,17 @@ class Halves:
                 self._stream = torch.cuda.Stream()
                 _expect_two_streams()
             self._stream.wait_stream(torch.cuda.current_stream())
-            hidden_states.record_stream(self._stream)
+            for tensor in (hidden_states, seeds):
+                if tensor is not None:
+                    tensor.record_stream(self._stream)
         return list(hidden_states.chunk(2))
 
-    def each(self, function: Callable, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`function` of each of the parts."""
-        first, *second = parts
-        done = [function(first)]
+    def each(self, function: Callable, given: list[tuple]) -> list[torch.Tensor]:
+        """`function` of what is given of each part."""
+        first, *second = given
+        done = [function(*first)]
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return done + [function(part) for part in second]
+            return done + [function(*part) for part in second]
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """What split() has split."""

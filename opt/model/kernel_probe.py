@@ -20,6 +20,7 @@ WORK = {
     "loss": "the fused loss",
     "attention": "the attention of short rows",
     "fp8": "quantization to 8-bit floats",
+    "residual": "dropout, residual and norm",
 }
 # One H100, torch 2.11, commit 95f466b, with all kernels and with none: 63.6 and 58.6 thousand
 # tokens/s, 184.0 and 157.9, in the demo 89.3 and 56.6.
@@ -194,6 +195,22 @@ def _try_fp8(kernels, device, dtype: torch.dtype, eight: torch.dtype) -> None:
         kernels.quantize(matrix, eight, transposed, summed)
 
 
+def _try_residual(
+    kernels, device, dtype: torch.dtype, columns: int, p: float, is_before: bool, trained: bool
+) -> None:
+    """`is_before`: whether norms are ahead of the maps; `trained`: whether they are."""
+    from opt.model import residual
+
+    with torch.enable_grad():
+        x = torch.zeros(1, columns, dtype=dtype, device=device, requires_grad=True)
+        norm = torch.nn.LayerNorm(columns, dtype=dtype, device=device).requires_grad_(trained)
+        seeds = torch.zeros(2, dtype=torch.int64, device=device)
+        for goes_on in ("total",) if is_before else ("normed", ""):
+            sum(residual.add_norm(x, x, norm, seeds, 0, p, goes_on)).sum().backward()
+        if is_before:
+            residual.add(x, x, seeds, 1, p).sum().backward()
+
+
 _TRIALS = {
     "update": _try_update,
     "update_low": _try_update_low,
@@ -201,6 +218,7 @@ _TRIALS = {
     "loss": _try_loss,
     "attention": _try_attention,
     "fp8": _try_fp8,
+    "residual": _try_residual,
 }
 
 

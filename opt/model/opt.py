@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig
 from transformers.modeling_utils import no_init_weights
 
+from opt.model import residual
 from opt.model.attention import Attention, PackedRows, locate
 from opt.model.halves import Halves
+from opt.model.layer import DecoderLayer
 from opt.model.linear import product_dtype
 from opt.model.loss import (
     IGNORE,
@@ -60,6 +62,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # Tokens of the longest packed row, see forward and expect_rows
         self.longest_row = config.max_position_embeddings
         for layer in self.model.decoder.layers:
+            layer.__class__ = DecoderLayer
             layer.self_attn.__class__ = Attention
 
     @property
@@ -121,7 +124,10 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         # [F22] Gemini's embedding gives a ColoTensor, which no kernel takes for one
         hidden_states = hidden_states.as_subclass(torch.Tensor)
         splits = self.halves is not None and self.training and rows is None
-        parts = self.halves.split(hidden_states) if splits else [hidden_states]
+        seeds = None
+        if self.training:
+            seeds = residual.draw_seeds(self.own_layers, 1 + splits, hidden_states)
+        parts = self.halves.split(hidden_states, seeds) if splits else [hidden_states]
         before = None
         for number, layer in enumerate(self.own_layers, self.stage.start):
             if self.between_layers:
@@ -129,7 +135,9 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
                 self.between_layers(before, layer, parts[0])
             recompute = self.training and recomputes(number, self.recompute_every)
             run = partial(run_layer, layer, recompute, rows)
-            parts = self.halves.each(run, parts) if splits else [run(parts[0])]
+            own_seeds = [None] * len(parts) if seeds is None else seeds[number - self.stage.start]
+            given = list(zip(parts, own_seeds, strict=False))
+            parts = self.halves.each(run, given) if splits else [run(*given[0])]
             before = layer
         hidden_states = self.halves.join(parts) if splits else parts[0]
         if self.between_layers:
@@ -179,13 +187,17 @@ def recomputes(number: int, every: int) -> bool:
 
 
 def run_layer(
-    layer: nn.Module, recompute: bool, rows: PackedRows | None, hidden_states: torch.Tensor
+    layer: nn.Module,
+    recompute: bool,
+    rows: PackedRows | None,
+    hidden_states: torch.Tensor,
+    seeds: torch.Tensor | None,
 ) -> torch.Tensor:
     """A decoder layer's output; with `recompute` its activations are computed a second time in
     backward."""
 
     def run(hidden_states):
-        return layer(hidden_states, attention_mask=rows)[0]
+        return layer(hidden_states, attention_mask=rows, seeds=seeds)[0]
 
     return checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
 
@@ -214,9 +226,14 @@ def compile_layers(
     `products_wait`: backward is to leave alone what it has handed to linear.put_off. Nothing is
     written into a tensor that it has had its last use of; its memory is let go of all the same.
     """
-    is_autocast = next(model.parameters()).dtype == torch.float32
+    weight = next(model.parameters())
     if budget is None:
-        budget = (0.98 if is_autocast else 0.9) if saves_memory else 1.0
+        budget = 1.0
+        if saves_memory:
+            budget = 0.98 if weight.dtype == torch.float32 else 0.9
+            if residual.are_fused(model.own_layers, weight.device, weight.dtype):
+                trains_all = all(p.requires_grad for p in model.own_layers.parameters())
+                budget = residual.budget(model.config.do_layer_norm_before, trains_all)
     functorch.activation_memory_budget = budget
     options = {"allow_buffer_reuse": False, "inplace_buffers": False} if products_wait else None
     for layer in model.own_layers:

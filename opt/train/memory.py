@@ -23,7 +23,7 @@ from opt.colossal import low_memory
 from opt.colossal.pipeline import layers_per_stage
 from opt.colossal.processes import Place
 from opt.data.batches import largest_batch
-from opt.model import four_bits
+from opt.model import four_bits, residual
 from opt.model.lora import Lora
 from opt.model.loss import CHUNK
 from opt.model.opt import recomputes
@@ -142,8 +142,12 @@ def estimate(
     microbatches = plan.num_microbatches or 1
     tokens = rows.tokens(plan) / microbatches
     unit = tokens * config.hidden_size
+    fused_budget = None
+    if is_on_gpu and is_fused(plan, config):
+        fused_budget = residual.budget(config.do_layer_norm_before, lora is None)
+    kept = plugin.kept_bytes(plan, fused_budget)
     # Norms and dropout are of the whole width on each tensor-parallel rank
-    of_layer = unit * plugin.kept_bytes(plan) * (10 + 24 / plan.tp_size) / 34 * width / 2
+    of_layer = unit * kept * (10 + 24 / plan.tp_size) / 34 * width / 2
     if not is_on_gpu and getattr(plan, "padding_free", False):  # attention needs a rectangle there
         of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
     every = plan.grad_checkpoint
@@ -195,6 +199,12 @@ def estimate(
         else low_memory.state_bytes(plan) * trained / (plan.dp_size * plan.tp_size * plan.pp_size),
         is_on_gpu=is_on_gpu,
     )
+
+
+def is_fused(plan: Namespace, config: OPTConfig) -> bool:
+    """Whether a GPU has kernels for dropout, residual and norm in one pass."""
+    is_half = plan.precision != "fp32" and not plugin_class(plan.plugin).is_autocast(plan)
+    return is_half and config.layer_norm_elementwise_affine and residual.fits(config.hidden_size)
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,9 @@ def _kernels(
     if plan.fused_loss:
         split = (plan.tp_size,) if plan.tp_size > 1 else ()
         yield "loss", dtype, -(-config.vocab_size // plan.tp_size), *split
+    if memory.is_fused(plan, config):
+        given = config.dropout, config.do_layer_norm_before, not plan.lora_r
+        yield "residual", dtype, config.hidden_size, *given
     if plan.fp8:
         yield "fp8", dtype, float8.FORWARD
         yield "fp8", dtype, float8.BACKWARD
