@@ -268,6 +268,12 @@ def _add_setup_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         "--gradient_accumulation_steps, of which the rows a step stay as many; default off",
     )
     g.add_argument(
+        "--ignore_memory_estimate",
+        action="store_true",
+        help="start what cannot fit by the plan's estimate: where it is wrong, or there is more "
+        "than it sees; else the run ends out of memory, or is killed; default off: it is refused",
+    )
+    g.add_argument(
         "--plugin",
         choices=PLUGINS,
         default="torch_ddp",

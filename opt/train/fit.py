@@ -71,7 +71,7 @@ def refuse(case: Case, others: Case | None = None) -> Estimate:
     """What it takes. Raises UserError if that cannot fit, which says what would. `others`: the
     case in which other ways are looked at, where `case` has fewer tokens than training will."""
     needed, room = case.estimate(), case.room
-    if room.lacks(needed, ERROR) <= 0:
+    if room.lacks(needed, ERROR) <= 0 or case.flags.ignore_memory_estimate:
         return needed
     is_device = room.device is not None and needed.device / (1 + ERROR) > room.device
     takes = needed.device if is_device else needed.host * room.local
@@ -130,7 +130,8 @@ def _others(case: Case) -> Iterator[tuple[dict, Estimate]]:
         smaller = [] if is_enough_so else _smaller_batches(flags.but(**state))
         checkpoints = [] if is_enough_so else every[-1:]
         ways = [a | b for a in [fused, *checkpoints] for b in [{}, *smaller]]
-        if fit := case.first_that_fits([state | way for way in ways]):
+        held = reversed(list(_fractions(state)))  # what is left on a GPU may be close to too much
+        if fit := case.first_that_fits([one | way for one in held for way in ways]):
             is_on_host |= bool(state.get("offload_optim_frac"))
             yield fit
 
@@ -167,6 +168,16 @@ def _states(case: Case) -> Iterator[tuple[dict, str]]:
         yield own, why
 
 
+def _fractions(state: dict) -> Iterator[dict]:
+    """Of a state with Adam in host memory, those with less of it there first: what a step takes
+    longer is the host's part of the update."""
+    if state.get("offload_optim_frac"):
+        for fraction in _FRACTIONS:
+            yield state | {"offload_optim_frac": fraction}
+    yield state
+
+
+_FRACTIONS = (0.25, 0.5, 0.75)
 _OF_PLUGINS = ("plugin", "zero_stage", "tp_size", "pp_size", "num_microbatches")
 _OF_PLUGINS += ("offload_optim_frac",)
 
@@ -212,8 +223,8 @@ def _courses(case: Case, states: list[tuple[dict, str]], given: set[str]) -> Ite
         paces = [_paces(case, states[number][0], given) for number in numbers]
         for at_a_pace in zip(*paces, strict=True):
             for number, ways in zip(numbers, at_a_pace, strict=True):
-                for way in ways:
-                    yield number, states[number], way
+                state, why = states[number]
+                yield from ((number, (s, why), way) for way in ways for s in _fractions(state))
 
 
 def _paces(case: Case, state: dict, given: set[str]) -> tuple[list[dict], ...]:

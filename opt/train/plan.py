@@ -290,7 +290,9 @@ def memory_line(needed: memory.Estimate, room: memory.Room) -> str:
         line = f"{needed.parts}: {memory.gib(needed.device)} of {memory.gib(room.device)} on each"
         line += f" GPU; {host}"
     line += " (an estimate, GiB)"
-    if not room.is_enough(needed):
+    if room.lacks(needed, memory.ERROR) > 0:
+        line += "; it does not fit, and starts all the same (--ignore_memory_estimate)"
+    elif not room.is_enough(needed):
         line += f"; it may not fit: estimates are within {memory.ERROR:.0%}"
     return line
 
