@@ -483,7 +483,8 @@ def safetensors_parts(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors:
+    for (name, entry), tensor in zip(entries.items(), tensors, strict=True):
+        assert entry == (tensor.dtype, tensor.shape), name
         yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
