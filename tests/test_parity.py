@@ -3,6 +3,7 @@ forward."""
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +218,7 @@ def run_worker(directory, nproc, cases: dict, env: dict) -> dict:
         REPO / "tests" / "parity_worker.py",
         *files,
         nproc=nproc,
-        env={"PYTHONPATH": str(REPO)} | env,
+        env={"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])} | env,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]

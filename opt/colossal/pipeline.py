@@ -77,12 +77,11 @@ class Schedule(OneForwardOneBackwardSchedule):
         self._waiting.clear()  # of a batch that has failed
 
     def load_micro_batch(self) -> dict[str, torch.Tensor]:
-        """The next one."""
-        start, self.microbatch_offset = (
-            self.microbatch_offset,
-            self.microbatch_offset + self.microbatch_size,
-        )
-        return {name: all_[start : self.microbatch_offset] for name, all_ in self.batch.items()}
+        """The next one. [F56] Copied, no view: compiled layers write a view back onto itself if
+        it is not aligned to 16 bytes, and all views of a batch count as changed."""
+        start, end = self.microbatch_offset, self.microbatch_offset + self.microbatch_size
+        self.microbatch_offset = end
+        return {name: whole[start:end].clone() for name, whole in self.batch.items()}
 
     # ---- what stages exchange: hidden states, and their gradients
 
