@@ -235,7 +235,9 @@ def worker(tmp_path_factory, checkpoints, rows, big_model, untied):
         if (nproc, device) in done:
             return done[nproc, device]
         cases = {}
-        for setting, layouts in MEMORY_SETTINGS.get(nproc, {}).items():
+        # Host memory, which is asked about among processes on CPUs
+        of_memory = MEMORY_SETTINGS.get(nproc, {}) if device == "cpu" else {}
+        for setting, layouts in of_memory.items():
             for layout in layouts:
                 flags = ("--model_name_or_path", big_model[layout], *SETTINGS[nproc][setting])
                 cases["memory", setting, layout] = {"wanted": "memory", "flags": flags}
