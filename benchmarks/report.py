@@ -243,7 +243,8 @@ def campaign(name: str, folder: Path = RESULTS) -> list[dict]:
         commit = max(found, key=lambda line: line["date"])["commit"]
         found = [line for line in found if line["commit"] == commit]
     first = {}
-    for line in sorted(found, key=lambda line: line["date"]):
+    # What failed once and was measured later is what was measured
+    for line in sorted(found, key=lambda line: (status(line) != "ok", line["date"])):
         known = first.setdefault((line.get("device"), line["command"]), line)
         if known is not line and status(line) == "ok":
             known["elsewhere"] = line["step_seconds"]["median"]
