@@ -10,8 +10,7 @@ from pathlib import Path
 
 from args import OPTIMS, benchmark_parser, resolve
 from benchmarks.predicted import plan_of, results
-from benchmarks.records import GIB
-from benchmarks.report import gpu_of
+from benchmarks.records import GIB, gpu_of
 from opt.model.sizes import PRESETS, num_parameters, preset_config
 from opt.train.memory import Rows, estimate
 

@@ -1,6 +1,7 @@
 """A campaign's file: a result a line."""
 
 import json
+import re
 from pathlib import Path
 
 GIB = 2**30
@@ -20,3 +21,9 @@ def lines(file: Path) -> list[dict]:
         host = result.get("host", {}).get("boot")
         found[result["commit"], result["command"], result.get("file"), host] = result
     return list(found.values())
+
+
+def gpu_of(result: dict) -> str:
+    """A GPU's name, short: H200 of NVIDIA H200; empty of what has failed."""
+    named = re.search(r"\b[A-Z]+\d+\w*", result.get("device", ""))
+    return named[0] if named else ""

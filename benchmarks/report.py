@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from benchmarks.peers import ENGINES
-from benchmarks.records import GIB, lines
+from benchmarks.records import GIB, gpu_of, lines
 from opt.errors import report_user_error
 
 REPO = Path(__file__).resolve().parent.parent
@@ -264,12 +264,6 @@ def group(result: dict) -> tuple:
     length = result.get("seq_length", 0 if result["plugin"] == "demo" else 1024)
     about = result["world_size"], place, model, result["batch_size"], length
     return *about, gpu_of(result)
-
-
-def gpu_of(result: dict) -> str:
-    """A GPU's name, short: H200 of NVIDIA H200; empty of what has failed."""
-    named = re.search(r"\b[A-Z]+\d+\w*", result.get("device", ""))
-    return named[0] if named else ""
 
 
 def alone(result: dict, results: list[dict]) -> dict | None:

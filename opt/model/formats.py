@@ -1,4 +1,5 @@
-"""Numbers in 8 bits: what PyTorch's own operations (low_bits, float8) and the kernels agree on."""
+"""Numbers in 8 bits, and chances in 16: what PyTorch's own operations (low_bits, float8, residual)
+and the kernels agree on."""
 
 from dataclasses import dataclass
 
@@ -43,3 +44,11 @@ class Held:
 # ---- matrices of float8
 
 SMALLEST_LARGEST = 1e-12  # of a matrix's elements: one of zeros has a scale as well
+
+
+# ---- dropout of residual
+
+
+def threshold(p: float) -> int:
+    """Of 65536: how many are dropped."""
+    return round(p * 65536)

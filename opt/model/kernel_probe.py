@@ -199,16 +199,17 @@ def _try_residual(
     kernels, device, dtype: torch.dtype, columns: int, p: float, is_before: bool, trained: bool
 ) -> None:
     """`is_before`: whether norms are ahead of the maps; `trained`: whether they are."""
-    from opt.model import residual
+    from opt.model import residual_kernels as kernels
 
-    with torch.enable_grad():
-        x = torch.zeros(1, columns, dtype=dtype, device=device, requires_grad=True)
-        norm = torch.nn.LayerNorm(columns, dtype=dtype, device=device).requires_grad_(trained)
-        seeds = torch.zeros(2, dtype=torch.int64, device=device)
-        for goes_on in ("total",) if is_before else ("normed", ""):
-            sum(residual.add_norm(x, x, norm, seeds, 0, p, goes_on)).sum().backward()
-        if is_before:
-            residual.add(x, x, seeds, 1, p).sum().backward()
+    x = torch.zeros(1, columns, dtype=dtype, device=device)
+    weight, seeds = x[0], torch.zeros(2, dtype=torch.int64, device=device)
+    given = seeds, 0, formats.threshold(p)
+    total, _, *rest = kernels.add_norm(x, x, weight, weight, 1e-5, *given)
+    for grad in (x,) if is_before else (x, None):
+        kernels.add_norm_backward(grad, x, total, *rest, weight, *given, is_before, trained)
+    if is_before and p:
+        kernels.add(x, x, *given)
+        kernels.add(x, None, *given)
 
 
 _TRIALS = {

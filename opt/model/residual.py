@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opt.model import operations
+from opt.model.formats import threshold
 from opt.model.kernel_probe import has_kernel
 
 WIDEST = 8192  # that a program holds in its registers
@@ -78,11 +79,6 @@ def add_norm(
     """
     given = norm.weight, norm.bias, norm.eps, seeds, place, threshold(p), goes_on
     return _AddNorm.apply(x, residual, *given)
-
-
-def threshold(p: float) -> int:
-    """Of 65536: how many are dropped."""
-    return round(p * 65536)
 
 
 class _Add(torch.autograd.Function):
