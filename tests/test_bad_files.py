@@ -440,10 +440,8 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
     except UserError:
         return
     steps = count_steps(setup.plan, 420, Position())
-    assert (
-        1 <= steps.total_steps
-        and 0 <= steps.warmup_steps <= steps.total_steps
-        and steps.learning_rate < 100
-    )
+    assert 1 <= steps.total_steps and 0 <= steps.warmup_steps and steps.learning_rate < 100
+    # As transformers' Trainer takes it, --warmup_steps may be more: then the rate rises to the end
+    assert steps.warmup_steps == setup.plan.warmup_steps or steps.warmup_steps <= steps.total_steps
     needed = estimate(setup.plan, setup.config, Rows(setup.plan.max_length), "cpu")
     assert 0 < needed.device < needed.host
