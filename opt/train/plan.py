@@ -211,6 +211,11 @@ def describe(run: Run) -> str:
     schedule = f" ({steps.scheduler_type})"
     patience = f", until {plan.early_stopping_patience} in a row are no better"
     saves = bool(plan.save_steps) or plan.load_best_model_at_end
+    why_no_copy = (
+        "from host memory, where it is already"
+        if plan.offload_optim_frac
+        else "host memory has no room for a copy"
+    )
     lines = {
         "device": device,
         "plugin": plan.plugin + f" ({about})" * bool(about),
@@ -237,7 +242,7 @@ def describe(run: Run) -> str:
             else "when a signal stops the run"
         )
         + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end
-        + "; training waits until it is written, host memory has no room for a copy"
+        + f"; training waits until it is written, {why_no_copy}"
         * (saves and not run.copies_checkpoints),
         "memory": memory_line(run.needed, run.room)
         + f"; {memory.gib(run.needed.host_copy)} more of host memory while a checkpoint is written"
