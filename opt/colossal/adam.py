@@ -148,6 +148,13 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def divisor_on(device: torch.device, divisor: torch.Tensor | float) -> torch.Tensor | None:
+    """What gradients are divided by, as update() takes it; None where that is 1."""
+    if isinstance(divisor, torch.Tensor):
+        return divisor
+    return None if divisor == 1.0 else torch.full((), divisor, device=device)
+
+
 class HybridAdam(colossalai_optimizer.HybridAdam):
     """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is
     not finite.
@@ -234,8 +241,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         state."""
         states = [adam_state(self, param, param.shape) for param in params]
         moments = ([state[name] for state in states] for name in self.moments)
-        if not isinstance(divisor, torch.Tensor):
-            divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
+        divisor = divisor_on(params[0].device, divisor)
         numbers = (
             group["lr"],
             *group["betas"],
@@ -264,11 +270,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         weight_decay, step. The updated weights, in 16 bits, take the place of the gradients."""
         grads = [one.grad for one in held]
         state = ([getattr(one, name) for one in held] for name in ("weight", *MOMENTS))
-        update(
-            *(grads, *state, grads),
-            None if divisor == 1.0 else torch.tensor(divisor),
-            *numbers,
-        )
+        update(*(grads, *state, grads), divisor_on(grads[0].device, divisor), *numbers)
 
     def new_moments(self, key: torch.Tensor, shape: torch.Size | tuple) -> dict[str, torch.Tensor]:
         """Ahead of the first update of the parameter `key`, of `shape`."""

@@ -116,11 +116,12 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         """Booster.boost calls this."""
         init_chunks = _init_frozen_chunks if self.adapters else _init_chunks
         close_chunk = host_adam.close_chunk(self.plan.offload_optim_frac)
-        dtype = torch.bfloat16 if low_memory.is_low(self.plan) else torch.float32
         with (
             patch.object(GeminiDDP, "_init_chunks", init_chunks),
             patch.object(Chunk, "close_chunk", close_chunk),
-            patch.object(ChunkManager, "register_tensor", host_adam.register_tensor(dtype)),
+            patch.object(
+                ChunkManager, "register_tensor", host_adam.register_tensor(optimizer.dtype)
+            ),
         ):
             model, optimizer, *rest = super().configure(
                 model, optimizer, criterion, dataloader, lr_scheduler

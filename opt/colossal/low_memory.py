@@ -22,7 +22,7 @@ import torch
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero.gemini import gemini_optimizer
 
-from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, rates_of
+from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, divisor_on, rates_of
 from opt.errors import UserError
 from opt.model import low_bits
 from opt.model.low_bits import BLOCK, Held
@@ -108,8 +108,7 @@ class LowMemoryAdam(HybridAdam):
 
     def update_group(self, group, params, grads, outputs, divisor):
         """See HybridAdam; `outputs`, where there are any, are the `params` themselves."""
-        if not isinstance(divisor, torch.Tensor):
-            divisor = None if divisor == 1.0 else torch.full((), divisor, device=params[0].device)
+        divisor = divisor_on(params[0].device, divisor)
         by_bits: dict[torch.dtype, list[Held]] = {}
         for param, grad in zip(params, grads, strict=True):
             held = self.held(param)
@@ -130,8 +129,8 @@ class LowMemoryAdam(HybridAdam):
         """See HybridAdam."""
         lr, beta1, beta2, eps, weight_decay, step = numbers
         rates = rates_of(lr, beta1, beta2, step)
-        divide_by = None if divisor == 1.0 else torch.tensor(divisor)
-        low_bits.adamw(held, divide_by, rates, beta1, beta2, eps, weight_decay)
+        divisor = divisor_on(held[0].grad.device, divisor)
+        low_bits.adamw(held, divisor, rates, beta1, beta2, eps, weight_decay)
         for one in held:
             one.grad.copy_(one.weight)
 

@@ -6,6 +6,7 @@ In backward as well: autograd runs each layer on the stream of its forward, of t
 of the first, and adds up the weights' gradients of both.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -13,12 +14,13 @@ import torch
 
 
 class Halves:
-    """Splits hidden states (rows, length, width) by rows, if they have at least `least` tokens and
-    an even number of rows: halves of other shapes would be compiled anew. On a CPU there is one
-    stream for both."""
+    """Splits hidden states (rows, length, width) by rows, if they have at least `least` tokens (by
+    default never) and an even number of rows: halves of other shapes would be compiled anew. On a
+    CPU there is one stream for both."""
 
-    def __init__(self, least: int):
+    def __init__(self, least: float = math.inf):
         self._least = least
+        self.most = 1 if least == math.inf else 2  # parts that a batch may be split into
         self._stream: torch.cuda.Stream | None = None  # the second half's
 
     def split(self, hidden_states: torch.Tensor, seeds=None) -> list[torch.Tensor]:
@@ -52,6 +54,9 @@ class Halves:
             torch.cuda.current_stream().wait_stream(self._stream)
             parts[1].record_stream(torch.cuda.current_stream())
         return torch.cat(parts)
+
+
+WHOLE = Halves()
 
 
 def _expect_two_streams() -> None:

@@ -199,17 +199,18 @@ def _try_residual(
     kernels, device, dtype: torch.dtype, columns: int, p: float, is_before: bool, trained: bool
 ) -> None:
     """`is_before`: whether norms are ahead of the maps; `trained`: whether they are."""
-    from opt.model import residual_kernels as kernels
+    from opt.model import residual_kernels
 
     x = torch.zeros(1, columns, dtype=dtype, device=device)
     weight, seeds = x[0], torch.zeros(2, dtype=torch.int64, device=device)
     given = seeds, 0, formats.threshold(p)
-    total, _, *rest = kernels.add_norm(x, x, weight, weight, 1e-5, *given)
+    total, _, *rest = residual_kernels.add_norm(x, x, weight, weight, 1e-5, *given)
     for grad in (x,) if is_before else (x, None):
-        kernels.add_norm_backward(grad, x, total, *rest, weight, *given, is_before, trained)
+        of_it = grad, x, total, *rest, weight
+        residual_kernels.add_norm_backward(*of_it, *given, is_before, trained)
     if is_before and p:
-        kernels.add(x, x, *given)
-        kernels.add(x, None, *given)
+        residual_kernels.add(x, x, *given)
+        residual_kernels.add(x, None, *given)
 
 
 _TRIALS = {

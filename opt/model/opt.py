@@ -22,7 +22,7 @@ from transformers.modeling_utils import no_init_weights
 
 from opt.model import residual
 from opt.model.attention import Attention, PackedRows, locate
-from opt.model.halves import Halves
+from opt.model.halves import WHOLE
 from opt.model.layer import DecoderLayer
 from opt.model.linear import product_dtype
 from opt.model.loss import (
@@ -53,8 +53,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         self.tp_group = None  # the processes that the vocabulary is split over, set by OPTPolicy
         self.recompute_every = 0  # see recomputes
         self.fused_loss = False
-        # Rows that are trained on go through the layers in halves, if a plugin says so
-        self.halves: Halves | None = None
+        self.halves = WHOLE  # how rows that are trained on go through the layers; a plugin says so
         # Called before, between and behind the decoder layers with (the one that has just run or
         # None, the one that runs next or None, the hidden states between them). Backward comes by
         # again, see Tensor.register_hook: behind the one, ahead of the other.
@@ -123,11 +122,11 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
 
         # [F22] Gemini's embedding gives a ColoTensor, which no kernel takes for one
         hidden_states = hidden_states.as_subclass(torch.Tensor)
-        splits = self.halves is not None and self.training and rows is None
+        halves = self.halves if self.training and rows is None else WHOLE
         seeds = None
         if self.training:
-            seeds = residual.draw_seeds(self.own_layers, 1 + splits, hidden_states)
-        parts = self.halves.split(hidden_states, seeds) if splits else [hidden_states]
+            seeds = residual.draw_seeds(self.own_layers, halves.most, hidden_states)
+        parts = halves.split(hidden_states, seeds)
         before = None
         for number, layer in enumerate(self.own_layers, self.stage.start):
             if self.between_layers:
@@ -136,10 +135,9 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             recompute = self.training and recomputes(number, self.recompute_every)
             run = partial(run_layer, layer, recompute, rows)
             own_seeds = [None] * len(parts) if seeds is None else seeds[number - self.stage.start]
-            given = list(zip(parts, own_seeds, strict=False))
-            parts = self.halves.each(run, given) if splits else [run(*given[0])]
+            parts = halves.each(run, list(zip(parts, own_seeds, strict=False)))
             before = layer
-        hidden_states = self.halves.join(parts) if splits else parts[0]
+        hidden_states = halves.join(parts)
         if self.between_layers:
             self.between_layers(before, None, hidden_states)
 

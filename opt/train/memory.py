@@ -152,10 +152,10 @@ def estimate(
         of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
     every = plan.grad_checkpoint
     share = sum(recomputes(layer, every) for layer in range(number)) / number
-    kept = min(plan.pp_size, microbatches)  # as many whose activations it keeps at a time
-    activations = stage * kept * (share * width * unit + (1 - share) * of_layer)
+    under_way = min(plan.pp_size, microbatches)  # whose activations a stage keeps at a time
+    activations = stage * under_way * (share * width * unit + (1 - share) * of_layer)
     # Of as many the last stage keeps what its products wait for
-    activations = max(activations, last * kept * unit * plugin.waiting_bytes(plan) * is_on_gpu)
+    activations = max(activations, last * under_way * unit * plugin.waiting_bytes(plan) * is_on_gpu)
     # Of the layer that is computed again; on a CPU its gradients lie beside what is let go of late
     activations += of_layer * (every > 0) * (1 if is_on_gpu else 2)
     if getattr(plan, "eval_only", False):  # at least: some plugins have fp32 copies all the same
