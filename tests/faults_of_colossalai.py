@@ -52,6 +52,7 @@ from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOpt
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import mixed_precision_factory
 from colossalai.booster.plugin import HybridParallelPlugin
+from colossalai.cluster import ProcessGroupMesh
 from colossalai.kernel.kernel_loader import CPUAdamLoader
 from colossalai.lazy import LazyInitContext
 from colossalai.nn.optimizer import HybridAdam
@@ -447,6 +448,18 @@ def F54():
     )
     OPTForCausalLMPolicy.postprocess(policy)
     assert model.lm_head.weight is head, "the embedding is the head"
+
+
+def F57():
+    """The groups of a plugin that is collected as garbage go on."""
+    plugin = HybridParallelPlugin.__new__(HybridParallelPlugin)
+    plugin.pg_mesh = ProcessGroupMesh(1, 1)
+    group = plugin.pg_mesh.create_group_along_axis(0)
+    HybridParallelPlugin.__del__(plugin)
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        raise AssertionError("no group any more") from None
 
 
 if __name__ == "__main__":

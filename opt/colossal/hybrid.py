@@ -79,6 +79,10 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         # For the collectives of fc1 and fc2
         self._mlp_group = self.tp_group
 
+    def __del__(self):
+        """[F57] ColossalAI 0.5.0's destroys its process groups, whenever the garbage collector
+        comes to it: CUDA graphs that have them may be there, see F37. processes.stop() does it."""
+
     # ---- before there are processes
 
     @staticmethod
