@@ -110,6 +110,10 @@ def trained(
     directory = Path(args.model_name_or_path)
     source, tokenizer = load_config(directory), tokens.load_tokenizer(Path(tokenizer))
     export_model(boosted_.plugin, directory, source, tokenizer, args.output_path)
+    if spread.tp_group is not None:  # which outlives its plugin, see F57
+        del boosted_, model, plugin
+        gc.collect()
+        assert dist.get_process_group_ranks(spread.tp_group)
     return losses
 
 
