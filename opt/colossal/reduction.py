@@ -67,15 +67,17 @@ class LayerwiseDDP:
     def _reduce(self, parameters: list[torch.Tensor]) -> None:
         if not parameters:  # of frozen ones there is nothing
             return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        for parameter, grad in zip(
-            parameters, flat.split([p.numel() for p in parameters]), strict=True
-        ):
-            parameter.grad = grad.view_as(parameter)
+        for parameter in parameters:
             del self._left[parameter]
+        grads = [p.grad for p in parameters]
         if self._operation == dist.ReduceOp.SUM:
-            flat.div_(dist.get_world_size(self._group))
-        self._works.append(dist.all_reduce(flat, self._operation, self._group, async_op=True))
+            torch._foreach_div_(grads, dist.get_world_size(self._group))
+        # In one call of NCCL, each where it is: to put them side by side first is a pass over
+        # memory that the backward of the layer before waits for.
+        with _coalescing_manager(self._group, async_ops=True) as work:
+            for grad in grads:
+                dist.all_reduce(grad, self._operation, self._group)
+        self._works.append(work)
 
 
 def _average(group: dist.ProcessGroup | None) -> dist.ReduceOp:
