@@ -21,7 +21,6 @@ REPO = Path(__file__).resolve().parent.parent
 WITHOUT = {
     "nothing": "",
     "update": "torch._fused_adamw_, gradients widened before and weights narrowed behind it",
-    "norm": "torch._foreach_norm",
     "loss": "PyTorch's log_softmax on chunks of logits",
     "liger": "Liger's fused linear cross-entropy",
     "attention": "FlashAttention on packed rows",

@@ -103,12 +103,6 @@ def call_all(call) -> None:
             flat(gradient, is_aligned),
             *(flat(torch.float32, is_aligned) for _ in range(3)),
         )
-        call[0] = {
-            "gradient": str(gradient),
-            "aligned": is_aligned,
-            "bytes_an_element": gradient.itemsize,
-        }
-        kernels.sum_of_squares(grads)
         for output in (None, *HALVES):
             outputs = output and flat(output, is_aligned)
             call[0] = {"gradient": str(gradient), "output": str(output), "aligned": is_aligned}
@@ -194,7 +188,6 @@ def call_trials(call) -> None:
         ("update", bf16, bf16),
         ("update_low", 8),
         ("update_low", 16),
-        ("norm", bf16),
         ("loss", bf16, 50272),
         ("loss", bf16, 25136, 2),
         ("attention", bf16, 64, 64),
@@ -208,7 +201,6 @@ def call_trials(call) -> None:
     grads, outputs = ([torch.zeros(size, dtype=bf16) for size in sizes] for _ in range(2))
     fp32 = [[torch.zeros(size) for size in sizes] for _ in range(3)]
     kernels.adamw(grads, *fp32, outputs, torch.ones(()), torch.ones(3), 0.9, 0.999, 1e-8, 0.01)
-    kernels.sum_of_squares(grads)
     for bits in (8, 16):
         kernels.adamw_low(held(bits, 50272 * 16), *NUMBERS)
     kernels.cross_entropy(

@@ -30,7 +30,6 @@ GPUS = ((86, 90), pytest.param((80, 89), marks=pytest.mark.long))
 KERNELS = {
     "_adamw",
     "_adamw_low",
-    "_sums_of_squares",
     "_cross_entropy",
     "_part_of_rows",
     "_cross_entropy_of_parts",
@@ -160,9 +159,8 @@ def test_the_update_moves_16_bytes_at_a_time(compiled, gpus):
         for kernel in compiled
         if isinstance(kernel["call"], dict) and kernel["call"].get("aligned")
     ]
-    # Norm and update of 3 dtypes, the update with 3 kinds of output; that of bf16 weights with
-    # moments of 8 and 16 bits
-    assert len(found) == len(gpus) * (3 * (1 + 3) + 2)
+    # Of 3 dtypes with 3 kinds of output; of bf16 weights with moments of 8 and 16 bits
+    assert len(found) == len(gpus) * (3 * 3 + 2)
     assert not [
         kernel
         for kernel in found
@@ -266,9 +264,7 @@ def test_a_kernel_falls_away_alone(broken, capsys):
         and "alone was not measured" in line
     )
     assert not has_kernel("update", GPU.device, torch.bfloat16, torch.bfloat16)
-    assert has_kernel("norm", GPU.device, torch.bfloat16) and has_kernel(
-        "loss", GPU.device, torch.bfloat16, 2048
-    )
+    assert has_kernel("loss", GPU.device, torch.bfloat16, 2048)
     assert has_short_attention(GPU.device, torch.bfloat16, 32, 60)
     assert not capsys.readouterr().out  # the plan has told it
 
@@ -277,25 +273,25 @@ def test_all_kernels_away(broken):
     broken.update(kernel_probe.WORK)
     line = plan_line("--plugin low_level_zero --fused_loss")
     found = {name for name, work in kernel_probe.WORK.items() if work in line}
-    assert found == {"update", "norm", "loss", "attention", "residual"}
+    assert found == {"update", "loss", "attention", "residual"}
     assert line.count("no such instruction") == 1 and "about 8 % " in line and "37 % " in line
 
 
 @pytest.mark.parametrize(
     "flags, longest, needed",
     [
-        ("--plugin low_level_zero --fused_loss", 60, "update norm loss attention residual"),
-        ("--plugin low_level_zero --max_norm 0", None, "update norm residual"),
+        ("--plugin low_level_zero --fused_loss", 60, "update loss attention residual"),
+        ("--plugin low_level_zero", None, "update residual"),
         (
             "--plugin low_level_zero --fused_loss",
             200,
-            "update norm loss residual",
+            "update loss residual",
         ),  # FlashAttention's rows
-        ("--plugin torch_ddp --precision fp32", 60, "update norm"),
-        ("--plugin torch_ddp --optim adamw_8bit", None, "update_low norm residual"),
+        ("--plugin torch_ddp --precision fp32", 60, "update"),
+        ("--plugin torch_ddp --optim adamw_8bit", None, "update_low residual"),
         ("--plugin gemini", 60, "update attention residual"),
         ("--plugin gemini --offload_optim_frac 1", 60, "attention residual"),
-        ("--plugin hybrid_parallel", None, "update norm residual"),
+        ("--plugin hybrid_parallel", None, "update residual"),
     ],
 )
 def test_the_plan_tries_what_the_run_needs(broken, flags, longest, needed):
@@ -306,15 +302,14 @@ def test_the_plan_tries_what_the_run_needs(broken, flags, longest, needed):
 
 def test_a_kernel_that_the_plan_left_out(broken, capsys):
     """One line, however often it is asked for."""
-    broken.add("norm")
+    broken.add("loss")
     assert not any(
-        has_kernel("norm", GPU.device, dtype)
+        has_kernel("loss", GPU.device, dtype, 2048)
         for dtype in (torch.float32, torch.float16)
         for _ in range(3)
     )
     assert (
-        capsys.readouterr().out.count("kernels   PyTorch's own operations for the gradient's norm")
-        == 1
+        capsys.readouterr().out.count("kernels   PyTorch's own operations for the fused loss") == 1
     )
 
 

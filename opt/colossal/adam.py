@@ -135,14 +135,10 @@ def _pieces(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]
         yield list(map(list, zip(*some, strict=True)))
 
 
-def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """The squares of all elements of tensors of one dtype, added up in fp32: in bf16 the sum would
-    be good to two digits."""
-    if has_kernel("norm", grads[0].device, grads[0].dtype):
-        from opt.model.kernels import sum_of_squares
-
-        return sum_of_squares(grads)
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
+def sums_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    """fp32 (len(grads),): of each tensor all elements' squares, added up in fp32; in bf16 the sum
+    would be good to two digits."""
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -181,7 +177,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of all gradients of this process, a scalar on the device."""
-        return sum_of_squares(self._gradients()).sqrt()
+        return sums_of_squares(self._gradients()).sum().sqrt()
 
     @torch.no_grad()
     def step(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from colossalai.tensor.d_tensor.api import is_distributed_tensor
 
-from opt.colossal.adam import sum_of_squares
+from opt.colossal.adam import sums_of_squares
 from opt.colossal.pieces import Form, Piece
 
 
@@ -115,17 +115,16 @@ class Copies(Form):
         batches = list(itertools.chain.from_iterable(self._collected))
         grads = [grad for batch in batches for grad in batch.grads]
         groups = self.norm_groups()
+        squares = sums_of_squares(grads)
         if self.is_model_parallel:
             copies = tuple(
                 self._holders(parameter) for batch in batches for parameter in batch.parameters
             )
-            squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
-            square = (squares / _on_device(copies, squares.device)).sum()
+            squares /= _on_device(copies, squares.device)
             groups += [
                 group for group in (self.optimizer.tp_pg, self.optimizer.pp_pg) if group is not None
             ]
-        else:
-            square = sum_of_squares(grads)
+        square = squares.sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         return square.sqrt()

@@ -60,8 +60,6 @@ class DDPPlugin(Plugin, TorchDDPPlugin):
             yield from low_memory.update_kernels(plan)
             return
         yield "update", torch.float32, None
-        if plan.max_norm > 0:
-            yield "norm", torch.float32
 
     # ---- plugin, travel, form
 

@@ -123,8 +123,6 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
             torch.bfloat16 if own else torch.float32,
             DTYPES[plan.precision] if own else None,
         )
-        if own and plan.max_norm > 0 and plan.tp_size * plan.pp_size == 1:
-            yield "norm", torch.bfloat16
 
     @staticmethod
     def halves_from(plan) -> int | None:

@@ -52,8 +52,6 @@ def update_kernels(plan: Namespace) -> Iterator[tuple]:
     # A few parameters have moments of 16 bits in any case
     for bits in sorted({16, BITS[plan.optim]}):
         yield "update_low", bits
-    if plan.max_norm > 0:
-        yield "norm", torch.bfloat16
 
 
 def check_cuts(plan: Namespace, model: Weights) -> None:

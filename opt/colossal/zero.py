@@ -54,8 +54,6 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
             torch.bfloat16 if own else torch.float32,
             DTYPES[plan.precision] if own else None,
         )
-        if own and plan.max_norm > 0:
-            yield "norm", torch.bfloat16
 
     # ---- plugin, travel, form
 

@@ -16,7 +16,6 @@ from opt.model import formats
 WORK = {
     "update": "the update",
     "update_low": "AdamW on bf16 weights",
-    "norm": "the gradient's norm",
     "loss": "the fused loss",
     "attention": "the attention of short rows",
     "fp8": "quantization to 8-bit floats",
@@ -163,10 +162,6 @@ def _try_update_low(kernels, device, bits: int) -> None:
     kernels.adamw_low([held], *ones, 0.9, 0.999, 1e-8, 0.0)
 
 
-def _try_norm(kernels, device, gradient: torch.dtype) -> None:
-    kernels.sum_of_squares([torch.zeros(16, dtype=gradient, device=device)])
-
-
 def _try_loss(kernels, device, dtype: torch.dtype, columns: int, processes: int = 1) -> None:
     """`columns` of the vocabulary on each of `processes`."""
     logits, targets, losses = (
@@ -216,7 +211,6 @@ def _try_residual(
 _TRIALS = {
     "update": _try_update,
     "update_low": _try_update_low,
-    "norm": _try_norm,
     "loss": _try_loss,
     "attention": _try_attention,
     "fp8": _try_fp8,

@@ -1,5 +1,5 @@
-"""GPU kernels, in Triton: AdamW and the norm over many tensors at once, the cross-entropy with its
-gradient in the logits' place, the attention of short rows, and matrices to 8-bit floats.
+"""GPU kernels, in Triton: AdamW over many tensors at once, the cross-entropy with its gradient in
+the logits' place, the attention of short rows, and matrices to 8-bit floats.
 
 [C16] PyTorch's fused AdamW wants gradients in the weights' own dtype. For 16-bit weights with an
 fp32 copy that means a pass over memory to widen the gradients, one to scale them, and one to narrow
@@ -292,45 +292,6 @@ def adamw_low(
         COLUMNS=formats.BLOCK,
         num_warps=8,
     )
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _sums_of_squares(
-    pointers,
-    blocks,
-    sums,
-    programs,
-    GRADIENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0)
-    gradients = tl.load(pointers + tl.load(blocks + program)).to(tl.pointer_type(GRADIENT.value))
-    offsets = tl.load(blocks + programs + program).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.load(blocks + 2 * programs + program)
-    if ALIGNED:
-        size = tl.multiple_of(size, 16)
-        gradients = tl.multiple_of(gradients, 16)
-    gradient = tl.load(gradients + offsets, mask=offsets < size, other=0).to(tl.float32)
-    tl.store(sums + program, tl.sum(gradient * gradient))
-
-
-def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Of all elements of contiguous tensors of one dtype on a GPU, an fp32 scalar: one kernel for
-    [C17] what is 2 ms of the host's time for OPT-350m's tensors with torch._foreach_norm."""
-    pointers, blocks, aligned = _tables([grads])
-    sums = torch.empty(blocks.shape[1], device=blocks.device)
-    _sums_of_squares[(len(sums),)](
-        pointers,
-        blocks,
-        sums,
-        len(sums),
-        GRADIENT=_TRITON_TYPES[grads[0].dtype],
-        ALIGNED=aligned,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
-    return sums.sum()
 
 
 def _tables(
