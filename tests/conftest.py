@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,13 @@ def finish_measured(process: subprocess.Popen, field: str, timeout):
 def run(script, *arguments, nproc=None, env=None, timeout=180):
     """start() and finish(). Returns the CompletedProcess, with stdout and stderr as text."""
     return finish(start(script, *arguments, nproc=nproc, env=env), timeout)
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this host listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def kill_all(process: subprocess.Popen) -> None:

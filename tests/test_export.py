@@ -31,7 +31,7 @@ from opt.train import card, checks, export
 from opt.train.schedule import Steps
 from opt_train_demo import boost
 
-from .conftest import SAMPLE_MODEL, metrics
+from .conftest import SAMPLE_MODEL, free_port, metrics
 from .test_parity import HYBRID, run_worker
 from .test_training import Runs, all_rows, runs_in
 
@@ -276,7 +276,7 @@ def trained(runs):
     args = resolve(train_parser().parse_args([]), "cpu", False)
     given = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(processes.free_port()),
+        "MASTER_PORT": str(free_port()),
         "RANK": "0",
         "WORLD_SIZE": "1",
     }

@@ -15,7 +15,6 @@ import torch
 import transformers
 from transformers import AutoTokenizer, OPTConfig
 
-from opt.colossal.processes import free_port
 from opt.model.sizes import preset_config
 
 from .conftest import (
@@ -24,6 +23,7 @@ from .conftest import (
     SAMPLE_MODEL,
     colossalai_run,
     finish,
+    free_port,
     kill_all,
     metrics,
     on_the_sample,
@@ -324,6 +324,30 @@ def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
     assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr) or fault == "alike", (
         done.stderr[-4000:]
     )
+
+
+ALONE = f"""
+import os
+import socket
+import sys
+sys.path.insert(0, {str(REPO)!r})
+from opt.colossal import cpu, processes
+
+then = cpu.use_cpu
+def use_cpu():
+    socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])), 5).close()
+    then()
+cpu.use_cpu = use_cpu
+processes.start(processes.place())
+"""
+
+
+def test_runs_that_begin_together_have_a_port_each(tmp_path):
+    """Each takes its own before it gets its device ready, which is seconds on a GPU."""
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    done = run(script, env=CPU, timeout=60)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def limited(gigabytes: int) -> list:

@@ -9,12 +9,11 @@ import sys
 import pytest
 import torch
 
-from opt.colossal.processes import free_port
-
 from .conftest import (
     REPO,
     colossalai_run,
     finish,
+    free_port,
     losses,
     metrics,
     on_the_sample,

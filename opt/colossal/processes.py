@@ -95,18 +95,23 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
 
     from opt.colossal.cpu import use_cpu
 
+    alone = {}  # of several processes a launcher's variables say it
     if "MASTER_ADDR" not in os.environ:
         if here.world_size > 1:
             raise UserError(
                 f"WORLD_SIZE is {here.world_size}, but MASTER_ADDR and MASTER_PORT are not set: "
                 "use torchrun or colossalai run"
             )
+        # It has its port from now on: of runs that begin side by side, two would find the same one
+        # free, seconds before either takes it.
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(store.port),
             "RANK": "0",
             "WORLD_SIZE": "1",
         }
+        alone = {"store": store, "rank": 0, "world_size": 1}
     if here.device.type == "cuda":
         set_accelerator("cuda")
         torch.cuda.set_device(here.device)
@@ -127,9 +132,9 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     _timeout = 60 * timeout_minutes
     timeout = timedelta(minutes=timeout_minutes)
     if here.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=here.device, timeout=timeout)
+        dist.init_process_group("nccl", device_id=here.device, timeout=timeout, **alone)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **alone)
     # [F32] A new group does not take over the first one's timeout, and ColossalAI makes its groups
     # without naming any: they would wait for 30 minutes (gloo) or 10 (NCCL), whatever was asked
     # for.
@@ -293,13 +298,6 @@ def stop() -> None:
     # millisecond of a collective, two processes hang in one of 20 tries.
     time.sleep(0.1)
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port that nothing on this host listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def seed_everything(seed: int) -> None:
