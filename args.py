@@ -411,8 +411,9 @@ def train_parser() -> argparse.ArgumentParser:
         "--dataset",
         nargs="+",
         default=["hugginglearners/netflix-shows"],
-        help="Hub ids, wikitext-2-raw, local files (csv, tsv, json, jsonl, txt, parquet, also .gz, "
-        ".bz2, .xz, .zst), globs or folders, in this order; default hugginglearners/netflix-shows",
+        help="Hub ids, wikitext-2-raw, local files (csv, tsv, json, jsonl, txt, parquet, arrow, "
+        "feather, also .gz, .bz2, .xz, .zst), globs or folders, in this order; default "
+        "hugginglearners/netflix-shows",
     )
     g.add_argument("--dataset_config_name", help="configuration of a data set on the Hub")
     g.add_argument("--train_split", help="split to train on; default train, or the only one")

@@ -13,7 +13,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -340,6 +342,15 @@ COMPRESSORS = {
 }
 
 
+def stream(*tables: pyarrow.Table) -> bytes:
+    """As `datasets` writes it."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, tables[0].schema) as out:
+        for table in tables:
+            out.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
 def _zstd(content: bytes) -> bytes:
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as out:
@@ -348,12 +359,17 @@ def _zstd(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt", "parquet", "TSV"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt", "parquet", "TSV", "arrow", "feather"])
 def test_compressed(tmp_path, kind, suffix):
     compress = COMPRESSORS[suffix]
     plain = tmp_path / f"d.{kind}"
+    table = pyarrow.table({"description": TWO})
     if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.table({"description": TWO}), plain)
+        pyarrow.parquet.write_table(table, plain)
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, plain)
+    elif kind == "arrow":
+        plain.write_bytes(stream(table))
     else:
         texts = {"csv": "plain.csv", "jsonl": "plain.jsonl", "txt": "plain.txt", "TSV": "tabs.tsv"}
         plain.write_text(READ[texts[kind]][0])
@@ -361,6 +377,22 @@ def test_compressed(tmp_path, kind, suffix):
     assert read(tmp_path / f"e.{kind}{suffix}", whole) == (TWO, {})
     with pytest.raises(UserError, match=f"e.{kind}{suffix}.*(damaged|cut off|cannot be read)"):
         read(tmp_path / f"e.{kind}{suffix}", whole[:-9])
+
+
+def test_arrow_that_was_cut_off(tmp_path):
+    """Between two batches too, where pyarrow reads what is there, and in any other place."""
+    table = pyarrow.table({"description": TWO})
+    whole, first = stream(table, table), stream(table)[:-8]
+    assert read(tmp_path / "d.arrow", whole) == (2 * TWO, {}) and whole.startswith(first)
+    for cut in (len(first), len(first) + 40, len(whole) - 8, len(whole) - 1, 9):
+        with pytest.raises(UserError, match="d.arrow (cannot be read|.*cut off)"):
+            read(tmp_path / "d.arrow", whole[:cut])
+    pyarrow.feather.write_feather(table, tmp_path / "d.feather")
+    content = (tmp_path / "d.feather").read_bytes()
+    with pytest.raises(UserError, match="d.feather cannot be read"):
+        read(tmp_path / "d.feather", content[:-40])
+    with pytest.raises(UserError, match=r"is binary \(Arrow\)"):
+        read(tmp_path / "d.txt", content)
 
 
 def test_encodings(tmp_path):
@@ -372,7 +404,7 @@ def test_encodings(tmp_path):
     with pytest.raises(UserError, match="line 2: byte 0xfc is not UTF-8.*--encoding"):
         read(tmp_path / "d.csv", content.encode("cp1252"))
     for name, content in (("zip", b"PK\x03\x04" + b"x" * 99), ("gzip", gzip.compress(b"x" * 99))):
-        with pytest.raises(UserError, match=f"is binary, a {name} file"):
+        with pytest.raises(UserError, match=rf"is binary \({name}\)"):
             read(tmp_path / "d.txt", content)
 
 
@@ -500,6 +532,31 @@ def test_files_globs_and_folders_in_their_order(tmp_path):
     assert found("f", split="held_out", flags=("--validation_split", "test"))[0] == ["u"]
     with pytest.raises(UserError, match="no split 'dev': its splits are train, test"):
         found("f", flags=("--train_split", "dev"))
+
+
+def test_what_datasets_has_saved(tmp_path):
+    """Its files alone, in its order, and not the caches that it leaves beside them."""
+    rows = datasets.Dataset.from_dict(
+        {"id": range(2500), "text": [f"text {i}" for i in range(2500)]}
+    )
+    rows.save_to_disk(tmp_path / "one", num_shards=3)
+    several = {"train": rows.select(range(2000, 0, -1)), "validation": rows.select([5, 7])}
+    datasets.DatasetDict(several).save_to_disk(tmp_path / "two")
+    for place in ("one", "two/train"):
+        (tmp_path / place / "cache-0123.arrow").write_bytes(stream(pyarrow.table({"text": ["no"]})))
+
+    def found(name, split="train"):
+        of = texts.find(train_parser().parse_args(["--dataset", str(tmp_path / name)]))
+        return [text.text for text in of.texts(split, Counter())], of.said
+
+    assert found("one") == (rows["text"], f"folder {tmp_path}/one, saved by datasets")
+    read_back, said = found("two")
+    assert read_back == several["train"]["text"]
+    assert said.endswith("saved by datasets, split train, held out: split validation")
+    assert found("two", "held_out")[0] == ["text 5", "text 7"]
+    (tmp_path / "two" / "validation" / "state.json").unlink()
+    with pytest.raises(UserError, match="is not all of what datasets' save_to_disk writes"):
+        found("two")
 
 
 # ---- as a user meets it

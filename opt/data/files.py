@@ -36,6 +36,8 @@ _KINDS = {
     ".jsonl": "json",
     ".txt": "txt",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
 KINDS = ", ".join(_KINDS)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -54,6 +56,7 @@ _BINARY = {
     b"PK\x03\x04": "zip",
     b"%PDF": "PDF",
     b"PAR1": "parquet",
+    b"ARROW1\0\0": "Arrow",
 }
 _DELIMITERS = ",\t;|"  # a csv has the first of them with which it has the columns
 # What a data set's texts are mostly called, in this order, if --text_column does not say it.
@@ -79,7 +82,7 @@ class File:
     path: Path
     # Columns, a nested field by dots; empty: the one that holds the texts, to be found
     columns: tuple[str, ...] = ()
-    takes_numbers: bool = False  # in JSON and parquet, where text and numbers differ
+    takes_numbers: bool = False  # in JSON, parquet and Arrow, where text and numbers differ
     delimiter: str = ""  # of a csv, if it is known
     encoding: str = ""  # if it is known
     is_one_text: bool = (
@@ -96,7 +99,7 @@ class Row:
 
 
 def kind_of(path: Path | str) -> str | None:
-    """csv, json, txt or parquet, by a file's name; None if that says something else."""
+    """csv, json, txt, parquet or arrow, by a file's name; None if that says something else."""
     path = Path(str(path).lower())
     if path.suffix in _COMPRESSED:
         path = path.with_suffix("")
@@ -111,7 +114,7 @@ def rows(file: File, notes: Counter, tell: Callable[[int], None] = lambda _: Non
     """
     if not file.path.stat().st_size:
         raise Fault("is an empty file")
-    readers = {"csv": _csv, "json": _json, "txt": _txt, "parquet": _parquet}
+    readers = {"csv": _csv, "json": _json, "txt": _txt, "parquet": _parquet, "arrow": _arrow}
     opened = _Opened(file)
     try:
         for number, row in enumerate(readers[kind_of(file.path)](opened, notes)):
@@ -166,7 +169,7 @@ class _Opened:
             start = content.read(2**16)
         for mark, form in _BINARY.items():
             if start.startswith(mark):
-                raise Fault(f"is binary, a {form} file, and not what its name says")
+                raise Fault(f"is binary ({form}), and not what its name says")
         encoding = self.file.encoding or next(
             (name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig"
         )
@@ -290,7 +293,7 @@ def _no_column(file: File, names) -> Fault:
     return Fault(f"has no {lacks}: {there}; choose one with --text_column")
 
 
-# ---- JSON and parquet: values of any type, nested
+# ---- JSON, parquet and Arrow: values of any type, nested
 
 _ABSENT = object()
 
@@ -440,43 +443,88 @@ def _decoded(decode, text: str, line: int, *place: int):
 
 def _parquet(opened: _Opened, notes: Counter) -> Iterator[Row]:
     """Columns of a parquet file."""
-    if opened.file.path.suffix.lower() in _COMPRESSED:  # its reader jumps from place to place
-        with tempfile.NamedTemporaryFile(suffix=".parquet") as plain, opened.content() as content:
-            shutil.copyfileobj(content, plain)
-            plain.flush()
-            yield from _parquet_rows(Path(plain.name), opened, notes)
-    else:
-        yield from _parquet_rows(opened.file.path, opened, notes)
-
-
-def _parquet_rows(path: Path, opened: _Opened, notes: Counter) -> Iterator[Row]:
-    import pyarrow
     from pyarrow import parquet
 
-    file = opened.file
-    try:
+    with _arrow_faults(), _plain(opened) as path:
         # Without its buffers it holds a row group, which may be the whole file.
         table = parquet.ParquetFile(path, buffer_size=PART)
-        schema = table.schema_arrow
-        columns = file.columns or _usual(schema.names)
-        if not columns:
-            columns = tuple(schema.names) if len(schema.names) == 1 else ()
-        if not columns:
-            raise _no_column(file, schema.names)
-        _chosen(file, columns, notes)
-        for column in columns:
-            _check_arrow_type(schema, column, file)
-        tops = [c if c in schema.names else c.split(".")[0] for c in columns]
-        done, total = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(256, columns=list(dict.fromkeys(tops)), use_threads=False):
-            done += len(batch)
-            opened.at(done / total)
-            for row in batch.to_pylist():
-                yield Row(tuple(_text(_value(row, c), file, c, None) for c in columns))
+
+        def batches(columns: list[str]):
+            done, total = 0, max(table.metadata.num_rows, 1)
+            for batch in table.iter_batches(256, columns=columns, use_threads=False):
+                done += len(batch)
+                opened.at(done / total)
+                yield batch
+
+        yield from _rows_of_batches(opened.file, table.schema_arrow, batches, notes)
+
+
+def _arrow(opened: _Opened, notes: Counter) -> Iterator[Row]:
+    """Columns of an Arrow file (Feather is one) or stream (what `datasets` saves)."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with _arrow_faults(), _plain(opened) as path, pyarrow.OSFile(str(path)) as content:
+        is_stream = content.read(6) != b"ARROW1"
+        size = content.size()
+        content.seek(max(0, size - 8))
+        if is_stream and content.read(8) != b"\xff\xff\xff\xff\0\0\0\0":
+            # Of what was cut off between two batches the reader takes the rest for all
+            raise Fault("is no Arrow stream, or was cut off: it has no end mark")
+        content.seek(0)
+        table = ipc.open_stream(content) if is_stream else ipc.open_file(content)
+
+        def batches(columns: list[str]):
+            numbers = range(0 if is_stream else table.num_record_batches)
+            for batch in table if is_stream else map(table.get_batch, numbers):
+                chosen = batch.select(columns)
+                for start in range(0, len(chosen), 256):
+                    opened.at(content.tell() / size)
+                    yield chosen.slice(start, 256)
+
+        yield from _rows_of_batches(opened.file, table.schema, batches, notes)
+
+
+@contextmanager
+def _plain(opened: _Opened):
+    """Where a file lies that its reader jumps about in: decompressed, if need be."""
+    if opened.file.path.suffix.lower() not in _COMPRESSED:
+        yield opened.file.path
+        return
+    with tempfile.NamedTemporaryFile() as plain:
+        with opened.content() as content:
+            shutil.copyfileobj(content, plain)
+        plain.flush()
+        yield Path(plain.name)
+
+
+@contextmanager
+def _arrow_faults():
+    """What pyarrow finds wrong, as a Fault."""
+    import pyarrow
+
+    try:
+        yield
     except UnicodeDecodeError as error:  # of bytes that are said to be text
         raise Fault(f"is not UTF-8 text ({error.reason}): write it again") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise Fault(f"cannot be read ({' '.join(str(error).split()):.200})") from error
+
+
+def _rows_of_batches(file: File, schema, batches: Callable, notes: Counter) -> Iterator[Row]:
+    """`batches`: of the columns of these names, a few hundred rows at a time."""
+    columns = file.columns or _usual(schema.names)
+    if not columns:
+        columns = tuple(schema.names) if len(schema.names) == 1 else ()
+    if not columns:
+        raise _no_column(file, schema.names)
+    _chosen(file, columns, notes)
+    for column in columns:
+        _check_arrow_type(schema, column, file)
+    tops = [c if c in schema.names else c.split(".")[0] for c in columns]
+    for batch in batches(list(dict.fromkeys(tops))):
+        for row in batch.to_pylist():
+            yield Row(tuple(_text(_value(row, c), file, c, None) for c in columns))
 
 
 def _check_arrow_type(schema, column: str, file: File) -> None:

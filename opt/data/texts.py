@@ -288,8 +288,8 @@ def _find(asked_for: str, name: str, plan: Namespace) -> _Found:
     looks_local = name.startswith((".", "/", "~")) or files.kind_of(name) or name.count("/") != 1
     if looks_local:
         raise UserError(
-            f"{asked_for}: no such file; give a csv, json, jsonl, txt or parquet file, a folder, a "
-            f"Hub id, or {WIKITEXT}"
+            f"{asked_for}: no such file; give a file that ends in {files.KINDS}, a folder, a Hub "
+            f"id, or {WIKITEXT}"
         )
     return _on_the_hub(asked_for, name, plan.dataset_config_name, others=len(plan.dataset) > 1)
 
@@ -323,7 +323,10 @@ def _builder(asked_for: str, name: str, config: str | None, others: bool = False
 
 
 def _folder(asked_for: str, folder: Path) -> _Found:
-    """A folder as a repository on the Hub would be read: splits by the files' names, or README."""
+    """A folder as a repository on the Hub would be read: splits by the files' names, or README; or
+    what `datasets` has saved."""
+    if saved := _saved(asked_for, folder):
+        return _Found(asked_for, f"folder {folder}, saved by datasets", saved)
     there = [path for path in sorted(folder.rglob("*")) if path.is_file() and files.kind_of(path)]
     there = [p for p in there if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
     if not there:
@@ -340,6 +343,30 @@ def _folder(asked_for: str, folder: Path) -> _Found:
     if aside:
         said += f" ({len(aside)} of another form or split left aside, {aside[0]} the first)"
     return _Found(asked_for, said, splits, delimiter=_separator(builder))
+
+
+def _saved(asked_for: str, folder: Path) -> dict[str, list[Path]]:
+    """The splits that `datasets`' save_to_disk has written there, none if it has not: by its own
+    list, for its caches may lie beside them."""
+    try:
+        states = {"train": folder / "state.json"}
+        if (of_several := folder / "dataset_dict.json").is_file():
+            splits = json.loads(of_several.read_text())["splits"]
+            states = {split: folder / split / "state.json" for split in splits}
+        elif not (folder / "dataset_info.json").is_file() or not states["train"].is_file():
+            return {}
+        return {
+            split: [
+                state.parent / file["filename"]
+                for file in json.loads(state.read_text())["_data_files"]
+            ]
+            for split, state in states.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{asked_for} is not all of what datasets' save_to_disk writes "
+            f"({type(error).__name__}: {error}): save it again"
+        ) from error
 
 
 def _separator(builder) -> str:
