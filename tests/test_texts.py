@@ -118,6 +118,7 @@ READ = {
     ),
     "plain.jsonl": ('{"description": "One, two."}\n{"description": "Three."}\n', TWO, {}),
     "list.json": ('[{"description": "One, two."},\n {"description": "Three."}\n]\n', TWO, {}),
+    "texts.json": ('["One, two.",\n "Three."]\n', TWO, {"file that is a list of texts": 1}),
     "lines.json": ('{"description": "One, two."}\n\n{"description": "Three."}', TWO, {}),
     "a mark.jsonl": ('\ufeff{"description": "One, two."}\n{"description": "Three."}\n', TWO, {}),
     "missing.jsonl": (
@@ -210,7 +211,7 @@ REFUSED = {
         ["line 3", "int", "not text", "--text_column"],
     ),
     "an object.jsonl": ('{"description": {"text": "x"}}\n', ["line 1", "an object", "not text"]),
-    "a list of strings.json": ('["x",\n "y"]', ["line 1", "str", "not a JSON object"]),
+    "texts and a number.json": ('["x",\n 7]', ["line 1", "str", "not a JSON object"]),
     "cut.jsonl": ('{"description": "x"}\n{"descri', ["line 2", "no JSON"]),
     "cut.json": ('[{"description": "x"},\n{"descri', ["line 2", "no JSON"]),
     "a comma missing.json": ('[{"description": "x"}\n{"description": "y"}]', ["line 2", "comma"]),

@@ -338,7 +338,7 @@ def _text(value, file: File, column: str, line: int | None) -> str | None:
 
 
 def _json(opened: _Opened, notes: Counter) -> Iterator[Row]:
-    """Fields of JSON objects, one a line or in a list."""
+    """Fields of JSON objects, one a line or in a list; or texts alone, in a list."""
     file, objects = opened.file, _objects(opened)
     head = list(itertools.islice(objects, 1000))
     names = list(dict.fromkeys(name for _, row in head if isinstance(row, dict) for name in row))
@@ -346,7 +346,14 @@ def _json(opened: _Opened, notes: Counter) -> Iterator[Row]:
     if columns:
         _chosen(file, columns, notes)
     missing = dict.fromkeys(columns or USUAL_COLUMNS)
+    # A Number is a str as well
+    are_texts = bool(head) and not file.columns and all(type(row) is str for _, row in head)
+    if are_texts:
+        notes["file that is a list of texts"] += 1
     for line, row in itertools.chain(head, objects):
+        if are_texts and type(row) is str:
+            yield Row((_text(row, file, "the list", line),))
+            continue
         if not isinstance(row, dict):
             kind = {"Number": "a number", "NoneType": "null"}.get(
                 type(row).__name__, type(row).__name__
@@ -359,7 +366,7 @@ def _json(opened: _Opened, notes: Counter) -> Iterator[Row]:
             if value is not _ABSENT:
                 missing.pop(column, None)
         yield Row(tuple(_text(v, file, c, line) for c, v in zip(columns, values, strict=True)))
-    if head and missing:
+    if head and missing and not are_texts:
         raise _no_column(file, names)
 
 
