@@ -118,6 +118,12 @@ class Hosts:
             process.wait(20)
         if self._own_folder:
             shutil.rmtree(self.folder)
+            return
+        for name in ("home", "disk"):  # or others could not start in the same folder
+            if (self.folder / name).is_dir():
+                shutil.rmtree(self.folder / name)
+        for name in ("switched-on", "host_key", "host_key.pub"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def power_on(self, name: str) -> None:
         """Start a host; it has been off."""
