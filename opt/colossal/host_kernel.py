@@ -94,7 +94,16 @@ void adamw(uint16_t *restrict values, kept *restrict weights, kept *restrict exp
     }
 }
 """
+# From here on the memory's rate decides: 0.20 ns a parameter on 16 cores, 0.17 on 24 and on 48
+_MOST_THREADS = 24
 _FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
+
+
+def threads_of(cores: int) -> int:
+    """How many of a process's cores Adam works on. One in eight is left to backward's thread, the
+    driver and the rest: as many threads as cores wait for each other's turns, 7.7 ms for a slice of
+    8 Mi parameters that takes 1.4 (64 cores beside an H200)."""
+    return max(1, min(_MOST_THREADS, cores - cores // 8))
 
 
 @functools.cache
@@ -127,10 +136,11 @@ def load(dtype: torch.dtype) -> Callable[..., None] | None:
     def adamw(held: Held, divisor, lr, beta1, beta2, eps, weight_decay, step):
         tensors = held.grad, held.weight, held.exp_avg, held.exp_avg_sq
         key = low_bits.rounding_key(held.seed, step) + held.start
+        threads = threads_of(torch.get_num_threads())
         function(
             *(tensor.data_ptr() for tensor in tensors),
             *(held.grad.numel(), divisor, lr, beta1, beta2, eps, weight_decay),
-            *(1 - beta1**step, 1 - beta2**step, key & 0xFFFFFFFF, torch.get_num_threads()),
+            *(1 - beta1**step, 1 - beta2**step, key & 0xFFFFFFFF, threads),
         )
 
     return adamw
