@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig
 
+from opt import limits
 from opt.model.lora import Lora, matrix_size
 from opt.model.sizes import layer_matrices
 
@@ -152,9 +153,8 @@ def device_name(device: torch.device) -> str:
         if os.path.exists("/proc/cpuinfo")
         else []
     )
-    return (
-        f"CPU {models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    )
+    cores = limits.cores()
+    return f"CPU {models[0] if models else platform.machine()}, {cores} core{'s' * (cores > 1)}"
 
 
 def memory_limit(device: torch.device) -> int:

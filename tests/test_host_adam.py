@@ -184,11 +184,6 @@ def test_in_16_bits_updates_are_those_of_low_bits(monkeypatch, in_c):
                 b.copy_(a)  # what differs once is not to add up
 
 
-def test_cores_are_left_to_others():
-    of = {cores: host_kernel.threads_of(cores) for cores in (1, 2, 8, 16, 32, 64)}
-    assert of == {1: 1, 2: 2, 8: 7, 16: 14, 32: 24, 64: 24}
-
-
 def test_without_a_compiler_a_line_says_so(monkeypatch, capsys):
     assert host_kernel.load(torch.float32)
     for path in ("/nowhere", "/bin/false"):

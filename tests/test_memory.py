@@ -137,28 +137,6 @@ def test_the_document_is_what_the_plan_says():
 # ---- what is there
 
 
-def test_control_groups_are_asked(tmp_path):
-    """Both versions; the group itself and those above it; what the kernel lets go of first is
-    free."""
-    second = tmp_path / "v2" / "slice" / "job"
-    second.mkdir(parents=True)
-    for folder, limit, used in ((second, "max", 5000), (second.parent, "9000", 6000)):
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text("anon 100\ninactive_file 1500\n")
-    own = tmp_path / "cgroup"
-    own.write_text("0::/slice/job\n")
-    assert memory.left_in_groups(tmp_path / "v2", own) == [9000 - 6000 + 1500]
-
-    first = tmp_path / "v1" / "memory"
-    first.mkdir(parents=True)
-    (first / "memory.limit_in_bytes").write_text("8000\n")
-    (first / "memory.usage_in_bytes").write_text("7000\n")
-    (first / "memory.stat").write_text("total_inactive_file 10\ninactive_file 1\n")
-    own.write_text("9:cpu:/\n4:memory:/docker/of-the-host\n0::/\n")
-    assert memory.left_in_groups(tmp_path / "v1", own) == [8000 - 7000 + 10]
-
-
 # ---- what is refused
 
 

@@ -15,9 +15,10 @@ from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, start, tr
 FLOORS = {
     "opt/model": {"errors"},
     "opt/data": {"errors", "model"},
-    "opt/colossal": {"errors", "model"},
+    "opt/colossal": {"errors", "limits", "model"},
     "opt/train": {
         "errors",
+        "limits",
         "model",
         "data",
         "colossal",

@@ -11,7 +11,6 @@ import os
 import resource
 from argparse import Namespace
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig
 
+from opt import limits
 from opt.colossal import low_memory
 from opt.colossal.pipeline import layers_per_stage
 from opt.colossal.processes import Place
@@ -253,39 +253,8 @@ def _host_memory(local: int) -> float:
     process = psutil.Process()
     held = process.memory_info()
     there = psutil.virtual_memory().available + psutil.swap_memory().free
-    there = min([there, *left_in_groups()]) + local * held.rss
+    there = min([there, *limits.memory_left()]) + local * held.rss
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         there = min(there, local * (limit - held.vms + held.rss))
     return there
-
-
-_CGROUPS = Path("/sys/fs/cgroup")
-
-
-def left_in_groups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """What each control group that this process is in lets it have more, version 1 or 2."""
-    found = []
-    lines = own.read_text().splitlines() if own.is_file() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers == "":
-            top, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, cache = root / "memory", "total_inactive_file"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        place = top / path.strip("/")
-        # A container sees its own group as the root, under another name than the host's
-        folders = (place, *place.parents) if place.is_dir() else (top,)
-        for folder in folders:
-            if not folder.is_relative_to(top) or not (folder / limit).is_file():
-                continue
-            most = (folder / limit).read_text().strip()
-            if most == "max":
-                continue
-            lines_of = (folder / "memory.stat").read_text().splitlines()
-            # Pages of files that the kernel lets go of first
-            kept_files = int(dict(line.split() for line in lines_of).get(cache, 0))
-            found.append(int(most) - int((folder / usage).read_text()) + kept_files)
-    return found

@@ -1,6 +1,5 @@
 """What is about to happen: what the data settle, and all of it in words."""
 
-import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig
 
+from opt import limits
 from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
 from opt.data.rows import Counts, Dataset
@@ -190,7 +190,7 @@ def describe(run: Run) -> str:
     else:
         device = (
             f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on "
-            f"{len(os.sched_getaffinity(0))} cores"
+            f"{limits.cores()} core{'s' * (limits.cores() > 1)}"
         )
     about = plugin_class(plan.plugin).describe(plan, plan.dp_size)
     microbatches = (
