@@ -53,7 +53,8 @@ class Found:
             for _, result in results(*sorted(RECORDS.glob("????-??-??-one-h?00.jsonl")))
             if result["world_size"] == 1 and result["seq_length"] == LENGTH
         ]
-        self.records.sort(key=lambda record: record[1]["date"])
+        # Of a day's, those of the larger GPU, which a table then has side by side
+        self.records.sort(key=lambda r: (r[1]["date"][:10], gpu_of(r[1]), r[1]["date"]))
 
     def of(self, model: str, plan) -> dict | None:
         """The newest result of this plan; None if it was not measured."""
