@@ -164,14 +164,17 @@ def write_tables(
 
 
 def conditions(results: list[dict]) -> str:
-    """What the results were measured on and with, a line; empty if nothing was measured."""
+    """What the results were measured on and with, a line for each device; empty if nothing was
+    measured."""
     measured = [r for r in results if "status" not in r]
-    if not measured:
-        return ""
-    devices = " and ".join(sorted({r["device"] for r in measured}))
-    versions = {name: version for r in measured for name, version in r.get("versions", {}).items()}
-    commits = ", ".join(sorted({r["commit"] for r in measured}))
-    return f"{devices}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {commits}\n\n"
+    found = []
+    for device in sorted({r["device"] for r in measured}):
+        here = [r for r in measured if r["device"] == device]
+        versions = {name: version for r in here for name, version in r.get("versions", {}).items()}
+        said = [device, ", ".join(f"{k} {v}" for k, v in versions.items())]
+        said.append(f"commit {', '.join(sorted({r['commit'] for r in here}))}")
+        found.append("; ".join(said) + "\n")
+    return "\n".join([*found, ""]) if found else ""
 
 
 def draw(results: list[dict], directory: Path) -> None:
@@ -411,7 +414,9 @@ def tables_of_campaign(results: list[dict]) -> str:
     for (gpus, _, model, rows_each, length, kind), members in groups.items():
         what = f"{rows_each} rows of {length}" if length else f"{rows_each} rows"
         kind = f" ({kind})" * (len(kinds) > 1 and kind != "")
-        text.append(f"\n### {model}, {what}, {gpus} GPU{'s' * (gpus > 1)}{kind}\n\n")
+        is_on_cpu = any(r.get("device", "").startswith("CPU") for r in members)
+        places = "CPU process" + "es" * (gpus > 1) if is_on_cpu else "GPU" + "s" * (gpus > 1)
+        text.append(f"\n### {model}, {what}, {gpus} {places}{kind}\n\n")
         measured = [r for r in members if status(r) == "ok" and "tokens_per_second" in r]
         if measured:
             used = {h: c for h, c in columns.items() if any(c(r) for r in measured)}
