@@ -75,7 +75,7 @@ def test_the_estimate_is_near_every_measured_peak():
     compiled or not, with and without the fused loss, LoRA, 4 bits, fp8, graphs, offload,
     checkpointing: within 10 %, most within 5 %."""
     ratios = {
-        (name, result["commit"]): predicted.predicted(result).device
+        (name, result["device"], result["commit"]): predicted.predicted(result).device
         / result["peak_memory_allocated_bytes"]
         for name, result in measured()
     }
