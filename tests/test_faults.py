@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoTokenizer, OPTConfig
 
 from opt.model.sizes import preset_config
+from opt.train import faults
 
 from .conftest import (
     REPO,
@@ -278,6 +279,16 @@ def test_a_rank_that_was_never_started_and_a_port_in_use(tmp_path):
 
 # ---- what one process alone runs into
 
+# As NCCL 2.21 and newer say it, in PyTorch's words; without GPUs it cannot be had
+NCCL = (
+    "NCCL error in: NCCLUtils.hpp:268, unhandled system error (run with NCCL_DEBUG=INFO for "
+    "details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external "
+    "library call failed or device error. \nLast error:\n"
+)
+SHARED = (
+    "Error while creating shared memory segment /dev/shm/nccl-pZafXL (size 9637888), error: No "
+    "space left on device (28)\nException raised from create at NCCLUtils.hpp:268"
+)
 WORKER = f"""
 import sys
 sys.path.insert(0, {str(REPO)!r})
@@ -296,7 +307,7 @@ with faults.reported(train_parser().parse_args([])):
     if sys.argv[1] == "alike":
         raise UserError("all see it")
     if here.rank == 1:
-        raise {{"late": UserError("only rank 1 sees it"), "bug": KeyError("broken"), "memory": MemoryError("no more")}}[sys.argv[1]]
+        raise {{"late": UserError("only rank 1 sees it"), "bug": KeyError("broken"), "memory": MemoryError("no more"), "shared": dist.DistBackendError({NCCL + SHARED!r})}}[sys.argv[1]]
     dist.all_reduce(torch.zeros(1))
 """
 
@@ -309,6 +320,7 @@ with faults.reported(train_parser().parse_args([])):
         ("alike", "error: all see it", 2),
         ("bug", "failed on rank 1 of 2: KeyError: 'broken'", 1),
         ("memory", "out of memory (no more); try --grad_checkpoint", 3),
+        ("shared", " MB are free in /dev/shm. Start the container with --shm-size=1g", 1),
     ],
 )
 def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
@@ -324,6 +336,38 @@ def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
     assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr) or fault == "alike", (
         done.stderr[-4000:]
     )
+
+
+@pytest.mark.parametrize(
+    "said, line",
+    [
+        (SHARED, "MB are free in /dev/shm. Start the container with --shm-size=1g"),
+        (
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000",
+            "NCCL: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000; NCCL_DEBUG",
+        ),
+        ("Bootstrap : no socket interface found", "NCCL: Bootstrap : no socket interface found"),
+        ("Cuda failure 'peer access is not supported'", "NCCL: Cuda failure 'peer access is not"),
+        (
+            "socketProgress: Connection closed by remote peer node-1<35421>",
+            "another process was lost (socketProgress: Connection closed by remote peer node-1",
+        ),
+        (
+            "Call to recv from 10.0.0.2<51212> failed : Broken pipe",
+            "another process was lost (Call to recv from 10.0.0.2<51212> failed : Broken pipe",
+        ),
+    ],
+)
+def test_what_nccl_says_of_this_process_is_not_told_of_another(said, line):
+    error = torch.distributed.DistBackendError(NCCL + said)
+    assert not faults.is_out_of_memory(error)
+    assert line in (faults.nccl_error(error) or faults.lost_process(error, 10))
+
+
+@pytest.mark.parametrize("number", ["", "2 "])
+def test_nccls_own_buffers_are_memory(number):
+    error = torch.distributed.DistBackendError(f"{NCCL}Cuda failure {number}'out of memory'")
+    assert faults.is_out_of_memory(error)
 
 
 ALONE = f"""

@@ -2,6 +2,8 @@
 bug on one of many ranks."""
 
 import os
+import re
+import shutil
 import sys
 import traceback
 from argparse import Namespace
@@ -33,6 +35,8 @@ def reported(flags: Namespace) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)
+        if own := nccl_error(error):
+            _end(f"error: {own}", 1)
         if "No space left on device" in str(error):
             # [F44] Safetensors has an exception of its own for it
             _end(
@@ -66,15 +70,19 @@ def _several() -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """Of NCCL's that of what it says itself."""
+    text = str(error).strip()
+    _, _, last = text.partition("Last error:")
+    return (last.strip() or text).split("\n")[0]
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that the device or the host has no memory left."""
-    # [F33] PyTorch's allocator for host memory raises a bare RuntimeError.
-    return isinstance(
-        error, (torch.cuda.OutOfMemoryError, MemoryError)
-    ) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    # [F33] PyTorch's allocator for host memory raises a bare RuntimeError; NCCL's own buffers.
+    marks = "DefaultCPUAllocator: can't allocate memory|Cuda failure (\\d+ )?'out of memory'"
+    return re.search(marks, str(error)) is not None
 
 
 def memory_advice(flags: Namespace) -> str:
@@ -96,6 +104,24 @@ def memory_advice(flags: Namespace) -> str:
         if advice
         else "use more processes, shorter rows or a smaller model"
     )
+
+
+def nccl_error(error: Exception) -> str | None:
+    """What NCCL says that this process cannot do, whatever the others do; None if the error is
+    another one, or one of connections, at whose other end a process may be lost."""
+    if not isinstance(error, dist.DistError) or "Last error:" not in str(error):
+        return None
+    said = _first_line(error)
+    if "/dev/shm" in said:
+        free = shutil.disk_usage("/dev/shm").free / 1e6
+        return (
+            f"NCCL has no room between the GPUs of a node: {free:.0f} MB are free in /dev/shm. "
+            "Start the container with --shm-size=1g or --ipc=host (Kubernetes: an emptyDir of "
+            "medium Memory there), or set NCCL_SHM_DISABLE=1, which is slower"
+        )
+    if re.search("connect|remote|(?<!no )socket|broken pipe", said, re.IGNORECASE):
+        return None
+    return f"NCCL: {said}; NCCL_DEBUG=INFO tells more"
 
 
 def lost_process(error: Exception, timeout_minutes: float) -> str | None:
