@@ -16,7 +16,8 @@ if [ "${INSTALL:-1}" != 0 ] && ! "$python" -c "import opt.installed; exit(bool(o
   "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 "$python" -m opt.installed run_benchmark.sh
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+found=$("$python" -m opt.limits)
+read -r gpus unused <<<"$found"
 out=${OUT:-benchmark_results}
 timeout=${TIMEOUT:-600}
 if [ "$gpus" -gt 0 ]; then
@@ -47,7 +48,7 @@ stop() {
 }
 trap stop INT TERM
 total=${#combinations[@]} done_before=0 measured=0 begun=$SECONDS
-echo "run_benchmark: $total combinations, $gpus GPU(s), results in $out/"
+echo "run_benchmark: $total combinations, $gpus GPU(s)${unused:+ for PyTorch ($unused)}, results in $out/"
 
 for i in "${!combinations[@]}"; do
   read -r n model plugin bs <<<"${combinations[$i]}"

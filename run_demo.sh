@@ -28,7 +28,8 @@ PY
 then reach="the Hub answers"; online=1; else reach="no answer from $hub within 5 s"; online=0; fi
 nodes=1
 [ -n "${HOSTFILE:-}" ] && nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE")
-gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
+found=$("$python" -m opt.limits)
+read -r gpus unused <<<"$found"
 
 # ---- model and data: what the user names is taken as it is, never replaced
 if [ "$gpus" -gt 0 ] && [ "$online" = 1 ]; then
@@ -36,7 +37,7 @@ if [ "$gpus" -gt 0 ] && [ "$online" = 1 ]; then
   why="$gpus GPU(s), and $reach"
 else
   default_model=sample/opt-tiny default_dataset=sample/netflix_sample.csv
-  why=$([ "$gpus" -gt 0 ] && echo "$reach" || echo "no GPU")
+  why=$([ "$gpus" -gt 0 ] && echo "$reach" || echo "no GPU${unused:+ for PyTorch: $unused}")
 fi
 model=${MODEL:-$default_model}
 dataset=${DATASET:-$default_dataset}

@@ -7,3 +7,5 @@ import warnings
 # tensornvme, bitsandbytes).
 warnings.filterwarnings("ignore", message=".*(apex|tensornvme|TypedStorage)")
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+# The plan says it, see limits.unused_gpus
+warnings.filterwarnings("ignore", message="CUDA initialization")

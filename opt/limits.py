@@ -1,10 +1,16 @@
-"""What control groups let this process have of the machine, versions 1 and 2: a container's, a
-Kubernetes pod's or a SLURM job's share."""
+"""What this process may have of the machine: by control groups, versions 1 and 2, a container's, a
+Kubernetes pod's or a SLURM job's share of memory and cores; and GPUs.
+
+python -m opt.limits        how many GPUs PyTorch finds, and why none where there should be some
+"""
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 _ROOT = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
@@ -64,3 +70,33 @@ def _groups(controller: str, root: Path, own: Path) -> Iterator[tuple[Path, bool
 def _read(file: Path) -> str:
     """Empty where there is no such limit."""
     return file.read_text().strip() if file.is_file() else ""
+
+
+def unused_gpus(driver: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Why PyTorch finds no GPU on a machine with NVIDIA's driver; None where it finds one, where
+    there is none, and where CUDA_VISIBLE_DEVICES hides all."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    try:
+        torch.cuda.init()
+        return None
+    except (RuntimeError, AssertionError) as error:  # the second from a PyTorch without CUDA
+        said = str(error)
+    built = f"torch {torch.__version__} is built "
+    if found := re.search(r"too old \(found version (\d+)\)", said):
+        major, minor = divmod(int(found[1]) // 10, 100)
+        return f"the driver is for CUDA {major}.{minor}, {built}for {torch.version.cuda}"
+    if found := re.search(r"Error (\d+: [^\n(]+)", said):
+        return f"CUDA's error {found[1].strip()}"
+    if not driver.is_file():
+        return None
+    if torch.version.cuda is None:
+        return f"{built}without CUDA"
+    if "Found no NVIDIA driver" in said:
+        return "libcuda.so.1 is not there (a container: docker run --gpus all)"
+    return "none is given to this process"
+
+
+if __name__ == "__main__":
+    reason = unused_gpus()
+    print(0 if reason else torch.cuda.device_count(), reason or "")

@@ -1,13 +1,15 @@
-"""What control groups leave of the machine."""
+"""What control groups leave of the machine, and why there is no GPU."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from opt import limits
 from opt.colossal.processes import threads
@@ -110,3 +112,68 @@ def test_a_container_that_is_given_one_core_computes_with_one(tmp_path):
         done = subprocess.run([*start, *command], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"CPU, 1 process on 1 core\b", done.stdout), done.stdout
+
+
+# ---- no GPU where there should be one
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, and its driver")
+DRIVER = """
+int cuInit(unsigned flags) { return INIT; }
+int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
+"""
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """Builds a libcuda.so.1 that answers so; the environment that has it."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+
+    def build(version: int, init: int) -> dict:
+        source = tmp_path / "cuda.c"
+        source.write_text(DRIVER)
+        command = ["cc", f"-DVERSION={version}", f"-DINIT={init}", "-shared", "-fPIC", source]
+        subprocess.run([*command, "-o", tmp_path / "libcuda.so.1"], check=True)
+        env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        return env | {"LD_LIBRARY_PATH": str(tmp_path)}
+
+    return build
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("version", "init", "reason"),
+    [
+        (11040, 0, f"the driver is for CUDA 11.4, torch {torch.__version__} is built for "),
+        (99000, 802, "CUDA's error 802: system not yet initialized"),
+        (99000, 100, ""),  # no device, and no driver of the kernel's: a machine without GPUs
+    ],
+)
+def test_a_driver_that_cannot_serve_pytorch_is_told(driver, version, init, reason):
+    flags = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, "--dry_run"]
+    for command in (["-m", "opt.limits"], ["opt_train_demo.py", *map(str, flags)]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=REPO,
+            env=driver(version, init),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        first = done.stdout.splitlines()[0]
+        assert reason in first and ("CPU" in first or first.startswith("0 ")), first
+        assert "for PyTorch" in first or not reason or "opt.limits" in command
+        assert "CUDA initialization" not in done.stderr
+
+
+@NO_GPU
+def test_a_container_without_the_drivers_library(tmp_path, monkeypatch):
+    kernels = tmp_path / "version"
+    kernels.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "docker run --gpus all" in limits.unused_gpus(kernels)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert limits.unused_gpus(kernels) == f"torch {torch.__version__} is built without CUDA"
+    assert limits.unused_gpus(tmp_path / "none") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert limits.unused_gpus(kernels) is None

@@ -192,6 +192,8 @@ def describe(run: Run) -> str:
             f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on "
             f"{limits.cores()} core{'s' * (limits.cores() > 1)}"
         )
+        if reason := limits.unused_gpus():
+            device += f"; NVIDIA's driver is here, but no GPU for PyTorch: {reason}"
     about = plugin_class(plan.plugin).describe(plan, plan.dp_size)
     microbatches = (
         f", each cut into {plan.num_microbatches} micro-batches" if plan.pp_size > 1 else ""
