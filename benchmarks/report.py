@@ -406,17 +406,12 @@ def columns_of_campaign(results: list[dict]) -> dict:
 def tables_of_campaign(results: list[dict]) -> str:
     """Every row in markdown, in a table for each number of GPUs, model and rows."""
     columns = columns_of_campaign(results)
-    kinds = {gpu_of(r) for r in results} - {""}
     text = [f"{conditions(results)}{_ABOUT}"]
     groups = {}
     for r in results:
         groups.setdefault(group(r), []).append(r)
-    for (gpus, _, model, rows_each, length, kind), members in groups.items():
-        what = f"{rows_each} rows of {length}" if length else f"{rows_each} rows"
-        kind = f" ({kind})" * (len(kinds) > 1 and kind != "")
-        is_on_cpu = any(r.get("device", "").startswith("CPU") for r in members)
-        places = "CPU process" + "es" * (gpus > 1) if is_on_cpu else "GPU" + "s" * (gpus > 1)
-        text.append(f"\n### {model}, {what}, {gpus} {places}{kind}\n\n")
+    for members in groups.values():
+        text.append(f"\n### {heading(members[0])}\n\n")
         measured = [r for r in members if status(r) == "ok" and "tokens_per_second" in r]
         if measured:
             used = {h: c for h, c in columns.items() if any(c(r) for r in measured)}
@@ -425,6 +420,16 @@ def tables_of_campaign(results: list[dict]) -> str:
         others = [r for r in members if r not in measured]
         text += [f"\n- {words(r)}: {others_line(r)}\n" for r in others]
     return "".join(text)
+
+
+def heading(result: dict) -> str:
+    """What `group` has of it, in words."""
+    gpus, _, model, rows_each, length, kind = group(result)
+    rows = f"{rows_each} row{'s' * (rows_each > 1)}" + f" of {length}" * (length > 0)
+    places = f"{gpus} {kind or 'GPU' + 's' * (gpus > 1)}"
+    if result.get("device", "").startswith("CPU"):
+        places = f"{gpus} CPU process" + "es" * (gpus > 1)
+    return f"{model}, {rows}, {places}"
 
 
 _ABOUT = """\
@@ -543,10 +548,8 @@ def draw_campaign(results: list[dict], picture: Path) -> None:
     )
     for panel in axes.flat[len(groups) :]:
         panel.set_visible(False)
-    for i, (panel, (key, members)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
-        gpus, _, model, rows_each, length, _ = key
-        title = f"{model}, {rows_each} rows of {length}" + f", {gpus} GPUs" * (gpus > 1)
-        panel.set_title(title, fontsize=9)
+    for i, (panel, members) in enumerate(zip(axes.flat, groups.values(), strict=False)):
+        panel.set_title(heading(members[0]), fontsize=9)
         for y, r in enumerate(members):
             rate = r["tokens_per_second_per_gpu"] / 1000
             ends = [rate * r["step_seconds"]["median"] / block for block in r["repeats"]]

@@ -461,7 +461,7 @@ def test_report_of_a_campaign(recorded, tmp_path):
     assert_picture(tmp_path / "2026-11-27.png")
     tables = (tmp_path / "2026-11-27.md").read_text().split("\n### ")
     assert tables[0].splitlines()[2] == "NVIDIA H100 80GB HBM3; torch 2.11.0; commit abc"
-    (table,) = [t.splitlines() for t in tables if t.startswith("350m, 8 rows of 1024, 1 GPU")]
+    (table,) = [t.splitlines() for t in tables if t.startswith("350m, 8 rows of 1024, 1 H100\n")]
     head, _, *rows = ([c.strip() for c in t.strip("|").split("|")] for t in table[2:6] if t)
     # The fastest first, peers in italics
     assert [row[0] for row in rows[:2]] == ["*fsdp2 --fused_loss*", "torch_ddp"]
