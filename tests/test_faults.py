@@ -353,6 +353,10 @@ def test_an_error_of_one_process_is_seen(tmp_path, fault, line, code):
             "another process was lost (socketProgress: Connection closed by remote peer node-1",
         ),
         (
+            "\nException raised from checkForNCCLErrorsInternal at ProcessGroupNCCL.cpp:2027",
+            "another process was lost (",
+        ),
+        (
             "Call to recv from 10.0.0.2<51212> failed : Broken pipe",
             "another process was lost (Call to recv from 10.0.0.2<51212> failed : Broken pipe",
         ),

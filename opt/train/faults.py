@@ -72,8 +72,11 @@ def _several() -> bool:
 def _first_line(error: Exception) -> str:
     """Of NCCL's that of what it says itself."""
     text = str(error).strip()
-    _, _, last = text.partition("Last error:")
-    return (last.strip() or text).split("\n")[0]
+    own = re.search(_NCCLS, text)
+    return own[1] if own else text.split("\n")[0]
+
+
+_NCCLS = r"Last error: *\n([^\n]+)"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -109,7 +112,7 @@ def memory_advice(flags: Namespace) -> str:
 def nccl_error(error: Exception) -> str | None:
     """What NCCL says that this process cannot do, whatever the others do; None if the error is
     another one, or one of connections, at whose other end a process may be lost."""
-    if not isinstance(error, dist.DistError) or "Last error:" not in str(error):
+    if not isinstance(error, dist.DistError) or not re.search(_NCCLS, str(error)):
         return None
     said = _first_line(error)
     if "/dev/shm" in said:
@@ -119,7 +122,8 @@ def nccl_error(error: Exception) -> str | None:
             "Start the container with --shm-size=1g or --ipc=host (Kubernetes: an emptyDir of "
             "medium Memory there), or set NCCL_SHM_DISABLE=1, which is slower"
         )
-    if re.search("connect|remote|(?<!no )socket|broken pipe", said, re.IGNORECASE):
+    connection = "connect|remote|(?<!no )socket|broken pipe"
+    if "ncclRemoteError" in str(error) or re.search(connection, said, re.IGNORECASE):
         return None
     return f"NCCL: {said}; NCCL_DEBUG=INFO tells more"
 
