@@ -119,6 +119,38 @@ READ = {
     "plain.jsonl": ('{"description": "One, two."}\n{"description": "Three."}\n', TWO, {}),
     "list.json": ('[{"description": "One, two."},\n {"description": "Three."}\n]\n', TWO, {}),
     "texts.json": ('["One, two.",\n "Three."]\n', TWO, {"file that is a list of texts": 1}),
+    "over several lines.json": (
+        '{\n"description": "One, two."\n}\n{\n"description":\n"Three."}\n',
+        TWO,
+        {},
+    ),
+    "one over several lines.json": ('{\n"description": "x",\n"tags": [{"a": 1}]}\n', ["x"], {}),
+    "under a key.json": (
+        '{"version": 1, "data": [{"description": "One, two."},\n {"description": "Three."}]}',
+        TWO,
+        {"file whose rows are in its 'data'": 1},
+    ),
+    "a table of pandas.json": (
+        '{"schema": {"fields": [{"name": "x"}]}, "data": [\n{"index": 0, "description": "One, two."},'
+        '\n{"index": 1, "description": "Three."}]}',
+        TWO,
+        {"file whose rows are in its 'data'": 1},
+    ),
+    "columns of pandas.json": (
+        '{"id": {"0": 7, "1": 8}, "description": {"0": "One, two.", "1": "Three."}}',
+        TWO,
+        {"file of columns, as pandas writes them": 1},
+    ),
+    "rows of pandas.json": (
+        '{"7": {"id": 1, "description": "One, two."}, "8": {"id": 2, "description": "Three."}}',
+        TWO,
+        {"file that names its rows": 1},
+    ),
+    "lists of pandas.json": (
+        '{"id": [7, 8], "description": ["One, two.", "Three."]}',
+        TWO,
+        {"file of columns, as pandas writes them": 1},
+    ),
     "lines.json": ('{"description": "One, two."}\n\n{"description": "Three."}', TWO, {}),
     "a mark.jsonl": ('\ufeff{"description": "One, two."}\n{"description": "Three."}\n', TWO, {}),
     "missing.jsonl": (
@@ -216,7 +248,11 @@ REFUSED = {
     "cut.json": ('[{"description": "x"},\n{"descri', ["line 2", "no JSON"]),
     "a comma missing.json": ('[{"description": "x"}\n{"description": "y"}]', ["line 2", "comma"]),
     "not closed.json": ('[{"description": "x"}\n', ["not closed"]),
-    "over several lines.json": ('{\n"description": "x"\n}\n', ["line 1", "one a line"]),
+    "cut over several lines.json": ('{\n"description": "x",\n"id"\n', ["line 4", "one a line"]),
+    "two lists.json": (
+        '{"train": [{"description": "x"}], "test": [{"description": "y"}]}',
+        ["several lists (train, test)", "save one"],
+    ),
     "no such column.jsonl": ('{"plot": "x", "id": 1}\n', ["no column 'description'", "plot"]),
     "empty.txt": ("", ["empty file"]),
 }

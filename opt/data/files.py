@@ -338,8 +338,9 @@ def _text(value, file: File, column: str, line: int | None) -> str | None:
 
 
 def _json(opened: _Opened, notes: Counter) -> Iterator[Row]:
-    """Fields of JSON objects, one a line or in a list; or texts alone, in a list."""
-    file, objects = opened.file, _objects(opened)
+    """Fields of JSON objects, one a line, in a list or in one that holds all; or texts alone, in a
+    list."""
+    file, objects = opened.file, _objects(opened, notes)
     head = list(itertools.islice(objects, 1000))
     names = list(dict.fromkeys(name for _, row in head if isinstance(row, dict) for name in row))
     columns = file.columns or _usual(names) or (tuple(names) if len(names) == 1 else ())
@@ -373,20 +374,86 @@ def _json(opened: _Opened, notes: Counter) -> Iterator[Row]:
 _DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=lambda _: None)
 
 
-def _objects(opened: _Opened) -> Iterator[tuple[int, object]]:
-    """What a JSON file holds, and the line that each begins in."""
+def _objects(opened: _Opened, notes: Counter) -> Iterator[tuple[int | None, object]]:
+    """What a JSON file holds, and the line that each begins in, where it is known."""
     with opened.lines() as lines:
-        start = next(filter(None, (line.strip()[:1] for line in lines)), "")
-    if start not in ("{", "["):
+        first = next((line for line in lines if line.strip()), "").strip()
+        goes_on = any(line.strip() for line in lines)
+    if first[:1] not in ("{", "["):
         raise Fault("cannot be read: it must hold JSON objects in UTF-8, one a line or in a list")
-    if start == "[":
+    if first[0] == "[":
         with opened.text() as text:
             yield from _list(text)
+    elif goes_on and _is_json(first):
+        with opened.lines() as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.isspace():
+                    yield number, _decoded(_DECODER.decode, line.rstrip(), number)
+    else:
+        with opened.text() as text:
+            yield from _whole(text.read(LONGEST + 1), opened.file, notes)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _whole(text: str, file: File, notes: Counter) -> Iterator[tuple[int | None, object]]:
+    """Objects over several lines, one behind the other; or the rows of one that holds all of
+    them."""
+    found, place, line = [], 0, 1
+    while True:
+        begins = next((i for i in range(place, len(text)) if not text[i].isspace()), None)
+        if begins is None:
+            break
+        line += text.count("\n", place, begins)
+        try:
+            value, place = _decoded(_DECODER.raw_decode, text, 1, begins)
+        except Fault as fault:
+            if len(text) > LONGEST and fault.line > text.count("\n"):  # it ran off the end
+                raise Fault(
+                    f"an object has over {LONGEST:,} characters: one a line", line
+                ) from None
+            raise
+        found.append((line, value))
+        line += text.count("\n", begins, place)
+    if len(text) > LONGEST:
+        raise Fault(f"over {LONGEST:,} characters of objects over several lines: save one a line")
+    yield from found if len(found) > 1 else _inside(*found[0], file, notes)
+
+
+def _inside(line: int, row, file: File, notes: Counter) -> Iterator[tuple[int | None, object]]:
+    """The rows of the only object of a file: those of its list, those that its columns are of, or
+    itself."""
+    columns = file.columns or USUAL_COLUMNS
+    if not isinstance(row, dict) or any(isinstance(_value(row, c), str) for c in columns):
+        yield line, row
         return
-    with opened.lines() as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                yield number, _decoded(_DECODER.decode, line.rstrip(), number)
+    lists = [n for n, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if len(lists) > 1:
+        raise Fault(f"has several lists ({', '.join(lists)}): save one of them alone")
+    if lists:
+        notes[f"file whose rows are in its '{lists[0]}'"] += 1
+        yield from ((None, value) for value in row[lists[0]])
+        return
+    held = list(row.values())
+    if all(isinstance(v, dict) for v in held):
+        is_in_each = any(isinstance(_value(v, c), str) for v in held[:9] for c in columns)
+        if is_in_each and not any(c in row for c in columns):
+            notes["file that names its rows"] += 1  # as pandas does: orient="index"
+            yield from ((None, v) for v in held)
+            return
+        if all(list(v) == list(held[0]) and all(map(str.isdecimal, v)) for v in held):
+            held = [list(v.values()) for v in held]
+    if held and all(isinstance(v, list) and v and len(v) == len(held[0]) for v in held):
+        notes["file of columns, as pandas writes them"] += 1
+        yield from ((None, dict(zip(row, v, strict=True))) for v in zip(*held, strict=True))
+        return
+    yield line, row
 
 
 def _list(file) -> Iterator[tuple[int, object]]:
