@@ -140,7 +140,7 @@ def test_what_it_calls_on_gpus(tmp_path, gpus, env, arguments, expected):
     stub.write_text(
         f"""#!/usr/bin/env bash
 case "$*" in
-  "-c import torch"*) echo {gpus} ;;
+  "-m opt.limits") echo {gpus} ;;
   "- "* | "-m opt.installed"*) exit 0 ;;
   *) echo "asked for: $*" ;;
 esac
