@@ -130,6 +130,12 @@ READ = {
         TWO,
         {"file whose rows are in its 'data'": 1},
     ),
+    "of a description itself.json": (
+        '{"description": "About shows.", "sources": [{"url": "x"}], "shows": ['
+        '{"description": "One, two."}, {"description": "Three."}]}',
+        TWO,
+        {"file whose rows are in its 'shows'": 1},
+    ),
     "a table of pandas.json": (
         '{"schema": {"fields": [{"name": "x"}]}, "data": [\n{"index": 0, "description": "One, two."},'
         '\n{"index": 1, "description": "Three."}]}',
@@ -366,6 +372,15 @@ def test_a_json_list_is_read_in_parts(tmp_path, found, part, indent):
         content.count("\n", 0, match.start()) + 1 for match in re.finditer(r'\{\s*"n": ', content)
     ]
     assert lines == starts
+
+
+def test_an_object_over_several_lines_has_a_length(tmp_path, monkeypatch):
+    """Beyond it a file has to have an object a line, or a list of them."""
+    content = json.dumps({"data": [{"description": "One, two."}] * 20}, indent=1)
+    assert read(tmp_path / "d.json", content)[0] == ["One, two."] * 20
+    monkeypatch.setattr(files, "LONGEST", len(content) - 1)
+    with pytest.raises(UserError, match=r"d\.json, line 1: .* one a line or in a list"):
+        read(tmp_path / "d.json", content)
 
 
 # ---- compressed, in other encodings, nested, as prompt and response

@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
@@ -377,7 +378,7 @@ _DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant
 def _objects(opened: _Opened, notes: Counter) -> Iterator[tuple[int | None, object]]:
     """What a JSON file holds, and the line that each begins in, where it is known."""
     with opened.lines() as lines:
-        first = next((line for line in lines if line.strip()), "").strip()
+        number, first = next(((n, x.strip()) for n, x in enumerate(lines, 1) if x.strip()), (1, ""))
         goes_on = any(line.strip() for line in lines)
     if first[:1] not in ("{", "["):
         raise Fault("cannot be read: it must hold JSON objects in UTF-8, one a line or in a list")
@@ -391,7 +392,10 @@ def _objects(opened: _Opened, notes: Counter) -> Iterator[tuple[int | None, obje
                     yield number, _decoded(_DECODER.decode, line.rstrip(), number)
     else:
         with opened.text() as text:
-            yield from _whole(text.read(LONGEST + 1), opened.file, notes)
+            whole = text.read(LONGEST + 1)
+        if len(whole) > LONGEST:
+            _decoded(_DECODER.decode, first, number)  # which says what is wrong
+        yield from _whole(whole, opened.file, notes)
 
 
 def _is_json(text: str) -> bool:
@@ -406,54 +410,48 @@ def _whole(text: str, file: File, notes: Counter) -> Iterator[tuple[int | None, 
     """Objects over several lines, one behind the other; or the rows of one that holds all of
     them."""
     found, place, line = [], 0, 1
-    while True:
-        begins = next((i for i in range(place, len(text)) if not text[i].isspace()), None)
-        if begins is None:
-            break
+    while (begins := re.compile(r"\s*").match(text, place).end()) < len(text):
         line += text.count("\n", place, begins)
-        try:
-            value, place = _decoded(_DECODER.raw_decode, text, 1, begins)
-        except Fault as fault:
-            if len(text) > LONGEST and fault.line > text.count("\n"):  # it ran off the end
-                raise Fault(
-                    f"an object has over {LONGEST:,} characters: one a line", line
-                ) from None
-            raise
+        value, place = _decoded(_DECODER.raw_decode, text, 1, begins)
         found.append((line, value))
         line += text.count("\n", begins, place)
-    if len(text) > LONGEST:
-        raise Fault(f"over {LONGEST:,} characters of objects over several lines: save one a line")
-    yield from found if len(found) > 1 else _inside(*found[0], file, notes)
-
-
-def _inside(line: int, row, file: File, notes: Counter) -> Iterator[tuple[int | None, object]]:
-    """The rows of the only object of a file: those of its list, those that its columns are of, or
-    itself."""
-    columns = file.columns or USUAL_COLUMNS
-    if not isinstance(row, dict) or any(isinstance(_value(row, c), str) for c in columns):
-        yield line, row
+    inside = _inside(found[0][1], file.columns or USUAL_COLUMNS) if len(found) == 1 else None
+    if inside is None:
+        yield from found
         return
-    lists = [n for n, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    rows, what = inside
+    notes[what] += 1
+    yield from ((None, row) for row in rows)
+
+
+def _inside(whole: dict, columns: tuple[str, ...]) -> tuple[list, str] | None:
+    """The rows that the only object of a file holds, and in words how; None if it is a row."""
+
+    def has_text(value) -> bool:
+        is_object = isinstance(value, dict)
+        return is_object and any(isinstance(_value(value, c), str) for c in columns)
+
+    lists = [n for n, v in whole.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    # What has a list of rows may have a description of itself
+    lists_with_text = [name for name in lists if any(map(has_text, whole[name][:9]))]
+    if has_text(whole) and not lists_with_text:
+        return None
+    lists = lists_with_text or lists
     if len(lists) > 1:
         raise Fault(f"has several lists ({', '.join(lists)}): save one of them alone")
     if lists:
-        notes[f"file whose rows are in its '{lists[0]}'"] += 1
-        yield from ((None, value) for value in row[lists[0]])
-        return
-    held = list(row.values())
-    if all(isinstance(v, dict) for v in held):
-        is_in_each = any(isinstance(_value(v, c), str) for v in held[:9] for c in columns)
-        if is_in_each and not any(c in row for c in columns):
-            notes["file that names its rows"] += 1  # as pandas does: orient="index"
-            yield from ((None, v) for v in held)
-            return
+        return whole[lists[0]], f"file whose rows are in its '{lists[0]}'"
+    held = list(whole.values())
+    # As pandas writes them: orient="index", "columns", "list"
+    if all(isinstance(value, dict) for value in held):
+        if any(map(has_text, held[:9])) and not any(column in whole for column in columns):
+            return held, "file that names its rows"
         if all(list(v) == list(held[0]) and all(map(str.isdecimal, v)) for v in held):
-            held = [list(v.values()) for v in held]
-    if held and all(isinstance(v, list) and v and len(v) == len(held[0]) for v in held):
-        notes["file of columns, as pandas writes them"] += 1
-        yield from ((None, dict(zip(row, v, strict=True))) for v in zip(*held, strict=True))
-        return
-    yield line, row
+            held = [list(value.values()) for value in held]
+    if held and all(isinstance(v, list) and len(v) == len(held[0]) > 0 for v in held):
+        rows = [dict(zip(whole, values, strict=True)) for values in zip(*held, strict=True)]
+        return rows, "file of columns, as pandas writes them"
+    return None
 
 
 def _list(file) -> Iterator[tuple[int, object]]:

@@ -112,9 +112,10 @@ def memory_advice(flags: Namespace) -> str:
 def nccl_error(error: Exception) -> str | None:
     """What NCCL says that this process cannot do, whatever the others do; None if the error is
     another one, or one of connections, at whose other end a process may be lost."""
-    if not isinstance(error, dist.DistError) or not re.search(_NCCLS, str(error)):
+    own = re.search(_NCCLS, str(error))
+    if not isinstance(error, dist.DistError) or not own:
         return None
-    said = _first_line(error)
+    said = own[1]
     if "/dev/shm" in said:
         free = shutil.disk_usage("/dev/shm").free / 1e6
         return (

@@ -188,9 +188,10 @@ def describe(run: Run) -> str:
     if here.device.type == "cuda":
         device = f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
     else:
+        cores = limits.cores()
         device = (
             f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on "
-            f"{limits.cores()} core{'s' * (limits.cores() > 1)}"
+            f"{cores} core{'s' * (cores > 1)}"
         )
         if reason := limits.unused_gpus():
             device += f"; NVIDIA's driver is here, but no GPU for PyTorch: {reason}"
