@@ -255,6 +255,8 @@ CASES = [
     Case("no file", "--dataset {}/nowhere.csv", ["--dataset", "/nowhere.csv", "no such file"]),
     Case("folder", "--dataset {}/folder", ["--dataset", "a folder without a file that ends in"]),
     Case("other format", "--dataset {}/data.xlsx", ["data.xlsx", "csv", "parquet"]),
+    # As Kaggle gives the data set of the demo
+    Case("archive", "--dataset {}/archive.zip", ["archive.zip is an archive", "unpack it"]),
     Case("empty file", "--dataset {}/empty.csv", ["empty.csv", "empty"]),
     Case("no rows", "--dataset {}/no_rows.csv", ["no_rows.csv", "no rows"]),
     Case("no text", "--dataset {}/blank.csv", ["blank.csv", "no text", "3 of its texts are empty"]),
@@ -363,6 +365,7 @@ def broken(tmp_path_factory) -> Path:
     torch.save(list(weights.values()), model("list_bin") / "pytorch_model.bin")
 
     (root / "data.xlsx").touch()
+    (root / "archive.zip").touch()
     (root / "empty.csv").touch()
     (root / "folder").mkdir()
     (root / "no_rows.csv").write_text("show_id,description\n")

@@ -117,6 +117,7 @@ READ = {
         {"texts with NUL characters, left out": 1},
     ),
     "plain.jsonl": ('{"description": "One, two."}\n{"description": "Three."}\n', TWO, {}),
+    "plain.ndjson": ('{"description": "One, two."}\n{"description": "Three."}\n', TWO, {}),
     "list.json": ('[{"description": "One, two."},\n {"description": "Three."}\n]\n', TWO, {}),
     "texts.json": ('["One, two.",\n "Three."]\n', TWO, {"file that is a list of texts": 1}),
     "over several lines.json": (

@@ -35,6 +35,7 @@ _KINDS = {
     ".tsv": "csv",
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".txt": "txt",
     ".parquet": "parquet",
     ".arrow": "arrow",

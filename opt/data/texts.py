@@ -20,6 +20,7 @@ from opt.data.files import File
 from opt.errors import UserError
 
 WIKITEXT = "wikitext-2-raw"
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
 def cache_folder() -> Path:
@@ -269,6 +270,10 @@ def _validation_split(one: _Found, train: str, plan: Namespace) -> str | None:
 def _find(asked_for: str, name: str, plan: Namespace) -> _Found:
     if os.path.isfile(name):
         if not files.kind_of(name):
+            if name.lower().endswith(_ARCHIVES):
+                raise UserError(
+                    f"{asked_for} is an archive: unpack it, and name its file or folder"
+                )
             raise UserError(
                 f"{asked_for}: a file must end in {files.KINDS}, or one of these and .gz, .bz2, "
                 ".xz or .zst"
