@@ -362,7 +362,12 @@ class _Columns(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         grads = [grad.contiguous() for grad in grads]
         of_x, *of_weights = torch.ops.opt.columns_backward(grads, x, weights, ctx.group)
-        return of_x, None, *of_weights, *map(sum_over_tokens, grads)
+        # Galactica's maps have no bias
+        has_bias = ctx.needs_input_grad[-len(grads) :]
+        of_biases = [
+            sum_over_tokens(g) if has else None for g, has in zip(grads, has_bias, strict=True)
+        ]
+        return of_x, None, *of_weights, *of_biases
 
 
 def _columns_backward(

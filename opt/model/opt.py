@@ -99,6 +99,10 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             unequal numbers of tokens can be averaged without bias.
         """
         decoder = self.model.decoder
+        if self.stage.is_first:
+            hidden_states = decoder.embed_tokens(input_ids)
+            if decoder.project_in is not None:
+                hidden_states = decoder.project_in(hidden_states)
         rows = None
         if cu_seqlens is not None:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
@@ -107,12 +111,9 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
                 input_ids.shape[1],
                 self.longest_row,
                 head_dim,
-                product_dtype(self.own_layers[0].final_layer_norm.weight),
+                product_dtype(hidden_states),
             )
         if self.stage.is_first:
-            hidden_states = decoder.embed_tokens(input_ids)
-            if decoder.project_in is not None:
-                hidden_states = decoder.project_in(hidden_states)
             positions = (
                 rows.position if rows else torch.arange(input_ids.shape[1], device=input_ids.device)
             )
