@@ -8,6 +8,7 @@ import argparse
 import codecs
 import json
 import re
+import sys
 
 from opt.data.texts import parse_template
 from opt.errors import UserError, report_user_error
@@ -52,6 +53,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> Settings:
         """The flags. With --auto its value is what else was given, by name."""
+        for argument in sys.argv[1:] if args is None else args:
+            # Names and texts end up in files of JSON and markdown
+            if argument.encode(errors="replace").decode() != argument:
+                self.error(
+                    f"{argument!a:.200} is not UTF-8: rename what it names, or set the shell's "
+                    "locale to a UTF-8 one"
+                )
         flags = super().parse_args(args, namespace)
         if getattr(flags, "auto", False):
             flags.auto = self._given(args)
@@ -107,18 +115,9 @@ def _json_object(text: str) -> dict:
     return value
 
 
-def _text(text: str) -> str:
-    """An argparse type: text that the shell gave in the locale's encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("not a text in UTF-8") from None
-    return text
-
-
 def _run_name(text: str) -> str:
     """An argparse type: a name that is also a folder's, and W&B's at most 128 characters."""
-    if not _text(text).strip() or len(text) > 128 or not text.isprintable():
+    if not text.strip() or len(text) > 128 or not text.isprintable():
         raise argparse.ArgumentTypeError("a name is 1 to 128 printable characters")
     if text.startswith((".", "/")) or "/." in text:
         raise argparse.ArgumentTypeError(f"'{text}' is not a name of a folder inside another")
@@ -578,7 +577,6 @@ def train_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--prompt",
         action="append",
-        type=_text,
         metavar="TEXT",
         help="print what the trained model writes after this text; may be given several times; "
         "default three texts from their start",

@@ -255,6 +255,8 @@ CASES = [
     Case("no file", "--dataset {}/nowhere.csv", ["--dataset", "/nowhere.csv", "no such file"]),
     Case("folder", "--dataset {}/folder", ["--dataset", "a folder without a file that ends in"]),
     Case("other format", "--dataset {}/data.xlsx", ["data.xlsx", "csv", "parquet"]),
+    # A name in Latin-1, as Python has it: exported, it would end the run behind its last step
+    Case("name in Latin-1", "--output_path /nowhere/mod\udce9le", ["mod", "is not UTF-8: rename"]),
     # As Kaggle gives the data set of the demo
     Case("archive", "--dataset {}/archive.zip", ["archive.zip is an archive", "unpack it"]),
     Case("empty file", "--dataset {}/empty.csv", ["empty.csv", "empty"]),

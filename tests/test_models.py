@@ -5,6 +5,7 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from opt.model.opt import meta_model
 from opt.model.weights import HEAD
 from opt.train import checkpoints, checks
 
-from .conftest import REPO, SAMPLE_MODEL, metrics, run
+from .conftest import REPO, SAMPLE_MODEL, finish, metrics, on_the_sample, run, start
 from .hub import serving
 from .test_bad_input import assert_refused
 
@@ -530,6 +531,15 @@ def test_samples_no_longer_than_the_positions(folder, tmp_path, state):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n  - ") == 3
+
+
+def test_samples_without_a_place_to_be_printed(tmp_path):
+    """Some that start programs close their stdout."""
+    closed = [*("bash", "-c", 'exec "$0" "$@" >&-'), sys.executable]
+    flags = (*on_the_sample(tmp_path), "--max_train_steps", 1)
+    done = finish(start(REPO / "opt_train_demo.py", *flags, launcher=closed), 100)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_samples_that_fail_do_not_fail_the_run(folder, tmp_path, state):

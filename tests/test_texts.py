@@ -559,7 +559,8 @@ def test_files_globs_and_folders_in_their_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         line = {"csv": "description\n{}\n", "jsonl": '{{"text": "{}"}}\n', "txt": "{}\n"}
         (tmp_path / name).write_text(line[name.split(".")[1]].format(content))
-    (tmp_path / "f" / "notes.csv").write_text("description\nv\n")
+    in_latin_1 = tmp_path / "f" / os.fsdecode(b"not\xe9s.csv")
+    in_latin_1.write_text("description\nv\n")
 
     def found(*names, split="train", flags=()):
         names = [str(tmp_path / name) for name in names]
@@ -569,7 +570,9 @@ def test_files_globs_and_folders_in_their_order(tmp_path):
     assert found("b.csv", "a.jsonl")[0] == ["x", "y"]
     assert found("a.jsonl", "b.csv", "f/*.txt")[0] == ["y", "x", "z", "w"]
     read_back, said = found("f")
-    assert read_back == ["z", "w"] and "1 of another form or split left aside, notes.csv" in said
+    assert (
+        read_back == ["z", "w"] and "1 of another form or split left aside, not\\xe9s.csv" in said
+    )
     assert found("**/*.txt")[0] == ["z", "w"]
     flags = ("--validation_file", str(tmp_path / "a.jsonl"))
     assert found("b.csv", split="held_out", flags=flags)[0] == ["y"]

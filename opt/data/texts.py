@@ -346,7 +346,8 @@ def _folder(asked_for: str, folder: Path) -> _Found:
     number = sum(map(len, splits.values()))
     said = f"folder {folder}, {number} file{'s' * (number != 1)}"
     if aside:
-        said += f" ({len(aside)} of another form or split left aside, {aside[0]} the first)"
+        first = os.fsencode(aside[0]).decode(errors="backslashreplace")
+        said += f" ({len(aside)} of another form or split left aside, {first} the first)"
     return _Found(asked_for, said, splits, delimiter=_separator(builder))
 
 

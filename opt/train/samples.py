@@ -42,7 +42,7 @@ def show(run: Run, number: int = 3) -> None:
 
 def _say(line: str) -> None:
     """Print it, of a terminal's or a file's characters those that it has."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: closed by who started it
     print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
