@@ -581,7 +581,7 @@ def test_files_globs_and_folders_in_their_order(tmp_path):
             found(name)
     (tmp_path / "f" / "train.csv").write_text("description\nt\n")
     (tmp_path / "f" / "test.csv").write_text("description\nu\n")
-    for name in ("one.txt", "two.txt", "notes.csv"):
+    for name in ("one.txt", "two.txt", in_latin_1.name):
         (tmp_path / "f" / name).unlink()
     assert found("f") == (["t"], f"folder {tmp_path}/f, 2 files, split train, left aside: test")
     assert found("f", flags=("--train_split", "test"))[0] == ["u"]
