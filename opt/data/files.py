@@ -43,6 +43,7 @@ _KINDS = {
 }
 KINDS = ", ".join(_KINDS)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -102,10 +103,18 @@ class Row:
 
 def kind_of(path: Path | str) -> str | None:
     """csv, json, txt, parquet or arrow, by a file's name; None if that says something else."""
+    return _KINDS.get(_ending(path))
+
+
+def is_archive(path: Path | str) -> bool:
+    """Whether it holds files, by its name."""
+    return _ending(path) in _ARCHIVES
+
+
+def _ending(path: Path | str) -> str:
+    """Of a file's name, without that of compression."""
     path = Path(str(path).lower())
-    if path.suffix in _COMPRESSED:
-        path = path.with_suffix("")
-    return _KINDS.get(path.suffix)
+    return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
 
 
 def rows(file: File, notes: Counter, tell: Callable[[int], None] = lambda _: None) -> Iterator[Row]:

@@ -20,7 +20,6 @@ from opt.data.files import File
 from opt.errors import UserError
 
 WIKITEXT = "wikitext-2-raw"
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
 def cache_folder() -> Path:
@@ -222,10 +221,13 @@ class _Found:
         """One of its splits."""
         strange = next((path for path in self.splits[split] if not files.kind_of(path)), None)
         if strange:
-            raise UserError(
-                f"{self.asked_for}: {strange.name} is of a form that is not read: save its texts "
-                f"as one of {files.KINDS}"
+            what = (
+                "an archive: unpack it, and name its file or folder"
+                if files.is_archive(strange)
+                else f"of a form that is not read: save its texts as one of {files.KINDS}, or one "
+                "of these and .gz, .bz2, .xz or .zst"
             )
+            raise UserError(f"{self.asked_for}: {strange.name} is {what}")
         own = [
             File(
                 path,
@@ -269,15 +271,6 @@ def _validation_split(one: _Found, train: str, plan: Namespace) -> str | None:
 
 def _find(asked_for: str, name: str, plan: Namespace) -> _Found:
     if os.path.isfile(name):
-        if not files.kind_of(name):
-            if name.lower().endswith(_ARCHIVES):
-                raise UserError(
-                    f"{asked_for} is an archive: unpack it, and name its file or folder"
-                )
-            raise UserError(
-                f"{asked_for}: a file must end in {files.KINDS}, or one of these and .gz, .bz2, "
-                ".xz or .zst"
-            )
         return _Found(asked_for, f"local file {name}", {"train": [Path(name)]})
     if os.path.isdir(name):
         return _folder(asked_for, Path(name))
