@@ -248,18 +248,22 @@ class Campaign:
         self._begun = time.monotonic()
         self._running: list[Running] = []
         self._ready = False  # whether this process has imported what the measurements need
+        self.date = self._first_day()
         self._before: dict[tuple, list[dict]] = {}  # of each measurement what is there
         for gpus in COUNTS:
             for line in records.lines(self.file(gpus)):
                 self._keep(line)
 
-    def file(self, gpus: int) -> Path:
-        """Where results on so many GPUs go: where this commit's are, or today's."""
-        pattern = f"{COUNTS[gpus]}-{self.machine.short_name}.jsonl"
-        for file in sorted(self.args.out.glob(f"????-??-??-{pattern}"), reverse=True):
+    def _first_day(self) -> str:
+        """A campaign's date: of its first result, whatever day and machine the others are of."""
+        for file in sorted(self.args.out.glob("????-??-??-*.jsonl")):
             if any(line["commit"] == self.commit for line in records.lines(file)):
-                return file
-        return self.args.out / f"{datetime.date.today()}-{pattern}"
+                return file.name[:10]
+        return str(datetime.date.today())
+
+    def file(self, gpus: int) -> Path:
+        """Where results on so many GPUs go."""
+        return self.args.out / f"{self.date}-{COUNTS[gpus]}-{self.machine.short_name}.jsonl"
 
     def command(self, m: Measurement) -> str:
         """What a user would type for it."""

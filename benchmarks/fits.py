@@ -48,11 +48,12 @@ class Found:
     """What was measured on one GPU, rows of LENGTH tokens."""
 
     def __init__(self):
-        self.records = [
-            (plan_of(result), result)
-            for _, result in results(*sorted(RECORDS.glob("????-??-??-one-h?00.jsonl")))
-            if result["world_size"] == 1 and result["seq_length"] == LENGTH
-        ]
+        first = {}  # of what was measured on two hosts the first, as the campaign's tables have it
+        for _, result in results(*sorted(RECORDS.glob("????-??-??-one-h?00.jsonl"))):
+            if result["world_size"] == 1 and result["seq_length"] == LENGTH:
+                same = *map(result.get, ("commit", "command", "file")), gpu_of(result)
+                first.setdefault(same, result)
+        self.records = [(plan_of(result), result) for result in first.values()]
         # Of a day's, those of the larger GPU, which a table then has side by side
         self.records.sort(key=lambda r: (r[1]["date"][:10], gpu_of(r[1]), r[1]["date"]))
 

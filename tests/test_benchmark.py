@@ -244,8 +244,8 @@ def results_of_campaign(out) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """benchmarks/campaign.py on a CPU, killed while it measures the second, started again, two at a
-    time.
+    """benchmarks/campaign.py on a CPU, killed while it measures the second, started again on another
+    day, two at a time.
 
     Returns the folder, the results when it was killed, and the second run's output.
     """
@@ -259,6 +259,8 @@ def campaign(tmp_path_factory):
     assert not any(str(out) in command_line for command_line in command_lines()), (
         "the measurement goes on without the campaign"
     )
+    (file,) = out.glob("*.jsonl")
+    file.rename(out / "2026-01-02-one-cpu.jsonl")
     done = run(*of_campaign(out, "--side_by_side"), env=cpu, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return out, before, done.stdout
@@ -269,6 +271,8 @@ def test_a_killed_campaign_measures_only_what_is_missing(campaign):
     now = results_of_campaign(out)
     assert list(before) == ["torch_ddp"] and now["torch_ddp"] == before["torch_ddp"]
     assert "7 measurements, 0 for more or other than 2 GPUs, 1 done" in printed
+    files = sorted(file.name for file in out.glob("*.jsonl"))
+    assert files == ["2026-01-02-one-cpu.jsonl", "2026-01-02-two-cpu.jsonl"]  # one campaign's
     # A line that a lost machine has left unfinished, and a deleted one, are measured again; what
     # was not installed too; and first what the host decided, where this is another.
     files = {file: file.read_text() for file in out.glob("*-one-cpu.jsonl")}

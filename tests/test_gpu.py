@@ -1,6 +1,8 @@
 """What only a GPU can show; skipped without one."""
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +111,40 @@ def test_loss_curve_on_a_gpu(tmp_path, reference, flags):
     found = losses(tmp_path / "found")
     assert len(found) == 10 and reference[-1] < reference[0] - 0.3
     assert found == pytest.approx(reference, abs=0.03)
+
+
+@pytest.fixture(scope="module")
+def like_galactica(tmp_path_factory) -> tuple:
+    """A model without biases, whose norms have no weights; the losses of ten steps in fp32."""
+    folder = tmp_path_factory.mktemp("galactica")
+    model = shutil.copytree(SAMPLE_MODEL, folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"enable_bias": False, "layer_norm_elementwise_affine": False}
+    (model / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    given = ("--model_name_or_path", model)
+    train(folder / "reference", *CURVE, *given, "--precision", "fp32", "--no-padding_free")
+    return given, losses(folder / "reference")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--plugin", "low_level_zero", "--compile"],
+        ["--plugin", "gemini", "--fused_loss"],
+        ["--plugin", "hybrid_parallel", "--cuda_graph"],
+        ["--plugin", "torch_ddp", "--fp8"],
+    ],
+    ids=" ".join,
+)
+def test_loss_curve_without_biases(tmp_path, like_galactica, flags):
+    if "--fp8" in flags and not has_fp8(torch.device("cuda", 0)):
+        pytest.skip("needs a GPU of compute capability 8.9 or later")
+    given, expected = like_galactica
+    done = train(tmp_path / "found", *CURVE, *given, *flags)
+    assert "kernels  " not in done.stdout
+    found = losses(tmp_path / "found")
+    assert len(found) == 10 and expected[-1] < expected[0] - 0.3
+    assert found == pytest.approx(expected, abs=0.03)
 
 
 def test_adam_in_16_bits_in_host_memory(tmp_path):
