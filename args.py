@@ -6,6 +6,7 @@ configuration, the data or the device is checked in opt/train/checks.py.
 
 import argparse
 import codecs
+import difflib
 import json
 import re
 import sys
@@ -31,6 +32,22 @@ SCHEDULES = (
 OPTIMS = ("adamw_torch", "adamw_anyprecision", "adamw_8bit")
 # What LoRA can be given to: the matrices of a decoder layer (opt/model/lora.py)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+# Flags of transformers' trainer and its examples that have upstream's names here
+OF_TRANSFORMERS = {
+    "--output_dir": "--output_path",
+    "--num_train_epochs": "--num_epoch",
+    "--per_device_train_batch_size": "--batch_size",
+    "--gradient_checkpointing": "--grad_checkpoint",
+    "--max_grad_norm": "--max_norm",
+    "--resume_from_checkpoint": "--resume",
+    "--max_seq_length": "--max_length",
+    "--dataset_name": "--dataset",
+    "--train_file": "--dataset",
+    "--bf16": "--precision bf16",
+    "--fp16": "--precision fp16",
+    "--torch_compile": "--compile",
+}
 
 
 class Settings(argparse.Namespace):
@@ -75,7 +92,19 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def error(self, message):
-        report_user_error(f"{message} (see --help)")
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        report_user_error(f"{message}{self._meant(flags) if unknown else ''} (see --help)")
+
+    def _meant(self, unknown: str) -> str:
+        """What flags that are not there are called here, where that can be said."""
+        known, hints = self._option_string_actions, []
+        for flag in (word.partition("=")[0] for word in unknown.split() if word[:2] == "--"):
+            name = "--" + flag[2:].replace("-", "_")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            ours = OF_TRANSFORMERS.get(name) or "".join(near)
+            if ours and ours.split()[0] in known:
+                hints.append(f"; {flag} is {ours} here")
+        return "".join(hints)
 
 
 def _number(kind, low, high=None, low_open=False, high_open=False):

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from args import resolve, train_parser
+from args import OF_TRANSFORMERS, resolve, train_parser
 from opt import installed
 from opt.colossal.processes import Place
 from opt.errors import UserError
@@ -60,6 +60,8 @@ def assert_refused(done, *says, script="opt_train_demo.py") -> None:
         ("--seed x", ["--seed", "x"]),
         ("--epochs 3", ["--epochs"]),
         ("--dataset", ["--dataset"]),
+        ("--output_dir x --bf16", ["--output_dir is --output_path here", "--precision bf16 here"]),
+        ("--batch-size=4", ["--batch-size is --batch_size here"]),
     ],
 )
 def test_a_mistyped_argument(flags, says):
@@ -68,6 +70,12 @@ def test_a_mistyped_argument(flags, says):
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Importing torch alone takes more
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_what_transformers_calls_otherwise():
+    taken = train_parser().format_help()
+    for theirs, ours in OF_TRANSFORMERS.items():
+        assert f"{ours.split()[0]} " in taken and f"{theirs} " not in taken
 
 
 # ---- packages that were not tested with one another: refused before one is imported
