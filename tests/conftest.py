@@ -223,8 +223,9 @@ def stored(lengths: list[int], directory: Path, values=None, contexts=None) -> R
 
 
 def metrics(output) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl; of a run that still writes those that are whole."""
+    whole, _, _ = (Path(output) / "metrics.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def losses(output) -> list[float]:
