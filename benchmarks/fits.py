@@ -10,7 +10,7 @@ from pathlib import Path
 
 from args import OPTIMS, benchmark_parser, resolve
 from benchmarks.predicted import plan_of, results
-from benchmarks.records import GIB, gpu_of
+from benchmarks.records import GIB, by_measurement, gpu_of
 from opt.model.sizes import PRESETS, num_parameters, preset_config
 from opt.train.memory import Rows, estimate
 
@@ -48,12 +48,12 @@ class Found:
     """What was measured on one GPU, rows of LENGTH tokens."""
 
     def __init__(self):
-        first = {}  # of what was measured on two hosts the first, as the campaign's tables have it
-        for _, result in results(*sorted(RECORDS.glob("????-??-??-one-h?00.jsonl"))):
-            if result["world_size"] == 1 and result["seq_length"] == LENGTH:
-                same = *map(result.get, ("commit", "command", "file")), gpu_of(result)
-                first.setdefault(same, result)
-        self.records = [(plan_of(result), result) for result in first.values()]
+        found = results(*sorted(RECORDS.glob("????-??-??-one-h?00.jsonl")))
+        self.records = [
+            (plan_of(result), result)
+            for result, *_ in by_measurement(result for _, result in found)
+            if result["world_size"] == 1 and result["seq_length"] == LENGTH
+        ]
         # Of a day's, those of the larger GPU, which a table then has side by side
         self.records.sort(key=lambda r: (r[1]["date"][:10], gpu_of(r[1]), r[1]["date"]))
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 GIB = 2**30
@@ -20,6 +21,16 @@ def lines(file: Path) -> list[dict]:
         # is measured on two.
         host = result.get("host", {}).get("boot")
         found[result["commit"], result["command"], result.get("file"), host] = result
+    return list(found.values())
+
+
+def by_measurement(results: Iterable[dict]) -> list[list[dict]]:
+    """Those of one measurement together, in their order: what the host decides was measured on two
+    hosts, and tables have the first one's figures."""
+    found = {}
+    for result in results:
+        same = *map(result.get, ("commit", "command", "file")), result.get("device")
+        found.setdefault(same, []).append(result)
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from benchmarks.peers import ENGINES
-from benchmarks.records import GIB, gpu_of, lines
+from benchmarks.records import GIB, by_measurement, gpu_of, lines
 from opt.errors import report_user_error
 
 REPO = Path(__file__).resolve().parent.parent
@@ -245,13 +245,14 @@ def campaign(name: str, folder: Path = RESULTS) -> list[dict]:
     if found:
         commit = max(found, key=lambda line: line["date"])["commit"]
         found = [line for line in found if line["commit"] == commit]
-    first = {}
     # What failed once and was measured later is what was measured
-    for line in sorted(found, key=lambda line: (status(line) != "ok", line["date"])):
-        known = first.setdefault((line.get("device"), line["command"]), line)
-        if known is not line and status(line) == "ok":
-            known["elsewhere"] = line["step_seconds"]["median"]
-    found = list(first.values())
+    found.sort(key=lambda line: (status(line) != "ok", line["date"]))
+    together = by_measurement(found)
+    for line, *others in together:
+        for other in others:
+            if status(other) == "ok":
+                line["elsewhere"] = other["step_seconds"]["median"]
+    found = [line for line, *_ in together]
     found += [line for line in lines(folder / f"{name}.jsonl") if "file" in line]
     return sorted(found, key=lambda r: (*group(r), -r.get("tokens_per_second", 0)))
 

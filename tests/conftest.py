@@ -184,15 +184,22 @@ def train(output, *arguments, script=REPO / "opt_train_demo.py", nproc=None, env
     return done
 
 
+def like_the_sample(folder: Path, **config) -> Path:
+    """The sample's model, without weights, with another configuration."""
+    shutil.copytree(SAMPLE_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def wide_model(folder: Path) -> tuple[Path, int]:
     """The configuration of a model of 65 M parameters, beside which activations are nothing, with
     the sample's tokenizer; and how many they are."""
     sizes = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096}
     sizes |= {"num_hidden_layers": 5, "num_attention_heads": 16, "max_position_embeddings": 20}
-    shutil.copytree(SAMPLE_MODEL, folder)
-    config = json.loads((folder / "config.json").read_text()) | sizes
-    (folder / "config.json").write_text(json.dumps(config))
-    number = 5 * (12 * 1024**2 + 13 * 1024) + 1024 * (config["vocab_size"] + 20 + 4)
+    like_the_sample(folder, **sizes)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    number = 5 * (12 * 1024**2 + 13 * 1024) + 1024 * (vocab_size + 20 + 4)
     return folder, number
 
 

@@ -23,7 +23,16 @@ from opt.errors import UserError
 from opt.train import checkpoints
 
 from . import conftest
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, metrics, run, train
+from .conftest import (
+    REPO,
+    SAMPLE_DATA,
+    SAMPLE_MODEL,
+    like_the_sample,
+    losses,
+    metrics,
+    run,
+    train,
+)
 
 HYBRID = ("--plugin", "hybrid_parallel")
 # name: processes, flags, how near the losses after the resume are to those of the run that went
@@ -106,13 +115,8 @@ def start(output, name, *more):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """The sample's, with a vocabulary that two ranks cannot share evenly."""
-    folder = tmp_path_factory.mktemp("model")
-    shutil.copytree(SAMPLE_MODEL, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"vocab_size": 2049, "num_hidden_layers": 2, "dropout": 0.2})
-    )
-    return folder
+    folder = tmp_path_factory.mktemp("model") / "model"
+    return like_the_sample(folder, vocab_size=2049, num_hidden_layers=2, dropout=0.2)
 
 
 @pytest.mark.parametrize("name", [name if name in SHORT else long(name) for name in RUNS])

@@ -1,8 +1,6 @@
 """What only a GPU can show; skipped without one."""
 
-import json
 import math
-import shutil
 import subprocess
 import sys
 
@@ -12,7 +10,7 @@ from torch.nn import functional as F
 
 from opt.model.kernel_probe import WORK, has_fp8
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, losses, run, train
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, like_the_sample, losses, run, train
 
 pytestmark = pytest.mark.gpu
 
@@ -117,10 +115,8 @@ def test_loss_curve_on_a_gpu(tmp_path, reference, flags):
 def like_galactica(tmp_path_factory) -> tuple:
     """A model without biases, whose norms have no weights; the losses of ten steps in fp32."""
     folder = tmp_path_factory.mktemp("galactica")
-    model = shutil.copytree(SAMPLE_MODEL, folder / "model")
-    config = json.loads((model / "config.json").read_text())
-    config |= {"enable_bias": False, "layer_norm_elementwise_affine": False}
-    (model / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    config = {"enable_bias": False, "layer_norm_elementwise_affine": False}
+    model = like_the_sample(folder / "model", **config, activation_function="gelu")
     given = ("--model_name_or_path", model)
     train(folder / "reference", *CURVE, *given, "--precision", "fp32", "--no-padding_free")
     return given, losses(folder / "reference")

@@ -2,8 +2,6 @@
 promised, and a run on it is a run."""
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from opt.model.low_bits import BLOCK, Held
 from opt.model.opt import meta_model
 from opt.model.weights import InitialWeights
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, start
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, like_the_sample, losses, start
 from .test_kernels import interpreted
 
 NUMBERS = dict(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
@@ -175,10 +173,7 @@ def test_the_kernel_is_the_update(request):
 @pytest.fixture
 def small_model(tmp_path):
     """The sample's model with one layer."""
-    folder = shutil.copytree(SAMPLE_MODEL, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    return folder
+    return like_the_sample(tmp_path / "model", num_hidden_layers=1)
 
 
 FLAGS = ("--precision", "bf16", "--max_length", 48, "--learning_rate", 1e-3, "--num_epoch", 10)
