@@ -8,6 +8,8 @@ import argparse
 import codecs
 import difflib
 import json
+import math
+import os
 import re
 import sys
 
@@ -78,6 +80,10 @@ class Parser(argparse.ArgumentParser):
                     "locale to a UTF-8 one"
                 )
         flags = super().parse_args(args, namespace)
+        for action in self._actions:
+            # As of a shell's variable that is not set
+            if getattr(flags, action.dest, None) == "":
+                self.error(f"{action.option_strings[0]} is empty: give a value, or leave it out")
         if getattr(flags, "auto", False):
             flags.auto = self._given(args)
         return Settings(**vars(flags))
@@ -107,6 +113,19 @@ class Parser(argparse.ArgumentParser):
         return "".join(hints)
 
 
+class _Extend(argparse.Action):
+    """A flag's values behind those that it was given before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest, self.default)
+        given = [] if before is self.default else before
+        setattr(namespace, self.dest, [*given, *values])
+
+
+# An argparse type: what may be a path. Of --flag=~/folder no shell makes the home.
+_path = os.path.expanduser
+
+
 def _number(kind, low, high=None, low_open=False, high_open=False):
     """An argparse type: a number of `kind` in [low, high], without `low` itself with `low_open`,
     without `high` with `high_open`.
@@ -133,10 +152,17 @@ def _number(kind, low, high=None, low_open=False, high_open=False):
     return parse
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
 def _json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text:.80}' is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -166,7 +192,8 @@ def add_run_arguments(g: argparse._ArgumentGroup, seed: int) -> None:
         "--batch_size",
         type=_number(int, 1),
         default=32,
-        help="rows per data-parallel rank and step; default 32",
+        help="rows of one batch on each data-parallel rank; a step has "
+        "--gradient_accumulation_steps of these; default 32",
     )
     g.add_argument(
         "--gradient_accumulation_steps",
@@ -398,6 +425,7 @@ def train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model_name_or_path",
+        type=_path,
         default="facebook/opt-350m",
         help="Hub id, or a directory with config and tokenizer; weights there are loaded, without "
         "any it trains from "
@@ -408,10 +436,13 @@ def train_parser() -> argparse.ArgumentParser:
         help="branch, tag or commit of a model on the Hub; default its main branch",
     )
     parser.add_argument(
-        "--tokenizer_name", help="Hub id or directory of the tokenizer; default the model's"
+        "--tokenizer_name",
+        type=_path,
+        help="Hub id or directory of the tokenizer; default the model's",
     )
     parser.add_argument(
         "--output_path",
+        type=_path,
         default="./output_model",
         help="directory for the trained model in Hugging Face layout, metrics.jsonl and loss.png; "
         "a name that ends in .bin "
@@ -423,9 +454,10 @@ def train_parser() -> argparse.ArgumentParser:
     g = add_lora_arguments(parser)
     g.add_argument(
         "--lora_adapter",
+        type=_path,
         metavar="PATH",
         help="go on from this adapter, a folder that PEFT or an earlier run has saved: r, alpha, "
-        "target modules and rslora are its own, dropout too unless it is given",
+        "target modules and rslora are its own, dropout too unless it is given; default none",
     )
     g.add_argument(
         "--merge_lora",
@@ -437,13 +469,15 @@ def train_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("data")
     g.add_argument(
         "--dataset",
+        action=_Extend,
+        type=_path,
         nargs="+",
         default=["hugginglearners/netflix-shows"],
         help="Hub ids, wikitext-2-raw, local files (csv, tsv, json, jsonl, txt, parquet, arrow, "
         "feather, also .gz, .bz2, .xz, .zst), globs or folders, in this order; default "
         "hugginglearners/netflix-shows",
     )
-    g.add_argument("--dataset_config_name", help="configuration of a data set on the Hub")
+    g.add_argument("--dataset_config_name", help="configuration of a data set; default none")
     g.add_argument("--train_split", help="split to train on; default train, or the only one")
     g.add_argument(
         "--validation_split",
@@ -452,8 +486,11 @@ def train_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--validation_file",
+        action=_Extend,
+        type=_path,
         nargs="+",
-        help="files, folders or Hub ids to evaluate on; default: what is held out",
+        help="files, folders or Hub ids to evaluate on, of which a split validation or test if "
+        "they have one; default: what is held out",
     )
     g.add_argument(
         "--text_column",
@@ -461,13 +498,17 @@ def train_parser() -> argparse.ArgumentParser:
         "text, or the only column (a txt file is one text a line)",
     )
     g.add_argument(
-        "--prompt_column", help="column before --response_column; it is read and has no loss"
+        "--prompt_column",
+        help="column before --response_column; it is read and has no loss; default none",
     )
-    g.add_argument("--response_column", help="column with the text to learn, after --prompt_column")
+    g.add_argument(
+        "--response_column",
+        help="column with the text to learn, after --prompt_column; default none",
+    )
     g.add_argument(
         "--template",
         help="text with columns in braces, such as 'Q: {question}\\nA: {answer}': what stands "
-        "before the last one, or before --response_column, has no loss",
+        "before the last one, or before --response_column, has no loss; default none",
     )
     g.add_argument("--csv_delimiter", help="what stands between a csv's fields; default: found out")
     g.add_argument("--encoding", help="of text files; default UTF-8, or what their mark says")
@@ -551,7 +592,7 @@ def train_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--warmup_steps",
         type=_number(int, 0),
-        help="the same in optimizer steps, in place of --warmup_ratio",
+        help="the same in optimizer steps; default by --warmup_ratio",
     )
     g.add_argument(
         "--max_norm",
@@ -638,6 +679,7 @@ def train_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--resume",
+        type=_path,
         metavar="auto|PATH",
         help="go on from a checkpoint: the newest in output_path, or from the start if there is "
         "none (auto), or this one; also with "
@@ -677,7 +719,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile",
         metavar="DIR",
-        help="write a torch.profiler trace of three more steps into this folder",
+        help="write a torch.profiler trace of three more steps into this folder; default none",
     )
     return parser
 
@@ -686,6 +728,7 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and how often; for the peers in benchmarks/ too."""
     parser.add_argument(
         "--model_name_or_path",
+        type=_path,
         default="125m",
         help="a published size (125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b; "
         "facebook/opt-125m means 125m), built from "
@@ -714,7 +757,9 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="blocks of --max_train_steps that are timed; default 1",
     )
-    g.add_argument("--json", metavar="PATH", help="write the result as JSON into this file")
+    g.add_argument(
+        "--json", metavar="PATH", help="write the result as JSON into this file; default none"
+    )
 
 
 def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:

@@ -22,7 +22,17 @@ from opt.colossal.processes import Place
 from opt.errors import UserError
 from opt.train import checks
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, pretend, run, start
+from .conftest import (
+    REPO,
+    SAMPLE_DATA,
+    SAMPLE_MODEL,
+    finish,
+    losses,
+    on_the_sample,
+    pretend,
+    run,
+    start,
+)
 
 SCRIPT = REPO / "opt_train_demo.py"
 
@@ -46,6 +56,9 @@ def assert_refused(done, *says, script="opt_train_demo.py") -> None:
     [
         ("--plugin zero3", ["zero3", "gemini"]),
         ("--precision fp8", ["fp8", "bf16"]),
+        ("--lora_adapter=", ["--lora_adapter is empty", "leave it out"]),
+        ("--text_column=", ["--text_column is empty", "leave it out"]),
+        ('--lr_scheduler_kwargs {"min_lr":NaN}', ["--lr_scheduler_kwargs", "no finite number"]),
         ("--batch_size 0", ["--batch_size", "at least 1"]),
         ("--batch_size 2.5", ["--batch_size", "2.5"]),
         ("--batch_size many", ["--batch_size", "many"]),
@@ -492,6 +505,21 @@ def test_no_mistake(tmp_path):
         assert part in done.stdout
     assert "kernels" not in done.stdout  # a CPU has none to miss
     assert not list(tmp_path.iterdir())
+
+
+def test_variables_of_a_launcher_that_is_not_there(tmp_path):
+    """MASTER_ADDR, which a job's script says to all that it starts, does not keep one process from
+    training; of several it is not enough. And no shell makes the home of --output_path=~/folder."""
+    flags = [*on_the_sample("")[:-2], "--output_path=~/out", "--max_train_steps", 1]
+    env = {"CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path), "MASTER_ADDR": "127.0.0.1"}
+    done = run(SCRIPT, *flags, "--no_save", env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) == 1
+    for more, says in (
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "MASTER_PORT and RANK are not set", "torchrun"]),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "x"}, ["MASTER_PORT is 'x'", "port"]),
+    ):
+        assert_refused(run(SCRIPT, *flags, env=env | more), *says)
 
 
 def test_a_dry_run_by_torchrun(tmp_path):

@@ -153,6 +153,11 @@ READ = {
         TWO,
         {"file that names its rows": 1},
     ),
+    "commas, whatever it is called.tsv.csv": (
+        'id,text\n1,"One, two."\n2,Three.\n',
+        TWO,
+        {"file whose texts are its column 'text'": 1},
+    ),
     "lists of pandas.json": (
         '{"id": [7, 8], "description": ["One, two.", "Three."]}',
         TWO,
@@ -196,6 +201,7 @@ def test_read_as_it_was_meant(tmp_path, name):
     assert read(tmp_path / name, content) == (expected, noted)
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 # Kinds of files that may mean several things, or that lack something -> what the line says.
 REFUSED = {
     "a comma in the first text.csv": (
@@ -260,6 +266,15 @@ REFUSED = {
         '{"train": [{"description": "x"}], "test": [{"description": "y"}]}',
         ["several lists (train, test)", "save one"],
     ),
+    "a list behind another.json": (
+        '[{"description": "x"}]\n[{"description": "y"}]\n',
+        ["line 2", "behind the list"],
+    ),
+    "words behind a list.json": ('[{"description": "x"}\n]\n\nx', ["line 4", "behind the list"]),
+    "a list in each line.jsonl": ('["x", "y"]\n["z", "w"]\n', ["line 2", "behind the list"]),
+    "Git LFS.csv": (LFS, ["Git LFS", "git lfs pull"]),
+    "Git LFS.parquet": (LFS, ["Git LFS", "git lfs pull"]),
+    "Git LFS.txt.gz": (LFS, ["Git LFS", "git lfs pull"]),
     "no such column.jsonl": ('{"plot": "x", "id": 1}\n', ["no column 'description'", "plot"]),
     "empty.txt": ("", ["empty file"]),
 }
@@ -292,6 +307,10 @@ def test_parquet_is_read_by_column(tmp_path):
     assert column("c") == ["a", "b", "a"]
     with pytest.raises(UserError, match="'n' holds int64, not text.*--text_column"):
         column("n")
+    twice = pyarrow.table([["x"], ["y"]], names=["description", "description"])
+    pyarrow.parquet.write_table(twice, file)
+    with pytest.raises(UserError, match="has 2 columns 'description': rename all but one"):
+        column("description")
 
 
 FIELDS = st.lists(
@@ -456,6 +475,8 @@ def test_encodings(tmp_path):
         assert found == ["Zürich, für €2" if encoding != "latin-1" else "Zürich, für e2"]
     with pytest.raises(UserError, match="line 2: byte 0xfc is not UTF-8.*--encoding"):
         read(tmp_path / "d.csv", content.encode("cp1252"))
+    with pytest.raises(UserError, match="is not utf-16 .* without a mark it is utf-16-le"):
+        read(tmp_path / "d.txt", "One.\n".encode("utf-16-le"), "--encoding", "utf-16")
     for name, content in (("zip", b"PK\x03\x04" + b"x" * 99), ("gzip", gzip.compress(b"x" * 99))):
         with pytest.raises(UserError, match=rf"is binary \({name}\)"):
             read(tmp_path / "d.txt", content)
@@ -488,7 +509,10 @@ def test_nested_fields(tmp_path):
         {"answer": {"text": None, "all": []}},
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "n.parquet")
+    table = pyarrow.Table.from_pylist(rows)
+    large = pyarrow.struct({"text": "large_string", "all": pyarrow.large_list(pyarrow.string())})
+    table = table.set_column(0, "answer", table["answer"].cast(large))  # as polars writes it
+    pyarrow.parquet.write_table(table, tmp_path / "n.parquet")
     expected = {"answer.text": ["x", None, None], "answer.all.1": ["z", None, None]}
     for column, wanted in (expected | {"a.b": ["w", None, None]}).items():
         assert read(tmp_path / "n.jsonl", lines, "--text_column", column)[0] == wanted
@@ -588,6 +612,48 @@ def test_files_globs_and_folders_in_their_order(tmp_path):
     assert found("f", split="held_out", flags=("--validation_split", "test"))[0] == ["u"]
     with pytest.raises(UserError, match="no split 'dev': its splits are train, test"):
         found("f", flags=("--train_split", "dev"))
+    # What is held out by name is what was kept for it, and never what others train on
+    flags = ("--validation_file", str(tmp_path / "f"))
+    assert found("b.csv", split="held_out", flags=flags)[0] == ["u"]
+    assert found("b.csv", flags=flags)[1].endswith(
+        f"held out: folder {tmp_path}/f, 2 files, split test"
+    )
+    for flag in ("--train_split", "--validation_split"):
+        with pytest.raises(UserError, match=f"{flag} dev is of none of the data sets"):
+            found("b.csv", flags=(flag, "dev"))
+    repeated = ["--dataset", str(tmp_path / "a.jsonl"), f"--dataset={tmp_path}/b.csv"]
+    of = texts.find(train_parser().parse_args(repeated))
+    assert [text.text for text in of.texts("train", Counter())] == ["y", "x"]
+    (tmp_path / "l").mkdir()
+    (tmp_path / "f").rename(tmp_path / "f [old]")
+    (tmp_path / "l" / "f").symlink_to(tmp_path / "f [old]")
+    for name, says in (
+        ("l", r"without a file .* \(1 link to folders not followed\)"),
+        ("f [old]", r"no folder with .* \["),
+    ):
+        with pytest.raises(UserError, match=says):
+            found(name)
+
+
+def test_a_folder_of_several_configurations(tmp_path):
+    """A clone of a data set on the Hub, whose README says what they are."""
+    for language in ("en", "de"):
+        (tmp_path / f"{language}.csv").write_text(f"description\n{language}\n")
+    configs = "".join(f"- config_name: {x}\n  data_files: {x}.csv\n" for x in ("en", "de"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+    def found(*flags):
+        of = source(tmp_path, *flags)
+        return [text.text for text in of.texts("train", Counter())], of.said
+
+    read_back, said = found("--dataset_config_name", "de")
+    assert read_back == ["de"] and said.endswith(
+        "1 of another form or split left aside, en.csv the first), de"
+    )
+    with pytest.raises(UserError, match="several configurations: choose one of en, de"):
+        found()
+    with pytest.raises(UserError, match="no configuration 'fr': choose one of en, de"):
+        found("--dataset_config_name", "fr")
 
 
 def test_what_datasets_has_saved(tmp_path):

@@ -97,11 +97,19 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     from opt.colossal.cpu import use_cpu
 
     alone = {}  # of several processes a launcher's variables say it
-    if "MASTER_ADDR" not in os.environ:
+    variables = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    missing = [name for name in variables if name not in os.environ]
+    if not missing and not os.environ["MASTER_PORT"].isdecimal():
+        raise UserError(
+            f"the environment variable MASTER_PORT is '{os.environ['MASTER_PORT']:.40}', not a "
+            "port: a launcher sets it"
+        )
+    if missing:  # MASTER_ADDR alone may be what a job's script says to all that it starts
         if here.world_size > 1:
             raise UserError(
-                f"WORLD_SIZE is {here.world_size}, but MASTER_ADDR and MASTER_PORT are not set: "
-                "use torchrun or colossalai run"
+                f"WORLD_SIZE is {here.world_size}, but of the environment's variables "
+                f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set: use torchrun "
+                "or colossalai run"
             )
         # It has its port from now on: of runs that begin side by side, two would find the same one
         # free, seconds before either takes it.

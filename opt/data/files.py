@@ -61,6 +61,7 @@ _BINARY = {
     b"PAR1": "parquet",
     b"ARROW1\0\0": "Arrow",
 }
+_LFS = b"version https://git-lfs"  # what a clone without Git LFS has in a file's place
 _DELIMITERS = ",\t;|"  # a csv has the first of them with which it has the columns
 # What a data set's texts are mostly called, in this order, if --text_column does not say it.
 USUAL_COLUMNS = ("description", "text")
@@ -103,15 +104,15 @@ class Row:
 
 def kind_of(path: Path | str) -> str | None:
     """csv, json, txt, parquet or arrow, by a file's name; None if that says something else."""
-    return _KINDS.get(_ending(path))
+    return _KINDS.get(ending(path))
 
 
 def is_archive(path: Path | str) -> bool:
     """Whether it holds files, by its name."""
-    return _ending(path) in _ARCHIVES
+    return ending(path) in _ARCHIVES
 
 
-def _ending(path: Path | str) -> str:
+def ending(path: Path | str) -> str:
     """Of a file's name, without that of compression."""
     path = Path(str(path).lower())
     return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
@@ -125,6 +126,9 @@ def rows(file: File, notes: Counter, tell: Callable[[int], None] = lambda _: Non
     """
     if not file.path.stat().st_size:
         raise Fault("is an empty file")
+    with open(file.path, "rb") as content:
+        if content.read(len(_LFS)) == _LFS:
+            raise Fault("is a pointer of Git LFS, not the file itself: run git lfs pull")
     readers = {"csv": _csv, "json": _json, "txt": _txt, "parquet": _parquet, "arrow": _arrow}
     opened = _Opened(file)
     try:
@@ -134,6 +138,11 @@ def rows(file: File, notes: Counter, tell: Callable[[int], None] = lambda _: Non
             yield Row(tuple(text and _repaired(text, notes) for text in row.fields), row.ends)
     except UnicodeDecodeError as error:
         raise _undecodable(opened, error) from error
+    except UnicodeError as error:  # which says no more than its text
+        raise Fault(
+            f"is not {file.encoding} ({error}): without a mark it is {file.encoding}-le or "
+            f"{file.encoding}-be"
+        ) from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise Fault(f"is damaged, or was cut off ({error}): copy it again") from error
 
@@ -217,8 +226,7 @@ def _csv(opened: _Opened, notes: Counter) -> Iterator[Row]:
     them."""
     delimiter, has_spaces, header, columns = _header(opened, notes)
     for column in columns:
-        if header.count(column) > 1:
-            raise Fault(f"has {header.count(column)} columns '{column}': rename all but one")
+        _check_is_one(header, column)
     places, width = [header.index(column) for column in columns], len(header)
     with opened.lines() as lines:
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=has_spaces, strict=True)
@@ -251,7 +259,7 @@ def _csv(opened: _Opened, notes: Counter) -> Iterator[Row]:
 def _header(opened: _Opened, notes: Counter) -> tuple[str, bool, list[str], tuple[str, ...]]:
     """A csv's delimiter, whether spaces follow it, its columns, and those that are asked for."""
     file, found = opened.file, []
-    known = file.delimiter or ("\t" if ".tsv" in file.path.name.lower()[-8:] else "")
+    known = file.delimiter or ("\t" if ending(file.path) == ".tsv" else "")
     for guess, has_spaces in itertools.product(known or _DELIMITERS, (False, True)):
         with opened.lines() as lines:
             try:
@@ -294,6 +302,11 @@ def _chosen(file: File, columns: tuple[str, ...], notes: Counter) -> tuple[str, 
     if not file.columns and columns != USUAL_COLUMNS[:1]:
         notes[f"file whose texts are its column '{columns[0]}'"] += 1
     return columns
+
+
+def _check_is_one(names: list[str], column: str) -> None:
+    if names.count(column) > 1:
+        raise Fault(f"has {names.count(column)} columns '{column}': rename all but one")
 
 
 def _no_column(file: File, names) -> Fault:
@@ -487,11 +500,14 @@ def _list(file) -> Iterator[tuple[int, object]]:
             if place < len(text) or not more():
                 return text[place : place + 1]
 
+    def here() -> int:
+        return line + text.count("\n", 0, place)
+
     sign()
     place += 1
-    if sign() == "]":
-        return
-    while True:
+    is_over = sign() == "]"
+    place += is_over
+    while not is_over:
         sign()
         try:
             element, end = decode(text, place)
@@ -499,15 +515,16 @@ def _list(file) -> Iterator[tuple[int, object]]:
             if more():
                 continue
             element = _decoded(decode, text, line, place)  # which says what is wrong
-        began, place, part = line + text.count("\n", 0, place), end, PART
+        began, place, part = here(), end, PART
         yield began, element
-        if sign() == "]":
-            return
-        if text[place : place + 1] != ",":
-            raise Fault(
-                "the list is not closed, or a comma is missing", line + text.count("\n", 0, place)
-            )
+        is_over = sign() == "]"
+        if not is_over and text[place : place + 1] != ",":
+            raise Fault("the list is not closed, or a comma is missing", here())
         place += 1
+    if sign():
+        raise Fault(
+            "something stands behind the list: a file holds one, or an object a line", here()
+        )
 
 
 def _decoded(decode, text: str, line: int, *place: int):
@@ -601,9 +618,10 @@ def _rows_of_batches(file: File, schema, batches: Callable, notes: Counter) -> I
     if not columns:
         raise _no_column(file, schema.names)
     _chosen(file, columns, notes)
-    for column in columns:
-        _check_arrow_type(schema, column, file)
     tops = [c if c in schema.names else c.split(".")[0] for c in columns]
+    for column, top in zip(columns, tops, strict=True):
+        _check_is_one(schema.names, top)
+        _check_arrow_type(schema, column, file)
     for batch in batches(list(dict.fromkeys(tops))):
         for row in batch.to_pylist():
             yield Row(tuple(_text(_value(row, c), file, c, None) for c in columns))
@@ -623,7 +641,7 @@ def _check_arrow_type(schema, column: str, file: File) -> None:
         for name in path:
             if types.is_struct(kind) and kind.get_field_index(name) >= 0:
                 kind = kind.field(name).type
-            elif types.is_list(kind) and name.isdecimal():
+            elif name.isdecimal() and (types.is_list(kind) or types.is_large_list(kind)):
                 kind = kind.value_type
             else:
                 raise _no_column(file, schema.names)

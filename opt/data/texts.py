@@ -24,7 +24,7 @@ WIKITEXT = "wikitext-2-raw"
 
 def cache_folder() -> Path:
     """Where tokens are kept, and what data sets on the Hub consist of."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opt-colossalai"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opt-colossalai"
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,14 @@ def find(plan: Namespace) -> Source:
         words += [f"held out: split {own}"] * bool(own)
         words += [f"left aside: {', '.join(aside)}"] * bool(aside)
         said.append(", ".join(words))
+    for flag, split in ("train", plan.train_split), ("validation", plan.validation_split):
+        if split not in (None, "none") and not any(split in one.splits for one in found):
+            raise UserError(f"--{flag}_split {split} is of none of the data sets: leave it out")
     for name in plan.validation_file or ():
         one = _find(f"--validation_file {name}", name, plan)
-        held_out.append(one.part(_train_split(one, None), form, plan))
-        said.append(f"held out: {one.said}")
+        own = next((s for s in ("validation", "test") if s in one.splits), _train_split(one, None))
+        held_out.append(one.part(own, form, plan))
+        said.append(f"held out: {one.said}" + f", split {own}" * (len(one.splits) > 1))
     wants = plan.eval_fraction or plan.validation_file or plan.validation_split
     splits = {"train": train} | ({"held_out": held_out} if held_out and wants else {})
     return Source("; ".join(said), splits, form)
@@ -273,7 +277,7 @@ def _find(asked_for: str, name: str, plan: Namespace) -> _Found:
     if os.path.isfile(name):
         return _Found(asked_for, f"local file {name}", {"train": [Path(name)]})
     if os.path.isdir(name):
-        return _folder(asked_for, Path(name))
+        return _folder(asked_for, Path(name), plan.dataset_config_name)
     if name == WIKITEXT:
         found = _on_the_hub(asked_for, "Salesforce/wikitext", "wikitext-2-raw-v1")
         return replace(found, column="text", is_joined=True)
@@ -320,16 +324,23 @@ def _builder(asked_for: str, name: str, config: str | None, others: bool = False
         ) from error
 
 
-def _folder(asked_for: str, folder: Path) -> _Found:
-    """A folder as a repository on the Hub would be read: splits by the files' names, or README; or
-    what `datasets` has saved."""
+def _folder(asked_for: str, folder: Path, config: str | None) -> _Found:
+    """A folder as a repository on the Hub would be read: splits by the files' names, or README,
+    which may have several configurations; or what `datasets` has saved."""
     if saved := _saved(asked_for, folder):
         return _Found(asked_for, f"folder {folder}, saved by datasets", saved)
     there = [path for path in sorted(folder.rglob("*")) if path.is_file() and files.kind_of(path)]
     there = [p for p in there if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
+    linked = sum(path.is_symlink() and path.is_dir() for path in folder.rglob("*"))
+    links = f" ({linked} link{'s' * (linked != 1)} to folders not followed)" * bool(linked)
     if not there:
-        raise UserError(f"{asked_for} is a folder without a file that ends in {files.KINDS}")
-    builder = _builder(asked_for, str(folder.resolve()), None)
+        raise UserError(f"{asked_for} is a folder without a file that ends in {files.KINDS}{links}")
+    if glob.has_magic(str(folder.resolve())):  # `datasets` takes it for a pattern
+        raise UserError(
+            f"{asked_for}: no folder with *, ? or [ in its name or above it can be read: rename "
+            "it, or name its files"
+        )
+    builder = _builder(asked_for, str(folder.resolve()), config, others=True)
     splits = {
         str(split): [Path(path) for path in paths]
         for split, paths in (builder.config.data_files or {}).items()
@@ -341,7 +352,10 @@ def _folder(asked_for: str, folder: Path) -> _Found:
     if aside:
         first = os.fsencode(aside[0]).decode(errors="backslashreplace")
         said += f" ({len(aside)} of another form or split left aside, {first} the first)"
-    return _Found(asked_for, said, splits, delimiter=_separator(builder))
+    said += links
+    config = config if config == builder.config.name else None
+    said += f", {config}" * bool(config)
+    return _Found(asked_for, said, splits, config=config, delimiter=_separator(builder))
 
 
 def _saved(asked_for: str, folder: Path) -> dict[str, list[Path]]:
@@ -361,6 +375,8 @@ def _saved(asked_for: str, folder: Path) -> dict[str, list[Path]]:
             ]
             for split, state in states.items()
         }
+    except PermissionError as error:
+        raise UserError(f"{asked_for} cannot be read ({error.strerror})") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{asked_for} is not all of what datasets' save_to_disk writes "
@@ -409,8 +425,14 @@ def _on_the_hub(
             },
             "delimiter": _separator(remote),
         }
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(found))
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(found))
+        except OSError as error:
+            raise UserError(
+                f"{asked_for}: its files' names cannot be kept ({error}): choose another folder "
+                "with XDG_CACHE_HOME"
+            ) from error
 
     def download(paths: list[str]) -> Path:
         how = {"revision": found["commit"], "allow_patterns": paths}
@@ -453,8 +475,14 @@ def _identity(file: File, part: Part) -> list:
     how = [file.delimiter, file.encoding, file.is_one_text, file.columns]
     if part.commit:
         return [file.path.name, *how]
-    with open(file.path, "rb") as content:
-        return [hashlib.file_digest(content, "sha256").hexdigest(), file.path.suffix.lower(), *how]
+    try:
+        with open(file.path, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{part.asked_for} cannot be read ({error.strerror}: {file.path})"
+        ) from error
+    return [digest, files.ending(file.path), file.path.suffix.lower(), *how]
 
 
 def _state(file: Path) -> tuple:
