@@ -95,7 +95,7 @@ print(model.lm_head.weight.grad.abs().sum().item() > 0)
     assert learns == "True"
 
 
-def test_a_fifth_plugin(tmp_path):
+def test_a_new_plugin(tmp_path):
     """CONTRIBUTING.md's: one file and one line, in a copy of the project. It trains as torch_ddp
     does, over two processes, and saves and resumes."""
     guide = (REPO / "CONTRIBUTING.md").read_text()
@@ -112,14 +112,14 @@ def test_a_fifth_plugin(tmp_path):
     flags = ["--max_train_steps", "6", "--eval_fraction", "0", "--batch_size", "4"]
     train(tmp_path / "reference", *flags, "--plugin", "torch_ddp", nproc=2)
 
-    def fifth(output: Path, *more) -> list[float]:
+    def run_new(output: Path, *more) -> list[float]:
         given = ["--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA, *flags]
         given += ["--plugin", "torch_ddp_plain", "--output_path", output, *more]
         done = finish(start(copy / "opt_train_demo.py", *given, nproc=2), 120)
         assert done.returncode == 0, done.stderr[-3000:]
         return losses(output)
 
-    through = fifth(tmp_path / "through", "--save_steps", "3")
+    through = run_new(tmp_path / "through", "--save_steps", "3")
     assert through == pytest.approx(losses(tmp_path / "reference"), abs=1e-5)
     saved = tmp_path / "through" / "checkpoints" / "step-00000003"
-    assert fifth(tmp_path / "resumed", "--resume", saved) == through
+    assert run_new(tmp_path / "resumed", "--resume", saved) == through

@@ -1,4 +1,4 @@
-"""HybridAdam without a compiler, parameter groups, the learning-rate schedule."""
+"""ColossalAI's HybridAdam with an update that needs no compiler, and its parameter groups."""
 
 import math
 from collections.abc import Callable, Iterator

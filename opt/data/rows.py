@@ -81,10 +81,10 @@ def open_dataset(directory: Path) -> Dataset:
 
 def held_out(number: int, fraction: float, seed: int) -> np.ndarray:
     """Which of `number` texts are held out: (number,) of bool."""
-    held_out = np.zeros(number, bool)
+    mask = np.zeros(number, bool)
     chosen = np.random.default_rng(seed).permutation(number)[: round(number * fraction)]
-    held_out[chosen] = True
-    return held_out
+    mask[chosen] = True
+    return mask
 
 
 def first_of(mask: np.ndarray, number: int | None) -> np.ndarray:
@@ -93,7 +93,7 @@ def first_of(mask: np.ndarray, number: int | None) -> np.ndarray:
 
 
 def select(part: Path, source: str, split: str, mask: np.ndarray | None, plan, tokenizer) -> None:
-    """SPLIT.tokens and SPLIT.all.chosen, of the texts of `source` that `mask` has, or of all."""
+    """Write SPLIT.tokens and SPLIT.all.chosen: the texts of `source` where `mask` is, or all."""
     tokens = mapped(part / f"{source}.all", np.int32)
     whole = mapped(part / f"{source}.all.texts", TEXT)
     first = start = total = 0
@@ -127,6 +127,7 @@ def _texts(ends: np.ndarray, contexts: np.ndarray) -> np.ndarray:
 
 
 def hold_out_the_end(part: Path, fraction: float) -> None:
+    """Move the last `fraction` of the training tokens to held_out.tokens."""
     tokens = mapped(part / "train.tokens", np.int32)
     keep = len(tokens) - round(len(tokens) * fraction)
     with open(part / "held_out.tokens", "wb") as out:

@@ -113,9 +113,9 @@ def adamw(
         outputs: 16-bit tensors that the updated `params` are also written to, or None.
         divisor: fp32 scalar tensor on the same device: gradients are divided by it. If it is not
             finite, nothing changes.
-        rates: fp32 (3,) on the same device: learning rate, 1 - beta1**t, sqrt(1 - beta2**t), t
-            being the number of this update. What changes from update to update is read there, so
-            that a recorded one can be replayed.
+        rates: fp32 (4,) on the same device, of adam.rates_of(): learning rate, 1 - beta1**t,
+            sqrt(1 - beta2**t), and t, the number of this update, which is not read here. What
+            changes from update to update is read there, so that a recorded one can be replayed.
     """
     pointers, blocks, aligned = _tables(
         [grads, params, exp_avgs, exp_avg_sqs, *([outputs] if outputs else [])]

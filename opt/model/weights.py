@@ -172,11 +172,6 @@ class Weights(Mapping):
     def __len__(self):
         return len(self._names)
 
-    def copy(self):
-        """What GeminiDDP.load_state_dict calls before it reads; there is nothing here that it could
-        change."""
-        return self
-
 
 class CheckpointWeights(Weights):
     """The weights in a local directory, whatever their file format and layout. Reads with mmap, one
