@@ -262,6 +262,25 @@ def test_resume_under_another_plugin_and_number_of_ranks(
     assert ("model and Adam's state are taken over" in done.stdout) == ("--plugin" in flags)
 
 
+def test_dropout_of_two_data_parallel_ranks_is_not_that_of_two_tensor_parallel_ones(
+    reference, model, tmp_path
+):
+    """Ranks that hold shares of the same layers drop the same elements; those of two batches do
+    not."""
+    flags = (*reference_flags(reference, model)[:-4], "--dropout", 0.2, "--no_save")
+    flags = (*flags, "--save_steps", 1, "--batch_size", 8)
+    train(tmp_path, *flags, "--max_train_steps", 1, nproc=2)
+    tp = (*HYBRID, "--tp_size", 2, "--precision", "fp32", "--resume", "auto")
+    train(tmp_path, *flags, "--max_train_steps", 2, *tp, nproc=2)
+    checkpoints = [tmp_path / "checkpoints" / f"step-0000000{step}" for step in (1, 2)]
+    for checkpoint, is_same in zip(checkpoints, (False, True), strict=True):
+        states = {}
+        for file in checkpoint.glob("*.safetensors"):
+            states |= {n: t for n, t in load_file(file).items() if n.startswith("rng/")}
+        first, second = (states[f"rng/{rank}/cpu"] for rank in (0, 1))
+        assert torch.equal(first, second) == is_same
+
+
 def test_resume_in_an_epoch_with_smaller_batches_leaves_out_no_row(reference, model, tmp_path):
     """After 48 of 64 rows, 16 are left: one step for two ranks of 8, six for one rank of 3."""
     checkpoint = reference / "output" / "checkpoints" / "step-00000003"

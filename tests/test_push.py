@@ -48,7 +48,7 @@ def test_prompts_and_upload(tmp_path):
 
 
 def test_uploading_over_another_model_and_refusals(tmp_path, monkeypatch, capsys):
-    """Shards of the model before go, other files stay; what is wrong with token or repository is
+    """Shards and adapters of the model before go, other files stay; what is wrong with token or repository is
     said before training; a Hub that fails after it is a line."""
     with serving(tmp_path / "hub") as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -56,7 +56,8 @@ def test_uploading_over_another_model_and_refusals(tmp_path, monkeypatch, capsys
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         old = hub.repository("models", "lab/old")
         old.mkdir(parents=True)
-        for name in ("model-00001-of-00002.safetensors", "notes.txt"):
+        adapter = ("adapter_config.json", "adapter_model.safetensors")  # which loaders would follow
+        for name in ("model-00001-of-00002.safetensors", "notes.txt", *adapter):
             (old / name).write_text("of another model")
         output = tmp_path / "output"
         output.mkdir()

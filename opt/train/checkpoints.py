@@ -126,15 +126,19 @@ class Saver:
         """Put its state into a run that was built with its weights, in fp32 where Adam updates
         them.
 
-        The random-number state is taken up where the number of processes is the same; otherwise
-        dropout starts from the seed.
+        The random-number state is taken up where each process has the place that it had: shares of
+        the same layers drop the same elements, and batches do not. Otherwise dropout starts from
+        the seed.
         """
         for kind in self._state.kinds[1:]:
             self._state.load(kind, checkpoint.tensors(kind))
         self._state.updates = checkpoint.state["updates"]
         set_step(self._lr_schedule, checkpoint.position.step)
         load_scaler_state(self._optimizer, checkpoint.state["scaler"] or {})
-        if checkpoint.state["world_size"] == self._here.world_size:
+        before, sizes = checkpoint.state, ("tp_size", "pp_size")
+        if before["world_size"] == self._here.world_size and all(
+            before["arguments"][name] == getattr(self._plan, name) for name in sizes
+        ):
             _set_rng_state(checkpoint.tensors("rng"), self._here)
         self.saved = checkpoint.path
 

@@ -14,7 +14,10 @@ _FILES = (
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 # Of a model that was there before: loaders would take it, or parts of it, for the new one.
-_OLD = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+_OLD = (
+    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*"),
+    *("adapter_config.json", "adapter_model.*"),
+)
 
 
 def check(plan: Namespace) -> None:
