@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Extend(argparse.Action):
-    """A flag's values behind those that it was given before."""
+    """argparse's "extend" for a flag with a default, which it would keep in front."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest, self.default)
@@ -486,7 +486,7 @@ def train_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--validation_file",
-        action=_Extend,
+        action="extend",
         type=_path,
         nargs="+",
         help="files, folders or Hub ids to evaluate on, of which a split validation or test if "

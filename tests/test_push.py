@@ -48,8 +48,8 @@ def test_prompts_and_upload(tmp_path):
 
 
 def test_uploading_over_another_model_and_refusals(tmp_path, monkeypatch, capsys):
-    """Shards and adapters of the model before go, other files stay; what is wrong with token or repository is
-    said before training; a Hub that fails after it is a line."""
+    """Shards and adapters of the model before go, other files stay; what is wrong with token or
+    repository is said before training; a Hub that fails after it is a line."""
     with serving(tmp_path / "hub") as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -329,9 +329,10 @@ def _folder(asked_for: str, folder: Path, config: str | None) -> _Found:
     which may have several configurations; or what `datasets` has saved."""
     if saved := _saved(asked_for, folder):
         return _Found(asked_for, f"folder {folder}, saved by datasets", saved)
-    there = [path for path in sorted(folder.rglob("*")) if path.is_file() and files.kind_of(path)]
+    inside = sorted(folder.rglob("*"))
+    there = [path for path in inside if path.is_file() and files.kind_of(path)]
     there = [p for p in there if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
-    linked = sum(path.is_symlink() and path.is_dir() for path in folder.rglob("*"))
+    linked = sum(path.is_symlink() and path.is_dir() for path in inside)
     links = f" ({linked} link{'s' * (linked != 1)} to folders not followed)" * bool(linked)
     if not there:
         raise UserError(f"{asked_for} is a folder without a file that ends in {files.KINDS}{links}")

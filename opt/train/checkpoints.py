@@ -135,10 +135,9 @@ class Saver:
         self._state.updates = checkpoint.state["updates"]
         set_step(self._lr_schedule, checkpoint.position.step)
         load_scaler_state(self._optimizer, checkpoint.state["scaler"] or {})
-        before, sizes = checkpoint.state, ("tp_size", "pp_size")
-        if before["world_size"] == self._here.world_size and all(
-            before["arguments"][name] == getattr(self._plan, name) for name in sizes
-        ):
+        before = checkpoint.state["arguments"] | {"world_size": checkpoint.state["world_size"]}
+        now = vars(self._plan) | {"world_size": self._here.world_size}
+        if all(before[size] == now[size] for size in ("world_size", "tp_size", "pp_size")):
             _set_rng_state(checkpoint.tensors("rng"), self._here)
         self.saved = checkpoint.path
 

@@ -292,8 +292,6 @@ def _check_length(flag: str, length: int, config: OPTConfig) -> None:
 def _check_writable(output_path: str) -> None:
     """Write and remove a file where the results will go, or in the nearest folder above that
     exists."""
-    if not output_path:
-        raise UserError("--output_path is empty: name a directory")
     target = output_directory(output_path)
     if is_one_file(output_path) and os.path.isdir(output_path):
         raise UserError(
