@@ -118,7 +118,7 @@ def batches_of(rows: Rows, run: plans.Run, boosted: Boosted, seed=None) -> Batch
 
 
 def train(run: plans.Run) -> bool:
-    """From the model to the saved model. False if a signal has stopped it."""
+    """From the model to the saved model. False if a signal has stopped it, or came meanwhile."""
     plan, dataset, total = run.plan, run.dataset, run.steps.total_steps
     control = Control(run.here)
     boosted = boost_for(run)
@@ -146,8 +146,7 @@ def train(run: plans.Run) -> bool:
             if stopped_by or is_last:
                 break
         saver.finish()
-    result.save(run, boosted.plugin, saver, position.step, stopped_by)
-    return not stopped_by
+    return result.save(run, boosted.plugin, saver, control, position.step, stopped_by)
 
 
 def train_step(boosted: Boosted, batches: list[Batch]):

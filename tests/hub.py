@@ -130,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if not self._is_somebody():
             return self._answer(401, {"error": "Invalid username or password."})
+        if self.hub.mode == "silent":
+            self.hub.stopped.wait()
         if self.hub.mode != "serve":
             return self._answer(500, {"error": "Internal Server Error"})
         path = unquote(urlsplit(self.path).path)

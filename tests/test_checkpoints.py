@@ -95,6 +95,11 @@ def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
+def gpu(flags):
+    """A case for one process on a GPU."""
+    return pytest.param(None, flags, marks=pytest.mark.gpu)
+
+
 def start(output, name, *more):
     """Nine steps of `name`'s in epochs of four, dropout on, a checkpoint at 3, 4, 6, 8 and 9."""
     processes, flags, _ = RUNS[name]
@@ -351,6 +356,19 @@ def test_another_run_is_not_taken_up(reference, model, tmp_path):
     with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoints.find(str(tmp_path), tmp_path)
 
+    # Nor goes on where another one's are, which would count as left behind, and be removed
+    other = tmp_path / "other"
+    shutil.copytree(reference / "output" / "checkpoints", other / "checkpoints")
+    there = sorted(path.name for path in (other / "checkpoints").iterdir())
+    elsewhere = reference / "output" / "checkpoints" / "step-00000003"
+    resume = ("--output_path", other, "--resume", elsewhere)
+    line = refused(*flags, *resume)
+    assert "step-00000009 the newest" in line and "to go on from another, move them away" in line
+    assert sorted(path.name for path in (other / "checkpoints").iterdir()) == there
+    assert checkpoints.find(str(elsewhere), other, saves=False).path == elsewhere
+    own = other / "checkpoints" / "step-00000003"
+    assert checkpoints.find(str(own), other).path == own
+
     saved = checkpoints.find("auto", reference / "output")
     rows = Rows.__new__(Rows)
     rows.checksum = "that of other rows"
@@ -539,9 +557,13 @@ def poisoned(tmp_path_factory) -> Path:
         (2, ("--batch_size", 1)),
         long(2, ("--batch_size", 1, "--plugin", "gemini", "--max_norm", 0)),
         long(2, ("--batch_size", 2, *HYBRID, "--tp_size", 2)),
+        long(2, ("--batch_size", 2, *HYBRID, "--tp_size", 2, "--precision", "bf16")),
         (2, ("--batch_size", 1, "--plugin", "low_level_zero", "--precision", "bf16")),
+        gpu(("--batch_size", 2, "--plugin", "torch_ddp", "--precision", "bf16")),
+        gpu(("--batch_size", 2, "--plugin", "low_level_zero", "--precision", "bf16")),
+        gpu(("--batch_size", 2, "--plugin", "low_level_zero", "--cuda_graph")),
+        gpu(("--batch_size", 2, "--plugin", "low_level_zero", "--optim", "adamw_8bit")),
     ],
-    ids=["torch_ddp", "gemini", "tp=2", "low_level_zero"],
 )
 def test_steps_with_nan_are_skipped(nproc, flags, poisoned, tmp_path):
     flags = (
@@ -555,7 +577,7 @@ def test_steps_with_nan_are_skipped(nproc, flags, poisoned, tmp_path):
         "--num_epoch",
         1,
     )
-    done = train(tmp_path, *flags, "--learning_rate", 1e-3, nproc=nproc)
+    done = train(tmp_path, *flags, "--learning_rate", 1e-3, "--save_steps", 8, nproc=nproc)
     lines = metrics(tmp_path)
     skipped = [line["step"] for line in lines if line.get("skipped")]
     assert [line["step"] for line in lines if line["loss"] is None] == skipped and 3 <= len(
@@ -567,6 +589,10 @@ def test_steps_with_nan_are_skipped(nproc, flags, poisoned, tmp_path):
     )
     weights = load_file(tmp_path / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+    # Adam's bias correction goes by the updates, and not by the steps
+    newest = checkpoints.find("auto", tmp_path)
+    last = newest.position.step
+    assert newest.state["updates"] == last - sum(step <= last for step in skipped) >= 16
 
 
 def test_too_many_bad_steps_in_a_row(poisoned, tmp_path):

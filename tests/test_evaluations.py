@@ -137,6 +137,22 @@ def test_a_resumed_run_has_the_same_best_and_the_same_patience(through, texts, t
     assert not checkpoints.Checkpoint.read(newest).has_lost_its_best
 
 
+def test_losses_of_other_texts_are_not_compared(through, texts, tmp_path):
+    """Held-out texts that are easier: what the run had come to on the others says nothing about
+    them."""
+    output = shutil.copytree(through, tmp_path / "output")
+    best, last = best_and_last(through)
+    flags = (*WORSE, "--dataset", texts, "--batch_size", 16, "--save_steps", 1)
+    flags += ("--max_eval_samples", 1, "--early_stopping_patience", 9, "--resume", "auto")
+    assert last < 12
+    done = train(output, *flags)
+    assert "other texts are held out" in done.stdout
+    found = {step: loss for step, loss in evaluated(output).items() if step > last}
+    chosen = min(found, key=found.get)
+    assert max(found) == 12 and f"after step {chosen}: its weights are saved" in done.stdout
+    assert checkpoints.find("auto", output).evaluations.best_step == chosen
+
+
 def test_evaluation_alone_says_what_training_said(through, texts, tmp_path):
     best, _ = best_and_last(through)
     checkpoint = through / "checkpoints" / f"step-{best:08d}"

@@ -238,6 +238,27 @@ def test_another_models_config_is_not_taken_the_place_of(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "output, beside",
+    [
+        ("model.safetensors", "adapter_config.json"),
+        ("pytorch_model.bin", "model.safetensors"),
+        ("pytorch_model.bin", "model.safetensors.index.json"),
+    ],
+)
+def test_one_file_that_no_loader_would_find(output, beside, runs, tmp_path):
+    """Before training: from_pretrained of that folder takes what is beside it."""
+    plan = Settings(output_path=str(tmp_path / output), no_save=False)
+    source = load_config(runs.model)
+    (tmp_path / beside).write_text("{}")
+    with pytest.raises(UserError, match=f"{output}: .*{beside} is there"):
+        checks._check_beside(plan, source)
+    # Nobody looks for this name; and what is looked for later may lie there
+    checks._check_beside(plan.but(output_path=str(tmp_path / "mine.bin")), source)
+    (tmp_path / beside).rename(tmp_path / "pytorch_model.bin.index.json")
+    checks._check_beside(plan, source)
+
+
+@pytest.mark.parametrize(
     "base, dataset, wanted",
     [
         (

@@ -81,6 +81,28 @@ def test_updates_are_those_of_adamw(device, grad_dtype, div_scale):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_step_that_changes_nothing_is_none(device):
+    """Gradients that are not finite come among the others: the rest are AdamW's, which has never
+    seen them."""
+    ours, theirs = small_network(device), small_network(device)
+    hybrid = HybridAdam(decay_groups(ours, 0), lr=1e-2)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0)
+    for step, grads in enumerate(gradients(ours, torch.float32, 12)):
+        is_bad = step in (2, 3, 9)
+        for mine, reference, grad in zip(
+            ours.parameters(), theirs.parameters(), grads, strict=True
+        ):
+            mine.grad, reference.grad = grad * (math.nan if is_bad else 1), grad
+        hybrid.step(grad_norm=hybrid.grad_norm())
+        if not is_bad:
+            adamw.step()
+        for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6)
+    hybrid.settle()
+    assert {state["step"] for state in hybrid.state.values()} == {9}
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_16_bit_weights_follow_and_a_divisor_that_is_not_finite_stops_all(monkeypatch, device):
     monkeypatch.setattr(adam, "PIECE", 4096)  # the largest tensor is cut into three
     torch.manual_seed(0)

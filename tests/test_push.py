@@ -1,5 +1,7 @@
 """What becomes of the trained model: what it writes after a prompt, and its upload to the Hub."""
 
+import signal
+import time
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -10,7 +12,7 @@ import transformers
 from opt.errors import UserError
 from opt.train import hub as push_to_hub
 
-from .conftest import train
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, run, start, train
 from .hub import TOKEN, serving
 
 PROMPTS = ["A young detective", "When the war"]
@@ -45,6 +47,48 @@ def test_prompts_and_upload(tmp_path):
             )
             text = tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
             assert line == f"  - {prompt} -> {' '.join(text.split())}"
+
+
+def test_a_signal_during_the_upload_ends_it(tmp_path):
+    """The model is saved by then: nothing waits for a second one."""
+    with serving(tmp_path / "hub") as hub:
+        env = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        flags = ("--max_train_steps", 2, "--push_to_hub", "lab/new", "--output_path", tmp_path)
+        given = ("--model_name_or_path", SAMPLE_MODEL, "--dataset", SAMPLE_DATA)
+        process = start(REPO / "opt_train_demo.py", *given, *flags, env=env)
+
+        def await_request(part):
+            until = time.monotonic() + 90
+            while not hub.requests or part not in hub.requests[-1]:
+                assert process.poll() is None and time.monotonic() < until, hub.requests
+                time.sleep(0.02)
+
+        await_request("/api/repos/create")
+        hub.mode = "silent"
+        await_request("/api/models/lab/new/tree/main")
+        process.send_signal(signal.SIGINT)
+        done = finish(process, timeout=10)
+        assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].endswith("SIGINT: stopped at once")
+        assert "saved the model" in done.stdout and "stopped after step" not in done.stdout
+        hub.stopped.set()
+
+
+def test_a_signal_after_the_last_step():
+    """It is known when all is saved; and another one does what it does anywhere."""
+    code = """
+import os, signal, time
+from opt.colossal import processes
+from opt.train.signals import Control
+control = Control(processes.place())
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.5)
+print(control.close().name, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+"""
+    done = run("-c", code)
+    assert (done.stdout, done.returncode) == ("SIGUSR1\n", -signal.SIGTERM), done.stderr
 
 
 def test_uploading_over_another_model_and_refusals(tmp_path, monkeypatch, capsys):

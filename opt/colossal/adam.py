@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from colossalai.accelerator import get_accelerator
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
@@ -174,6 +175,9 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
         super().__init__(*args, **kwargs)
         # By parameter group and device
         self._rates: dict[tuple[int, torch.device], torch.Tensor] = {}
+        # The last update's gradient norm, and when it is there
+        self._norm: torch.Tensor | None = None
+        self._norm_came = None
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of all gradients of this process, a scalar on the device."""
@@ -189,6 +193,7 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
     ):
         """One update, of gradients divided by `div_scale`, if that is over 0, and scaled down from
         `grad_norm` to `max_norm`; none if `grad_norm`, or what find_norm gives, is not finite."""
+        self.settle()
         norm = self.find_norm() if self.find_norm else grad_norm
         divisor = div_scale if div_scale > 0 else 1.0
         if isinstance(norm, torch.Tensor) and norm.is_cuda:
@@ -210,6 +215,8 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
             if later:
                 self.count(group, later)
                 self.host_adam.update_later(group, later, divisor)
+        if isinstance(norm, torch.Tensor):
+            self.counted_by(norm)
 
     def count(self, group: dict, params: list) -> None:
         """Before an update of parameters of `group`, on one device: one more for each, and the
@@ -224,6 +231,30 @@ class HybridAdam(colossalai_optimizer.HybridAdam):
             self._rates[id(group), device].copy_(
                 rates_of(group["lr"], *group["betas"], state["step"]), non_blocking=True
             )
+
+    def counted_by(self, norm: torch.Tensor) -> None:
+        """After an update that changes nothing if the gradient's `norm`, on its device, is not
+        finite: settle() will take that into account, and need not wait for this update then."""
+        if norm.is_cuda:
+            if self._norm_came is None:
+                self._pinned = torch.empty((), pin_memory=True)
+                self._norm_came = get_accelerator().Event()
+            self._norm = self._pinned.copy_(norm, non_blocking=True)
+            self._norm_came.record()
+        else:
+            self._norm = norm
+
+    def settle(self) -> None:
+        """Take the last update out of the count if it has changed nothing, as torch.optim.AdamW's
+        fused one does. To be called before the count is used."""
+        if self._norm is None:
+            return
+        if self._norm_came:
+            self._norm_came.synchronize()
+        if not math.isfinite(self._norm):
+            for state in self.state.values():
+                state["step"] -= 1
+        self._norm = None
 
     def update_group(
         self,

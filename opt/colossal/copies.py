@@ -71,11 +71,15 @@ class Copies(Form):
         if self.replay is None or not self.replay.is_recorded:
             self._collected = self.collect()
         adam = self.optimizer.optim
+        adam.settle()
         for number, group in enumerate(adam.param_groups):
             masters = [master for part in self._collected for master in part[number].masters]
             if masters:
                 adam.count(group, masters)
-        self.optimizer._current_grad_norm = self.replay() if self.replay else self.run()
+        norm = self.replay() if self.replay else self.run()
+        if norm is not None:
+            adam.counted_by(norm)
+        self.optimizer._current_grad_norm = norm
         if self.replay is None:
             self._collected = []  # the gradients can go
         adam._opt_called = True  # or the schedule warns: it watches HybridAdam.step

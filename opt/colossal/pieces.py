@@ -229,6 +229,7 @@ class TrainingState:
     def updates(self) -> int:
         """How many updates Adam has made: its bias correction depends on it. Skipped steps make it
         fewer than the steps."""
+        self._adam.settle()
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
     @updates.setter

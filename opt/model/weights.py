@@ -382,6 +382,12 @@ def _tensors_in(content, file: Path) -> tuple[dict[str, torch.Tensor], list[str]
     return tensors, notes
 
 
+def taken_before(name: str) -> tuple[str, ...] | None:
+    """Names of weights files that loaders of a folder take before the one of this `name`; None if
+    they do not look for it."""
+    return _FILES[: _FILES.index(name)] if name in _FILES else None
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the directory's weights; empty where there are none. Raises UserError for
     a missing shard."""

@@ -8,7 +8,7 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
                                  exp_avg_scale/..., exp_avg_sq_scale/...), and its random-number
                                  state (rng/...)
     state.json                   position in the data, Adam's count of updates, loss scale, plan,
-                                 checksum of the data, the best evaluation so far
+                                 checksums of the data, the best evaluation so far
     metrics.jsonl                the run's up to here
     manifest.json                bytes and SHA-256 of each of these
 
@@ -31,7 +31,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ class Saver:
         of the checkpoint that the run goes on from, if there is one."""
         model = run.weights
         self._directory, self._plan = folder(run.output), run.plan
-        self._here, self._control, self._rows = run.here, control, run.dataset.train
+        self._here, self._control, self._dataset = run.here, control, run.dataset
         self._optimizer, self._lr_schedule = boosted.optimizer, boosted.lr_schedule
         self._boosted, self._model = boosted, model
         self.evaluations = run.before.evaluations if run.before else Evaluations()
@@ -164,7 +164,8 @@ class Saver:
                 "scaler": scaler_state(self._optimizer),
                 "world_size": self._here.world_size,
                 "arguments": vars(self._plan),
-                "data": self._rows.checksum,
+                "data": self._dataset.train.checksum,
+                "held_out": self._dataset.held_out.checksum,
                 "frozen": self._frozen_checksum,
                 "evaluations": self.evaluations.state(),
                 "tracking": tracking or {},
@@ -318,6 +319,17 @@ class Checkpoint:
         """What the run's evaluations had come to."""
         return Evaluations(**self.state.get("evaluations", {}))
 
+    def was_evaluated_on(self, held_out: Rows) -> bool:
+        """Whether its run's evaluations were on these. Older checkpoints do not say it."""
+        return self.state.get("held_out", held_out.checksum) == held_out.checksum
+
+    def comparable(self, held_out: Rows) -> "Checkpoint":
+        """The same; without evaluations if they were on others, whose losses say nothing about
+        those to come."""
+        if self.was_evaluated_on(held_out):
+            return self
+        return replace(self, state=self.state | {"evaluations": {}, "best": None})
+
     @property
     def best(self) -> Path | None:
         """The checkpoint of the best evaluation up to here; None where there was none, or it is
@@ -381,29 +393,31 @@ def complete(directory: Path) -> list[Path]:
     )
 
 
-def find(resume: str | None, output_directory: Path) -> Checkpoint | None:
+def find(resume: str | None, output_directory: Path, saves: bool = True) -> Checkpoint | None:
     """The checkpoint that --resume asks for, all of its files checked; None to start anew. Raises
-    UserError."""
-    there = complete(folder(output_directory))
-    if resume is None:
-        if there:
-            raise UserError(
-                f"{folder(output_directory)} has checkpoints, {there[-1].name} the newest: go on "
-                "from it with --resume auto; to start anew, move them away or choose another "
-                "--output_path"
-            )
-        return None
+    UserError; also, if the run `saves` checkpoints of its own, where another run's are."""
+    own = folder(output_directory)
+    there = complete(own)
     if resume == "auto":
         if not there:
             return None
         path = there[-1]
-    else:
+    elif resume:
         path = Path(resume)
         if not (path / _MANIFEST).is_file():
             raise UserError(
                 f"--resume {resume} is not a complete checkpoint, a folder with {_MANIFEST}: give "
                 "one, or auto for the newest"
             )
+    is_own = resume and path.resolve().parent == own.resolve()
+    if there and saves and not is_own:  # which this run would take for its own, and remove
+        raise UserError(
+            f"{own} has checkpoints, {there[-1].name} the newest: go on from it with --resume "
+            f"auto; to {'go on from another' if resume else 'start anew'}, move them away or "
+            "choose another --output_path"
+        )
+    if resume is None:
+        return None
     damage = _damage(path)
     if damage:
         before = [c for c in complete(path.parent) if c.name < path.name]

@@ -316,9 +316,20 @@ _OF_A_FILE += ("quantization_config", "_attn_implementation_autoset")
 
 
 def _check_beside(plan: Namespace, source: OPTConfig) -> None:
-    """Of a one-file output: that config.json beside it, if there is one, is this model's."""
-    file = output_directory(plan.output_path) / "config.json"
-    if plan.no_save or not is_one_file(plan.output_path) or not file.is_file():
+    """Of a one-file output: that config.json beside it, if there is one, is this model's, and that
+    no loader of the folder takes other weights."""
+    if plan.no_save or not is_one_file(plan.output_path):
+        return
+    output = Path(plan.output_path)
+    before = weights.taken_before(output.name)
+    names = () if before is None else (lora.CONFIG_FILE, *before)
+    if hides := next((name for name in names if output.with_name(name).is_file()), None):
+        raise UserError(
+            f"--output_path {output}: {hides} is there, which loaders of the folder take first: "
+            "choose a folder of its own"
+        )
+    file = output.with_name("config.json")
+    if not file.is_file():
         return
     try:
         there, own = (
@@ -329,7 +340,7 @@ def _check_beside(plan: Namespace, source: OPTConfig) -> None:
         there, own = None, {}
     if there != own:
         raise UserError(
-            f"--output_path {plan.output_path}: {file} is of another model, and this one's belongs "
+            f"--output_path {output}: {file} is of another model, and this one's belongs "
             "there: choose a folder of its own"
         )
 

@@ -4,6 +4,7 @@ bug on one of many ranks."""
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 from argparse import Namespace
@@ -23,7 +24,7 @@ OUT_OF_MEMORY = 3  # exit code: a size that does not fit, not a failure
 @contextmanager
 def reported(flags: Namespace) -> Iterator[None]:
     """End the process, and by that the run, if the body raises: exit code 2 for a UserError, 3 for
-    memory, 1 for the rest.
+    memory, 130 for Ctrl-C where there is nothing to save, 1 for the rest.
 
     The others learn of it by their connections to this process, which close: they end with a line
     that says so.
@@ -32,6 +33,8 @@ def reported(flags: Namespace) -> Iterator[None]:
         yield
     except UserError as error:
         _end(f"error: {error}", error.code)
+    except KeyboardInterrupt:
+        _end("SIGINT: stopped at once", 128 + signal.SIGINT)
     except Exception as error:
         if is_out_of_memory(error):
             _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)

@@ -80,9 +80,11 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     folder = output_directory(plan.output_path)
     before = None
     if plan.resume or not plan.eval_only:
-        before = node_first(here, lambda: checkpoints.find(plan.resume, folder))
+        saves = not plan.eval_only
+        before = node_first(here, lambda: checkpoints.find(plan.resume, folder, saves))
     if before:
         checkpoints.check_same_run(before, plan, setup.weights, dataset.train)
+        before = before.comparable(dataset.held_out)
     _check_evaluations(plan, dataset, before)
     start = before.position if before else Position()
     steps = count_steps(plan, len(dataset.train), start)
@@ -281,6 +283,8 @@ def describe(run: Run) -> str:
             lines["resumed"] += (
                 f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
             )
+        if not run.before.was_evaluated_on(dataset.held_out):
+            lines["resumed"] += "; other texts are held out, with whose losses the best starts anew"
         if changes := _other_course(run):
             lines["resumed"] += f"; from here on {', '.join(changes)}"
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())

@@ -5,11 +5,15 @@ from opt.colossal.plugin import Plugin
 from opt.train import card, export, hub, samples
 from opt.train.checkpoints import Saver
 from opt.train.plan import Run
+from opt.train.signals import Control
 
 
-def save(run: Run, plugin: Plugin, saver: Saver, step: int, stopped_by: str | None) -> None:
+def save(
+    run: Run, plugin: Plugin, saver: Saver, control: Control, step: int, stopped_by: str | None
+) -> bool:
     """Export the model after its last step, unless a signal has `stopped_by` the run, and say where
-    it is. To be called by all processes."""
+    it is. To be called by all processes. Whether there is a model, and no signal has come
+    meanwhile: whether it is to be shown."""
     plan, setup, is_main = run.plan, run.setup, run.here.is_main
     if stopped_by:
         if is_main:
@@ -18,7 +22,7 @@ def save(run: Run, plugin: Plugin, saver: Saver, step: int, stopped_by: str | No
                 "same command and --resume auto",
                 flush=True,
             )
-        return
+        return False
     if plan.load_best_model_at_end:
         saver.load_best()
     if not plan.no_save:
@@ -32,6 +36,11 @@ def save(run: Run, plugin: Plugin, saver: Saver, step: int, stopped_by: str | No
         )
     if is_main and not plan.no_save:
         print(f"saved the model to {plan.output_path}", flush=True)
+    if late := control.close():
+        if is_main:
+            unsent = f", nor uploaded to {plan.push_to_hub}" * bool(plan.push_to_hub)
+            print(f"{late.name} after the last step: the model is not shown{unsent}", flush=True)
+    return late is None
 
 
 def show(run: Run) -> None:

@@ -24,7 +24,8 @@ _SAME_SIGNAL_SECONDS = 2.0
 
 class Control:
     """Made by all processes together. From then on the first signal is a wish, which agree() passes
-    on; a second one stops the process at once, also in the middle of a collective that hangs."""
+    on; a second one stops the process at once, also in the middle of a collective that hangs. Until
+    close()."""
 
     def __init__(self, here: Place):
         # On the host and apart from the training's own: nothing here waits for a GPU.
@@ -34,9 +35,8 @@ class Control:
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
-        for number in STOP_SIGNALS:
-            # The pipe has it; without a handler of Python's it would not
-            signal.signal(number, lambda *_: None)
+        # The pipe has them; without a handler of Python's it would not
+        self._before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
     def agree(self, **values: int) -> dict[str, int]:
@@ -54,6 +54,14 @@ class Control:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def close(self) -> signal.Signals | None:
+        """Once all is saved: from now on a signal does what it did before. Returns the one that
+        came too late for agree(), after which nothing more is to be begun."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        return self.signal
 
     def _watch(self, pipe: int) -> None:
         """Runs in a thread of its own, since Python calls handlers only when the main thread comes
