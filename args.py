@@ -718,6 +718,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     add_lora_arguments(parser)
     parser.add_argument(
         "--profile",
+        type=_path,
         metavar="DIR",
         help="write a torch.profiler trace of three more steps into this folder; default none",
     )
@@ -758,7 +759,10 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         help="blocks of --max_train_steps that are timed; default 1",
     )
     g.add_argument(
-        "--json", metavar="PATH", help="write the result as JSON into this file; default none"
+        "--json",
+        type=_path,
+        metavar="PATH",
+        help="write the result as JSON into this file; default none",
     )
 
 
@@ -770,6 +774,27 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
     "cpu"; `has_bf16` says whether that GPU computes in bf16.
     """
     args = argparse.Namespace(**vars(flags))
+    _check_plugins_flags(args)
+    args.tp_size, args.pp_size = args.tp_size or 1, args.pp_size or 1
+    args.offload_optim_frac = args.offload_optim_frac or 0.0
+    # The benchmark has no such flag, and does not take the norm. Where training does not clip, the
+    # norm is known all the same: a step along nan is not to be taken.
+    args.max_norm = (args.max_norm or float("inf")) if hasattr(args, "max_norm") else 0.0
+    if hasattr(args, "lr_scheduler_type"):
+        _check_schedule(args)
+        _check_evaluation(args)
+    _resolve_precision(args, device_type, has_bf16)
+    _check_speed(args, device_type)
+    _resolve_lora(args)
+    if hasattr(args, "dataset"):  # the benchmark has no data
+        _check_data(args)
+    _resolve_zero(args)
+    _resolve_pipeline(args)
+    return Settings(**vars(args))
+
+
+def _check_plugins_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags of other plugins than the one that is asked for."""
     hybrid, zero, gemini = (
         args.plugin == "hybrid_parallel",
         args.plugin == "low_level_zero",
@@ -788,16 +813,11 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
                 f"{flag} has no meaning for --plugin {args.plugin}: it is for {by}; leave it out "
                 "or change the plugin"
             )
-    args.tp_size, args.pp_size = args.tp_size or 1, args.pp_size or 1
-    args.offload_optim_frac = args.offload_optim_frac or 0.0
-    # The benchmark has no such flag, and does not take the norm. Where training does not clip, the
-    # norm is known all the same: a step along nan is not to be taken.
-    args.max_norm = (args.max_norm or float("inf")) if hasattr(args, "max_norm") else 0.0
 
-    if hasattr(args, "lr_scheduler_type"):
-        _check_schedule(args)
-        _check_evaluation(args)
 
+def _resolve_precision(args: argparse.Namespace, device_type: str, has_bf16: bool) -> None:
+    """The fastest that device and plugin have, if none is asked for. Raises UserError for one that
+    they do not have."""
     if args.plugin == "torch_ddp_fp16":
         if args.precision not in (None, "fp16"):
             raise UserError(
@@ -807,27 +827,28 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
         args.precision = "fp16"
     if args.optim != OPTIMS[0]:
         _resolve_optim(args, device_type)
-    if args.precision is None:
-        args.precision = (
-            ("bf16" if has_bf16 else "fp16")
-            if device_type == "cuda"
-            else ("bf16" if gemini else "fp32")
-        )
+    if args.precision is None and device_type == "cuda":
+        args.precision = "bf16" if has_bf16 else "fp16"
+    elif args.precision is None:
+        args.precision = "bf16" if args.plugin == "gemini" else "fp32"
     if args.precision == "bf16" and device_type == "cuda" and not has_bf16:
         raise UserError("this GPU has no bf16: use --precision fp16")
     if args.optim != OPTIMS[0] and args.precision != "bf16":
         raise UserError(f"--optim {args.optim} updates bf16 weights, and this GPU has no bf16")
-    if gemini and args.precision == "fp32":
+    if args.plugin == "gemini" and args.precision == "fp32":
         raise UserError(
             "gemini computes in bf16 or fp16 only: drop --precision fp32 or use --plugin torch_ddp"
         )
 
+
+def _check_speed(args: argparse.Namespace, device_type: str) -> None:
+    """Raises UserError where what makes steps faster cannot be had."""
     if args.activation_memory_budget is not None and not args.compile:
         raise UserError(
             "--activation_memory_budget is the compiler's: give --compile too, or leave it out"
         )
     if args.cuda_graph:
-        if device_type != "cuda" or gemini:
+        if device_type != "cuda" or args.plugin == "gemini":
             raise UserError(
                 "--cuda_graph needs a GPU and a plugin other than gemini, which moves parameters "
                 "in memory: leave it out"
@@ -837,54 +858,54 @@ def resolve(flags: Settings, device_type: str, has_bf16: bool) -> Settings:
                 "--cuda_graph cannot record --grad_checkpoint, which asks the host in between: "
                 "leave one out"
             )
-        if (hybrid or zero) and args.precision != "bf16":
+        if args.plugin in ("hybrid_parallel", "low_level_zero") and args.precision != "bf16":
             raise UserError(
                 f"--cuda_graph with {args.plugin} is for --precision bf16: leave one out"
             )
-
     if args.fp8 and (args.precision == "fp32" or args.tp_size > 1):
         raise UserError(
             "--fp8 goes with --precision bf16 or fp16 and with layers in one piece (--tp_size 1): "
             "change that, or leave it out"
         )
 
-    _resolve_lora(args)
 
-    if hasattr(args, "dataset"):  # the benchmark has no data
-        _check_data(args)
+def _resolve_zero(args: argparse.Namespace) -> None:
+    """The stage: of low_level_zero 1, else 0. Raises UserError for one that the plugin lacks."""
+    zero = args.plugin == "low_level_zero"
     if args.zero_stage is None:
         args.zero_stage = 1 if zero else 0
     if zero and args.zero_stage == 0:
         raise UserError("low_level_zero is ZeRO stage 1 or 2: for stage 0 use --plugin torch_ddp")
-    if hybrid and args.zero_stage > 0 and args.precision == "fp32":
+    if not zero and args.zero_stage > 0 and args.precision == "fp32":
         raise UserError(
             "hybrid_parallel has no ZeRO in fp32: use --zero_stage 0 or --precision bf16"
         )
+    if args.zero_stage > 1 and args.pp_size > 1:
+        raise UserError("ZeRO stage 2 does not go with pipeline stages: use --zero_stage 1 or 0")
+
+
+def _resolve_pipeline(args: argparse.Namespace) -> None:
+    """Micro-batches, if there are stages: two for each where the batch can be cut so. Raises
+    UserError."""
     if args.pp_size == 1:
         if args.num_microbatches is not None:
             raise UserError(
                 "--num_microbatches needs pipeline stages: set --pp_size 2 or more, or leave it out"
             )
-    else:
-        if args.zero_stage > 1:
-            raise UserError(
-                "ZeRO stage 2 does not go with pipeline stages: use --zero_stage 1 or 0"
-            )
-        if args.num_microbatches is None:
-            args.num_microbatches = args.pp_size * (
-                2 if args.batch_size % (2 * args.pp_size) == 0 else 1
-            )
-        if args.num_microbatches < args.pp_size:
-            raise UserError(
-                f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a "
-                f"stage would always be idle; use {args.pp_size} or more"
-            )
-        if args.batch_size % args.num_microbatches:
-            raise UserError(
-                f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} "
-                "micro-batches: change --batch_size or --num_microbatches"
-            )
-    return Settings(**vars(args))
+        return
+    if args.num_microbatches is None:
+        two_each = args.batch_size % (2 * args.pp_size) == 0
+        args.num_microbatches = args.pp_size * (2 if two_each else 1)
+    if args.num_microbatches < args.pp_size:
+        raise UserError(
+            f"--num_microbatches {args.num_microbatches} is under --pp_size {args.pp_size}: a "
+            f"stage would always be idle; use {args.pp_size} or more"
+        )
+    if args.batch_size % args.num_microbatches:
+        raise UserError(
+            f"--batch_size {args.batch_size} is not divisible by {args.num_microbatches} "
+            "micro-batches: change --batch_size or --num_microbatches"
+        )
 
 
 def _resolve_optim(args: argparse.Namespace, device_type: str) -> None:

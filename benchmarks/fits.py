@@ -12,7 +12,7 @@ from args import OPTIMS, benchmark_parser, resolve
 from benchmarks.predicted import plan_of, results
 from benchmarks.records import GIB, by_measurement, gpu_of
 from opt.model.sizes import PRESETS, num_parameters, preset_config
-from opt.train.memory import Rows, estimate
+from opt.train.memory import RowLengths, estimate
 
 RECORDS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
@@ -75,7 +75,7 @@ def settled(flags: str):
 def cell(found: Found, model: str, flags: str) -> str:
     """GiB on the GPU, bold where it was measured, and in host memory where state is there."""
     plan = settled(flags)
-    needed = estimate(plan, preset_config(model), Rows(LENGTH), "cuda")
+    needed = estimate(plan, preset_config(model), RowLengths(LENGTH), "cuda")
     measured = found.of(model, plan)
     said = f"{needed.device / GIB:.1f}"
     if measured:
@@ -100,7 +100,7 @@ def costs(found: Found) -> list[str]:
     lines = ["| | GiB, computed | measured | ms a step | on |", "|---|---|---|---|---|"]
     for what, flags in COSTS.items():
         plan = settled(f"{WAYS['all, fp32 Adam']} --batch_size 16 {flags}")
-        needed = estimate(plan, preset_config("1.3b"), Rows(LENGTH), "cuda")
+        needed = estimate(plan, preset_config("1.3b"), RowLengths(LENGTH), "cuda")
         result = found.of("1.3b", plan)
         measured = ["", "", ""]
         if result:

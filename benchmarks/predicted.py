@@ -16,7 +16,7 @@ from args import Settings, benchmark_parser, resolve
 from benchmarks.records import GIB, lines
 from opt.model.sizes import PRESETS, preset_config
 from opt.registry import PLUGINS
-from opt.train.memory import Estimate, Rows, estimate
+from opt.train.memory import Estimate, RowLengths, estimate
 
 # The flags that a result has, by their names; those of the second line only where they are not off
 _FLAGS = """plugin precision batch_size seq_length gradient_accumulation_steps compile cuda_graph
@@ -61,7 +61,7 @@ def device_type(result: dict) -> str:
 def predicted(result: dict) -> Estimate:
     """What the plan says today."""
     config = preset_config(result["model"])
-    return estimate(plan_of(result), config, Rows(result["seq_length"]), device_type(result))
+    return estimate(plan_of(result), config, RowLengths(result["seq_length"]), device_type(result))
 
 
 def table(found: list[tuple[str, dict]]) -> str:

@@ -18,6 +18,11 @@ class Diverged(UserError):
     code = 1
 
 
+def in_a_line(error: Exception) -> str:
+    """Another package's exception, its kind and what it says, as part of a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
 def report_user_error(message) -> None:
     """Print `message` as one line, once a node, and exit with code 2."""
     say_once(f"error: {message}")

@@ -26,7 +26,7 @@ from opt.model import weights
 from opt.model.opt import meta_model
 from opt.registry import PLUGINS
 from opt.train.checks import Setup, check
-from opt.train.memory import Rows, estimate
+from opt.train.memory import RowLengths, estimate
 from opt.train.schedule import count_steps
 
 from .conftest import SAMPLE_DATA, SAMPLE_MODEL, tokenize
@@ -443,5 +443,5 @@ def test_random_arguments(capsys, plugin, precision, numbers, world_size):
     assert 1 <= steps.total_steps and 0 <= steps.warmup_steps and steps.learning_rate < 100
     # As transformers' Trainer takes it, --warmup_steps may be more: then the rate rises to the end
     assert steps.warmup_steps == setup.plan.warmup_steps or steps.warmup_steps <= steps.total_steps
-    needed = estimate(setup.plan, setup.config, Rows(setup.plan.max_length), "cpu")
+    needed = estimate(setup.plan, setup.config, RowLengths(setup.plan.max_length), "cpu")
     assert 0 < needed.device < needed.host

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from args import benchmark_parser
+from args import Settings, benchmark_parser
 from benchmarks import fits, predicted
 from opt.colossal.processes import Place
 from opt.data.batches import Batches
@@ -93,11 +93,11 @@ def test_the_largest_batch_is_that_of_an_epoch(tmp_path, dp_size):
     batches = Batches(rows, 16, dp_size - 1, dp_size, 1, seed=5, padding_free=True)
     largest = max(batch.inputs["input_ids"].numel() for batch in batches.epoch())
     plan = benchmark_parser().parse_args([]).but(batch_size=16, dp_size=dp_size, padding_free=True)
-    expected = memory.Rows(rows.longest, rows.lengths).tokens(plan)
+    expected = memory.RowLengths(rows.longest, rows.lengths).tokens(plan)
     assert expected == pytest.approx(largest, rel=0.15)  # another order of the rows
     padded = Batches(rows, 16, dp_size - 1, dp_size, 1, seed=5)
     largest = max(batch.inputs["input_ids"].numel() for batch in padded.epoch())
-    assert memory.Rows(rows.longest).tokens(plan.but(padding_free=False)) == largest
+    assert memory.RowLengths(rows.longest).tokens(plan.but(padding_free=False)) == largest
 
 
 def test_the_documents_examples_are_what_is_said(monkeypatch):
@@ -151,7 +151,7 @@ def case(monkeypatch, *arguments, gpus=1, device=79.2, host=125.0, bf16=True) ->
     flags = checks.with_first_plugin(flags, here)
     config = preset_config(flags.model_name_or_path)
     room = memory.Room(device * 2**30, host * 2**30, gpus)
-    rows = memory.Rows(flags.seq_length)
+    rows = memory.RowLengths(flags.seq_length)
     return fit.Case(flags, checks.settle(flags, here), config, here, rows, room)
 
 
@@ -327,6 +327,19 @@ def test_what_would_fit_is_named(monkeypatch, model, arguments, gpus, host, name
         assert [any(way.startswith(words) for way in ways) for words in named] == [True] * len(
             named
         )
+
+
+@pytest.mark.parametrize("batch, accumulated", [(84, 1), (6, 4), (1, 8), (97, 3)])
+def test_smaller_batches_have_as_many_rows_a_step(batch, accumulated):
+    plan = Settings(batch_size=batch, gradient_accumulation_steps=accumulated)
+    rows = batch * accumulated
+    found = [
+        (w["batch_size"], w["gradient_accumulation_steps"]) for w in fit._smaller_batches(plan)
+    ]
+    assert found == [(n, rows // n) for n in reversed(range(1, batch)) if rows % n == 0]
+    # Without a try of each number: of a flag with some digits too many
+    (way,) = fit._smaller_batches(plan.but(batch_size=2**31 - 1, gradient_accumulation_steps=1))
+    assert way["batch_size"] == 1
 
 
 # ---- checkpoints

@@ -21,7 +21,7 @@ from opt.colossal.pieces import Form, Piece
 
 
 @dataclass
-class Batch:
+class Updates:
     """What this process updates of a parameter group in one go."""
 
     parameters: list = field(default_factory=list)  # the model's own
@@ -42,7 +42,7 @@ class Copies(Form):
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
         # Parts that are updated one after the other, by parameter group
-        self._collected: list[list[Batch]] = []
+        self._collected: list[list[Updates]] = []
         if self.is_bf16:
             optimizer.step = self.step
 
@@ -98,11 +98,11 @@ class Copies(Form):
             self.updated(number)
         return norm
 
-    def collect(self) -> list[list[Batch]]:
+    def collect(self) -> list[list[Updates]]:
         """All parameters that have a gradient, in one part."""
         batches = []
         for group in self.optimizer.optim.param_groups:
-            batches.append(Batch())
+            batches.append(Updates())
             for master in group["params"]:
                 working = self.optimizer.master_to_working_map[master]
                 if working.grad is not None:

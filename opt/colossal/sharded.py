@@ -11,7 +11,7 @@ from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMix
 from colossalai.zero.low_level.bookkeeping import BucketStore
 
 from opt.colossal import reduction
-from opt.colossal.copies import Batch, Copies
+from opt.colossal.copies import Copies, Updates
 from opt.colossal.pieces import Piece
 
 
@@ -74,7 +74,7 @@ class Sharded(Copies):
         if self.reduction and self.replay:
             self.reduction.grads.clear()  # taken by collect() when it was recorded
 
-    def collect(self) -> list[list[Batch]]:
+    def collect(self) -> list[list[Updates]]:
         """What this process updates: by part, and by parameter group."""
         groups = range(len(self.optimizer.optim.param_groups))
         self._parts = (
@@ -84,7 +84,7 @@ class Sharded(Copies):
         )
         collected = []
         for part in self._parts:
-            collected.append([Batch() for _ in groups])
+            collected.append([Updates() for _ in groups])
             for number, parameters in enumerate(part):
                 for parameter in parameters:
                     grad = self._reduced_grad(parameter, number)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from opt.data import files
 from opt.data.files import File
-from opt.errors import UserError
+from opt.errors import UserError, in_a_line
 
 WIKITEXT = "wikitext-2-raw"
 
@@ -36,7 +36,7 @@ class Text:
     ends: bool = True
 
 
-class Form:
+class Layout:
     """How the fields of a row make a text: one column; a prompt and a response; or a template."""
 
     def __init__(self, plan: Namespace):
@@ -110,7 +110,7 @@ class Source:
 
     said: str  # where they come from, in words
     splits: dict[str, list[Part]]  # "train", and "held_out" where it has texts of its own
-    form: Form
+    form: Layout
     _states: dict[Path, tuple] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -176,7 +176,7 @@ class Source:
 
 def find(plan: Namespace) -> Source:
     """The texts that the flags name; those on the Hub are downloaded. Raises UserError."""
-    form = Form(plan)
+    form = Layout(plan)
     found = [_find(f"--dataset {name}", name, plan) for name in plan.dataset]
     config = plan.dataset_config_name
     if config and not any(one.config == config for one in found):
@@ -221,7 +221,7 @@ class _Found:
     column: str = ""  # where it is known whatever the flags say
     is_joined: bool = False
 
-    def part(self, split: str, form: Form, plan: Namespace) -> Part:
+    def part(self, split: str, form: Layout, plan: Namespace) -> Part:
         """One of its splits."""
         strange = next((path for path in self.splits[split] if not files.kind_of(path)), None)
         if strange:
@@ -318,10 +318,7 @@ def _builder(asked_for: str, name: str, config: str | None, others: bool = False
                 f"{asked_for} {wrong}: choose one of {', '.join(configs):.300} with "
                 "--dataset_config_name"
             ) from error
-        raise UserError(
-            f"{asked_for} cannot be read ({type(error).__name__}: "
-            f"{' '.join(str(error).split()):.300})"
-        ) from error
+        raise UserError(f"{asked_for} cannot be read ({in_a_line(error)})") from error
 
 
 def _folder(asked_for: str, folder: Path, config: str | None) -> _Found:

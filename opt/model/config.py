@@ -8,7 +8,7 @@ import torch
 from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
-from opt.errors import UserError
+from opt.errors import UserError, in_a_line
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,10 +35,8 @@ def load_config(directory: Path) -> OPTConfig:
         raise
     except Exception as error:
         # Of a value that it does not expect OPTConfig says so by almost any exception
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{file} cannot be read ({type(error).__name__}: {reason:.200}): download or copy it "
-            "again"
+            f"{file} cannot be read ({in_a_line(error)}): download or copy it again"
         ) from error
     _check_values(config, file)
     config._attn_implementation = "sdpa"

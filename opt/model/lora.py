@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import OPTConfig
 
-from opt.errors import UserError
+from opt.errors import UserError, in_a_line
 from opt.model.weights import CheckpointWeights, Weights, generator_of
 
 # The matrices of a decoder layer by PEFT's name of them -> where they are in the layer
@@ -269,11 +269,9 @@ def read_adapter(folder: Path, config: OPTConfig) -> tuple[Lora, SavedAdapter]:
         if not is_right:
             raise ValueError("r, lora_alpha, lora_dropout or use_rslora is no value of theirs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{file} cannot be read as an adapter's configuration ({type(error).__name__}: "
-            f"{reason:.200}): give a folder that PEFT, or --output_path of a run with --lora_r, "
-            "has made"
+            f"{file} cannot be read as an adapter's configuration ({in_a_line(error)}): give a "
+            "folder that PEFT, or --output_path of a run with --lora_r, has made"
         ) from error
     saved = SavedAdapter(folder)
     targets = tuple(

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from opt import installed, measure
+from opt.errors import in_a_line
 from opt.model import weights
 from opt.train.export import CARD, CARD_MARK, is_one_file
 from opt.train.plan import Run
@@ -25,8 +26,7 @@ def text(run: Run) -> str | None:
     try:
         return _text(run)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        print(f"no model card ({CARD}): {reason}", flush=True)
+        print(f"no model card ({CARD}): {in_a_line(error)}", flush=True)
         return None
 
 

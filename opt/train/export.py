@@ -30,6 +30,13 @@ def output_directory(output_path: str) -> Path:
 
 GENERATION = "generation_config.json"
 CARD = "README.md"
+# What loaders start from
+_HEADS = ("model.safetensors", "model.safetensors.index.json", lora.CONFIG_FILE)
+# Of a model that was there before: loaders would take it, or parts of it, for the new one's.
+OLD = (
+    *(*_HEADS, *lora.TENSORS_FILES, "model-*-of-*.safetensors", GENERATION),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
 CARD_MARK = (
     "<!-- written by opt_train_demo.py: changes are lost with the next run into this folder -->"
 )
@@ -200,14 +207,10 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
 def _publish(aside: Path, target: Path) -> None:
     """Move the files into place; the one that a loader starts from leaves first and arrives
     last."""
-    heads = ("model.safetensors", "model.safetensors.index.json", lora.CONFIG_FILE)
-    others = ("pytorch_model.bin", "pytorch_model.bin.index.json", GENERATION)
-    for old in (*heads, *lora.TENSORS_FILES, *others):
-        (target / old).unlink(missing_ok=True)
-    for shards in ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"):
-        for old in target.glob(shards):
+    for pattern in OLD:  # _HEADS first
+        for old in target.glob(pattern):
             old.unlink()
-    for file in sorted(aside.iterdir(), key=lambda f: f.name in heads):
+    for file in sorted(aside.iterdir(), key=lambda f: f.name in _HEADS):
         file.rename(target / file.name)
     flush_to_disk(target)
 

@@ -6,6 +6,7 @@ memory; tensor parallelism, which needs no less of the GPUs together, only where
 part.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from opt.model.kernel_probe import has_bf16
 from opt.model.sizes import layer_matrices
 from opt.registry import ways_to_hold
 from opt.train.checks import check_shape, settle
-from opt.train.memory import ERROR, Estimate, Room, Rows, estimate, gib
+from opt.train.memory import ERROR, Estimate, Room, RowLengths, estimate, gib
 
 _NAMED = 3  # other ways that a refusal names
 _CHECKPOINT = (4, 2, 1)  # every n-th layer
@@ -34,7 +35,7 @@ class Case:
     plan: Namespace  # what that means
     config: OPTConfig
     here: Place
-    rows: Rows
+    rows: RowLengths
     room: Room
     reading: float = 0  # see Weights.reading_bytes
     has_weights: bool = True  # to train adapters beside
@@ -139,10 +140,11 @@ def _others(case: Case) -> Iterator[tuple[dict, Estimate]]:
 def _smaller_batches(flags: Namespace) -> list[dict]:
     """As many rows a step, in more batches."""
     rows = flags.batch_size * flags.gradient_accumulation_steps
+    few = [size for size in range(1, math.isqrt(rows) + 1) if rows % size == 0]
     return [
         {"batch_size": size, "gradient_accumulation_steps": rows // size}
-        for size in range(flags.batch_size - 1, 0, -1)
-        if rows % size == 0
+        for size in sorted({*few, *(rows // size for size in few)}, reverse=True)
+        if size < flags.batch_size
     ]
 
 

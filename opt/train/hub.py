@@ -3,7 +3,8 @@
 import sys
 from argparse import Namespace
 
-from opt.errors import UserError
+from opt.errors import UserError, in_a_line
+from opt.train import export
 
 # What the Hub is for; checkpoints, logs, and whatever else lies in the folder, stay here.
 _FILES = (
@@ -12,11 +13,6 @@ _FILES = (
     *("adapter_config.json", "adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
-)
-# Of a model that was there before: loaders would take it, or parts of it, for the new one.
-_OLD = (
-    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*"),
-    *("adapter_config.json", "adapter_model.*"),
 )
 
 
@@ -54,8 +50,9 @@ def check(plan: Namespace) -> None:
 
 
 def _refusal(repo: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-    return UserError(f"--push_to_hub {repo}: the Hub refuses, or cannot be reached ({reason})")
+    return UserError(
+        f"--push_to_hub {repo}: the Hub refuses, or cannot be reached ({in_a_line(error)})"
+    )
 
 
 def push(plan: Namespace) -> None:
@@ -70,12 +67,11 @@ def push(plan: Namespace) -> None:
             folder_path=folder,
             commit_message=plan.run_name or "OPT, fine-tuned with ColossalAI",
             allow_patterns=list(_FILES),
-            delete_patterns=list(_OLD),
+            delete_patterns=list(export.OLD),
         )
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         print(
-            f"not uploaded to {repo} ({reason}): "
+            f"not uploaded to {repo} ({in_a_line(error)}): "
             f"the model is in {folder}; huggingface-cli upload {repo} {folder} . --exclude "
             '"checkpoints/*"',
             file=sys.stderr,

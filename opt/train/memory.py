@@ -38,7 +38,7 @@ _WORKSPACE = 0.15 * GIB  # of cuBLAS and others, on a GPU: measured
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLengths:
     """What batches are made of, as far as memory asks."""
 
     longest: int  # tokens of the longest row
@@ -114,7 +114,7 @@ def gib(size: float) -> str:
 
 
 def estimate(
-    plan: Namespace, config: OPTConfig, rows: Rows, device_type: str, reading: float = 0
+    plan: Namespace, config: OPTConfig, rows: RowLengths, device_type: str, reading: float = 0
 ) -> Estimate:
     """Of training by `plan`, whose dp_size is settled. `reading`: see Weights.reading_bytes."""
     plugin = plugin_class(plan.plugin)

@@ -66,7 +66,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
     """Settle the rest: what depends on the rows, and on a checkpoint that --resume asks for. From
     here on the output folder is this run's. Raises UserError."""
     plan = setup.plan.but(padding_free=is_padding_free(setup.plan, here, dataset))
-    case = case_of(setup, plan, here, memory.Rows(dataset.longest, dataset.train.lengths))
+    case = case_of(setup, plan, here, memory.RowLengths(dataset.longest, dataset.train.lengths))
     chosen = []
     if plan.auto:
         case, chosen = fit.choose(case)
@@ -96,12 +96,12 @@ def refuse_early(setup: Setup, here: Place) -> None:
     if setup.plan.auto:
         return  # there is nothing yet that was asked for
     plan = setup.plan.but(padding_free=False)
-    shortest, longest = memory.Rows(1), memory.Rows(plan.block_size or plan.max_length)
+    shortest, longest = memory.RowLengths(1), memory.RowLengths(plan.block_size or plan.max_length)
     case = case_of(setup, plan, here, shortest)
     fit.refuse(case, others=replace(case, rows=longest))
 
 
-def case_of(setup: Setup, plan: Namespace, here: Place, rows: memory.Rows) -> fit.Case:
+def case_of(setup: Setup, plan: Namespace, here: Place, rows: memory.RowLengths) -> fit.Case:
     """What memory is asked for."""
     room = memory.find_room(here, plan.mem_cap)
     has_weights = bool(weights.weight_files(setup.directory))
@@ -185,44 +185,11 @@ _OPTIMS = {
 def describe(run: Run) -> str:
     """The plan in words."""
     plan, here, setup, dataset, steps = run.plan, run.here, run.setup, run.dataset, run.steps
-    longest = dataset.longest if plan.padding_free else None
-    kernels = missing_kernels(plan, here, setup.config, longest)
-    if here.device.type == "cuda":
-        device = f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
-    else:
-        cores = limits.cores()
-        device = (
-            f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on "
-            f"{cores} core{'s' * (cores > 1)}"
-        )
-        if reason := limits.unused_gpus():
-            device += f"; NVIDIA's driver is here, but no GPU for PyTorch: {reason}"
     about = plugin_class(plan.plugin).describe(plan, plan.dp_size)
-    microbatches = (
-        f", each cut into {plan.num_microbatches} micro-batches" if plan.pp_size > 1 else ""
-    )
-    rows = plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size
-    counts = dataset.counts
-    files = weights.weight_files(setup.directory)
-    origin = (
-        f"{setup.directory}: {', '.join(f.name for f in files[:3])}{' ...' * (len(files) > 3)}"
-        if files
-        else f"none in {setup.directory}: it trains from scratch"
-    )
-    if getattr(setup.source, "quantization_config", None):
-        origin += "; the quantization_config in config.json is left out, they are not quantized"
-    origin += "".join(f"; {note}" for note in setup.weights.notes)
-    trained = setup.weights.trained.num_parameters
-    schedule = f" ({steps.scheduler_type})"
+    schedule = f" ({steps.scheduler_type})" * (steps.scheduler_type != "linear")
     patience = f", until {plan.early_stopping_patience} in a row are no better"
-    saves = bool(plan.save_steps) or plan.load_best_model_at_end
-    why_no_copy = (
-        "from host memory, where it is already"
-        if plan.offload_optim_frac
-        else "host memory has no room for a copy"
-    )
     lines = {
-        "device": device,
+        "device": _device(here),
         "plugin": plan.plugin + f" ({about})" * bool(about),
         "precision": plan.precision
         + ", the layers' matrix products in fp8" * plan.fp8
@@ -230,28 +197,19 @@ def describe(run: Run) -> str:
         + _OPTIMS[plan.optim],
         "model": f"{plan.model_name_or_path}, {setup.weights.num_parameters / 1e6:,.1f} M "
         "parameters",
-        "weights": origin,
-        "data": f"{dataset.source}: {_described(counts, plan)}",
+        "weights": _origin(setup),
+        "data": f"{dataset.source}: {_described(dataset.counts, plan)}",
         "rows": f"{len(dataset.train):,} to train on, {len(dataset.held_out):,} held out",
-        "batch": f"{plan.batch_size} rows x {plan.gradient_accumulation_steps} accumulated x "
-        f"{plan.dp_size} data-parallel = "
-        f"{rows} rows a step{microbatches}{', without pads' * plan.padding_free}",
+        "batch": _batch(plan),
         "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch), "
         f"{steps.warmup_steps:,} of warm-up, learning rate {steps.learning_rate:g}"
-        f"{schedule * (steps.scheduler_type != 'linear')}; evaluation every {steps.eval_steps:,}"
+        f"{schedule}; evaluation every {steps.eval_steps:,}"
         + patience
         * bool(plan.early_stopping_patience),
-        "saved": (
-            f"every {plan.save_steps:,} steps and after each epoch"
-            if plan.save_steps
-            else "when a signal stops the run"
-        )
-        + ", and the best held-out loss, which is exported" * plan.load_best_model_at_end
-        + f"; training waits until it is written, {why_no_copy}"
-        * (saves and not run.copies_checkpoints),
+        "saved": _saved(run),
         "memory": memory_line(run.needed, run.room)
         + f"; {memory.gib(run.needed.host_copy)} more of host memory while a checkpoint is written"
-        * (saves and run.copies_checkpoints),
+        * (_saves(plan) and run.copies_checkpoints),
         "output": plan.output_path
         + " (model not saved)" * plan.no_save
         + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub),
@@ -261,33 +219,110 @@ def describe(run: Run) -> str:
     if plan.eval_only:
         lines["steps"], lines["saved"] = "none: evaluation only", "no model"
     if plan.lora_r:
-        lines["trained"] = (
-            f"{trained:,} parameters ({trained / setup.weights.num_parameters:.2%}), "
-            f"adapters of rank {plan.lora_r}, scale {Lora.of(plan).scale:g}, dropout "
-            f"{plan.lora_dropout:g}, of {', '.join(plan.lora_target_modules)}"
-            + f"; from {plan.lora_adapter}" * bool(plan.lora_adapter)
-            + ("; saved merged into the whole model" if plan.merge_lora else "; saved alone")
-        )
+        lines["trained"] = _adapters(run)
     if setup.tokenizer_said:
         lines["tokenizer"] = setup.tokenizer_said
-    if kernels:
+    longest = dataset.longest if plan.padding_free else None
+    if kernels := missing_kernels(plan, here, setup.config, longest):
         lines["kernels"] = kernels
     if run.before:
-        lines["resumed"] = f"{run.before.path}, {run.start.step:,} steps done"
-        changes = [
-            name
-            for name in ("plugin", "precision", "tp_size", "pp_size")
-            if run.before.state["arguments"][name] != getattr(plan, name)
-        ]
-        if changes:
-            lines["resumed"] += (
-                f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
-            )
-        if not run.before.was_evaluated_on(dataset.held_out):
-            lines["resumed"] += "; other texts are held out, with whose losses the best starts anew"
-        if changes := _other_course(run):
-            lines["resumed"] += f"; from here on {', '.join(changes)}"
+        lines["resumed"] = _resumed(run)
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
+
+
+def _device(here: Place) -> str:
+    if here.device.type == "cuda":
+        return f"{here.world_size} x {torch.cuda.get_device_name(here.device)}"
+    cores = limits.cores()
+    device = (
+        f"CPU, {here.world_size} process{'es' * (here.world_size > 1)} on "
+        f"{cores} core{'s' * (cores > 1)}"
+    )
+    if reason := limits.unused_gpus():
+        device += f"; NVIDIA's driver is here, but no GPU for PyTorch: {reason}"
+    return device
+
+
+def _origin(setup: Setup) -> str:
+    """Where the weights come from."""
+    files = weights.weight_files(setup.directory)
+    origin = (
+        f"{setup.directory}: {', '.join(f.name for f in files[:3])}{' ...' * (len(files) > 3)}"
+        if files
+        else f"none in {setup.directory}: it trains from scratch"
+    )
+    if getattr(setup.source, "quantization_config", None):
+        origin += "; the quantization_config in config.json is left out, they are not quantized"
+    return origin + "".join(f"; {note}" for note in setup.weights.notes)
+
+
+def _batch(plan: Namespace) -> str:
+    rows = plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size
+    microbatches = (
+        f", each cut into {plan.num_microbatches} micro-batches" if plan.pp_size > 1 else ""
+    )
+    return (
+        f"{plan.batch_size} rows x {plan.gradient_accumulation_steps} accumulated x "
+        f"{plan.dp_size} data-parallel = "
+        f"{rows} rows a step{microbatches}{', without pads' * plan.padding_free}"
+    )
+
+
+def _saves(plan: Namespace) -> bool:
+    """Whether there are checkpoints even if no signal comes."""
+    return bool(plan.save_steps) or plan.load_best_model_at_end
+
+
+def _saved(run: Run) -> str:
+    """When checkpoints are written."""
+    plan = run.plan
+    saved = (
+        f"every {plan.save_steps:,} steps and after each epoch"
+        if plan.save_steps
+        else "when a signal stops the run"
+    )
+    saved += ", and the best held-out loss, which is exported" * plan.load_best_model_at_end
+    if _saves(plan) and not run.copies_checkpoints:
+        why_no_copy = (
+            "from host memory, where it is already"
+            if plan.offload_optim_frac
+            else "host memory has no room for a copy"
+        )
+        saved += f"; training waits until it is written, {why_no_copy}"
+    return saved
+
+
+def _adapters(run: Run) -> str:
+    """What of the model is trained with LoRA."""
+    plan, whole = run.plan, run.setup.weights
+    trained = whole.trained.num_parameters
+    return (
+        f"{trained:,} parameters ({trained / whole.num_parameters:.2%}), "
+        f"adapters of rank {plan.lora_r}, scale {Lora.of(plan).scale:g}, dropout "
+        f"{plan.lora_dropout:g}, of {', '.join(plan.lora_target_modules)}"
+        + f"; from {plan.lora_adapter}" * bool(plan.lora_adapter)
+        + ("; saved merged into the whole model" if plan.merge_lora else "; saved alone")
+    )
+
+
+def _resumed(run: Run) -> str:
+    """What the run goes on from, and what it does otherwise."""
+    plan, before = run.plan, run.before
+    resumed = f"{before.path}, {run.start.step:,} steps done"
+    changes = [
+        name
+        for name in ("plugin", "precision", "tp_size", "pp_size")
+        if before.state["arguments"][name] != getattr(plan, name)
+    ]
+    if changes:
+        resumed += (
+            f"; other {', '.join(changes)} than before: model and Adam's state are taken over"
+        )
+    if not before.was_evaluated_on(run.dataset.held_out):
+        resumed += "; other texts are held out, with whose losses the best starts anew"
+    if changes := _other_course(run):
+        resumed += f"; from here on {', '.join(changes)}"
+    return resumed
 
 
 def memory_line(needed: memory.Estimate, room: memory.Room) -> str:

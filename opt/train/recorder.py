@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from opt.data.batches import Batch, Position
-from opt.errors import UserError
+from opt.errors import UserError, in_a_line
 from opt.measure import mark, seconds_between, seconds_since_launch
 from opt.train.checks import warning_of_first_loss
 from opt.train.plan import Run
@@ -141,11 +141,7 @@ class Recorder:
                 work()
             except Exception as fault:
                 # A tracker's network, a font: the model is trained, and still to be saved
-                print(
-                    f"{type(fault).__name__} after the last step: "
-                    f"{' '.join(str(fault).split()):.300}",
-                    file=sys.stderr,
-                )
+                print(f"after the last step: {in_a_line(fault)}", file=sys.stderr)
 
     def _draw(self) -> None:
         draw_losses(self.path, self.path.with_name("loss.png"))
@@ -252,7 +248,7 @@ class _Wandb(_NoTracker):
             self._run = wandb.init(dir=str(run.output), config=vars(run.plan), **given)
         except Exception as error:  # no login, no network: of wandb's own kinds, and others
             raise UserError(
-                f"--report_to wandb: {type(error).__name__}: {' '.join(str(error).split()):.200}; "
+                f"--report_to wandb: {in_a_line(error)}; "
                 "`wandb login`, or set WANDB_MODE=offline, or leave it out"
             ) from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from opt.errors import in_a_line
 from opt.model import lora
 from opt.train.export import is_one_file
 from opt.train.plan import Run
@@ -36,8 +37,7 @@ def show(run: Run, number: int = 3) -> None:
             for text in written:
                 _say(f"  - {' '.join(text.split())}")
     except Exception as error:  # the model is trained and saved: what it writes is for show
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        _say(f"no descriptions that it writes: {reason}")
+        _say(f"no descriptions that it writes: {in_a_line(error)}")
 
 
 def _say(line: str) -> None:
