@@ -52,6 +52,17 @@ def test_imports_go_down(floor):
     assert floor.split("/")[1] in found
 
 
+def test_the_tests_that_documents_name_are_there():
+    named = re.compile(r"(test_\w+\.py)(?:::(test_\w+))?")
+    found = set()
+    for document in (*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")):
+        found |= set(named.findall(document.read_text()))
+    assert len(found) > 30
+    for file, test in found:
+        content = (REPO / "tests" / file).read_text()
+        assert not test or f"\ndef {test}(" in content, (file, test)
+
+
 def test_only_plugins_and_flags_ask_for_a_plugins_name():
     """What differs by plugin is answered by the plugin: see opt/colossal/plugin.py."""
     asked = re.compile(r"\bplugin\b( ==| !=| in |\.startswith|\.endswith)")
