@@ -93,7 +93,7 @@ def by_training(flags, plan, here, config, weights) -> "Measured":
 
 def case_of(flags, plan, config, here) -> fit.Case:
     """What memory is asked for."""
-    rows, room = memory.Rows(plan.seq_length), memory.find_room(here, plan.mem_cap)
+    rows, room = memory.RowLengths(plan.seq_length), memory.find_room(here, plan.mem_cap)
     return fit.Case(flags, plan, config, here, rows, room)
 
 
@@ -126,6 +126,14 @@ def time_steps(plan, here, step) -> Measured:
     return Measured(seconds, loss.item(), first_step, measure.peak_memory(here.device))
 
 
+# Of the plan, what tables tell results apart by; all of it is in "arguments"
+_SETTINGS = (
+    *("plugin", "precision", "batch_size", "seq_length", "gradient_accumulation_steps", "tp_size"),
+    *("pp_size", "zero_stage", "grad_checkpoint", "compile", "activation_memory_budget"),
+    *("cuda_graph", "fused_loss", "fp8", "optim", "offload_optim_frac", "lora_r", "load_in_4bit"),
+)
+
+
 def summarize(plan, here, config, measured, matmul_rate) -> dict:
     """The result's JSON object."""
     seconds, size = measured.seconds, plan.max_train_steps
@@ -144,26 +152,9 @@ def summarize(plan, here, config, measured, matmul_rate) -> dict:
     a_token = measure.flops_per_token(config, plan.seq_length, Lora.of(plan))
     flops = rate / here.world_size * a_token
     return {
-        "plugin": plan.plugin,
         "model": plan.model_name_or_path,
-        "precision": plan.precision,
-        "batch_size": plan.batch_size,
-        "seq_length": plan.seq_length,
+        **{name: getattr(plan, name) for name in _SETTINGS},
         "world_size": here.world_size,
-        "tp_size": plan.tp_size,
-        "pp_size": plan.pp_size,
-        "zero_stage": plan.zero_stage,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "grad_checkpoint": plan.grad_checkpoint,
-        "compile": plan.compile,
-        "activation_memory_budget": plan.activation_memory_budget,
-        "cuda_graph": plan.cuda_graph,
-        "fused_loss": plan.fused_loss,
-        "fp8": plan.fp8,
-        "optim": plan.optim,
-        "offload_optim_frac": plan.offload_optim_frac,
-        "lora_r": plan.lora_r,
-        "load_in_4bit": plan.load_in_4bit,
         "dropout": config.dropout,
         "step_seconds": {"median": median, "p10": deciles[0], "p90": deciles[-1]},
         "repeats": blocks,
