@@ -465,7 +465,15 @@ def train_parser() -> argparse.ArgumentParser:
         help="save the whole model with the adapters added to its weights, not the adapter alone; "
         "default off",
     )
+    _add_data_arguments(parser)
+    _add_schedule_arguments(parser)
+    _add_evaluation_arguments(parser)
+    _add_results_arguments(parser)
+    return parser
 
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained on."""
     g = parser.add_argument_group("data")
     g.add_argument(
         "--dataset",
@@ -556,6 +564,9 @@ def train_parser() -> argparse.ArgumentParser:
         help="texts, with --block_size blocks, to evaluate on; default all",
     )
 
+
+def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long, and at which rates."""
     g = parser.add_argument_group("schedule")
     g.add_argument(
         "--num_epoch",
@@ -606,6 +617,9 @@ def train_parser() -> argparse.ArgumentParser:
         help="multiply the learning rate by the data-parallel size; default off",
     )
 
+
+def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is done with held-out texts."""
     g = parser.add_argument_group("evaluation, on the held-out texts")
     g.add_argument(
         "--eval_steps",
@@ -632,6 +646,9 @@ def train_parser() -> argparse.ArgumentParser:
         help="end after N evaluations in a row without a lower held-out loss; default never",
     )
 
+
+def _add_results_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is written, and where to."""
     g = parser.add_argument_group("results")
     g.add_argument(
         "--report_to",
@@ -702,7 +719,6 @@ def train_parser() -> argparse.ArgumentParser:
         "the number of processes "
         "from WORLD_SIZE; default off",
     )
-    return parser
 
 
 def benchmark_parser() -> argparse.ArgumentParser:

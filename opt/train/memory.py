@@ -117,74 +117,25 @@ def estimate(
     plan: Namespace, config: OPTConfig, rows: RowLengths, device_type: str, reading: float = 0
 ) -> Estimate:
     """Of training by `plan`, whose dp_size is settled. `reading`: see Weights.reading_bytes."""
-    plugin = plugin_class(plan.plugin)
+    plugin, is_on_gpu = plugin_class(plan.plugin), device_type == "cuda"
     width = 4 if plan.precision == "fp32" else 2
-    is_on_gpu = device_type == "cuda"
-    lora = Lora.of(plan)
-    whole = num_parameters(config)
-    number = config.num_hidden_layers
-    # Of the first stage, which keeps most activations; it has the embedding, as the last one has
-    stage = last = number / plan.pp_size
-    if plan.pp_size > 1 and is_on_gpu:
-        stage, *_, last = layers_per_stage(config, plan.pp_size)
-    embeddings = embedding_parameters(config)
-    # Plugins divide them by the number of stages
-    parameters = (whole - embeddings) * stage * plan.pp_size / number + embeddings * plan.pp_size
-    trained, frozen = parameters, 0
-    if lora:
+    stages = _Stages.of(plan, config, is_on_gpu)
+    trained, frozen = stages.parameters, 0
+    if lora := Lora.of(plan):
         trained = sum(a * b for a, b in lora.shapes(config).values())
-        frozen = parameters - (1 - four_bits.BYTES / width) * layer_matrices(config) * bool(
-            plan.load_in_4bit
-        )
+        in_4_bits = layer_matrices(config) * bool(plan.load_in_4bit)
+        frozen = stages.parameters - (1 - four_bits.BYTES / width) * in_4_bits
     weights, gradients, optimizer = plugin.state_bytes(plan, trained, plan.dp_size)
     weights += plugin.frozen_bytes(plan, frozen, plan.dp_size)
-
-    microbatches = plan.num_microbatches or 1
-    tokens = rows.tokens(plan) / microbatches
-    unit = tokens * config.hidden_size
-    fused_budget = None
-    if is_on_gpu and is_fused(plan, config):
-        fused_budget = residual.budget(config.do_layer_norm_before, lora is None)
-    kept = plugin.kept_bytes(plan, fused_budget)
-    # Norms and dropout are of the whole width on each tensor-parallel rank
-    of_layer = unit * kept * (10 + 24 / plan.tp_size) / 34 * width / 2
-    if not is_on_gpu and getattr(plan, "padding_free", False):  # attention needs a rectangle there
-        of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
-    every = plan.grad_checkpoint
-    share = sum(recomputes(layer, every) for layer in range(number)) / number
-    under_way = min(plan.pp_size, microbatches)  # whose activations a stage keeps at a time
-    activations = stage * under_way * (share * width * unit + (1 - share) * of_layer)
-    # Of as many the last stage keeps what its products wait for
-    activations = max(activations, last * under_way * unit * plugin.waiting_bytes(plan) * is_on_gpu)
-    # Of the layer that is computed again; on a CPU its gradients lie beside what is let go of late
-    activations += of_layer * (every > 0) * (1 if is_on_gpu else 2)
     if getattr(plan, "eval_only", False):  # at least: some plugins have fp32 copies all the same
         gradients = optimizer = 0
-        activations = of_layer
-
-    embedding = config.word_embed_proj_dim
-    if plan.fused_loss:
-        logits = CHUNK * config.vocab_size * width + 2 * tokens * embedding * width
-        if not lora:  # the head's gradient
-            logits += config.vocab_size / plan.tp_size * embedding * width
-    else:
-        # In fp32 what log_softmax keeps, its gradient, and that of the logits
-        logits = 12 * tokens * config.vocab_size / plan.tp_size
-
-    buffers = plugin.buffer_bytes(plan, parameters, plan.dp_size) + _WORKSPACE * is_on_gpu
-    if plan.fp8 and not plan.lora_r:
-        buffers += layer_matrices(config) / plan.pp_size  # by columns, for backward
-    if plan.load_in_4bit:  # unpacked, of a layer where that is kept for backward
-        matrix = config.hidden_size * config.ffn_dim
-        buffers += width * (layer_matrices(config) / number if every else 2 * matrix)
-
     return Estimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-        buffers=buffers,
+        activations=_activations(plan, config, rows, stages, width, is_on_gpu),
+        logits=_logits(plan, config, rows, width),
+        buffers=_buffers(plan, config, stages, width, is_on_gpu),
         # On a CPU an allocator keeps what was let go of
         gradients_come_late=is_on_gpu
         and plan.gradient_accumulation_steps == 1
@@ -199,6 +150,93 @@ def estimate(
         else low_memory.state_bytes(plan) * trained / (plan.dp_size * plan.tp_size * plan.pp_size),
         is_on_gpu=is_on_gpu,
     )
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """How layers are spread over pipeline stages; without any there is one."""
+
+    first: float  # layers of the first, which keeps most activations; it has the embedding, as
+    last: float  # the last one has
+    parameters: float  # of the first, times the stages: plugins divide them by their number
+
+    @classmethod
+    def of(cls, plan: Namespace, config: OPTConfig, is_on_gpu: bool) -> "_Stages":
+        number = config.num_hidden_layers
+        first = last = number / plan.pp_size
+        if plan.pp_size > 1 and is_on_gpu:
+            first, *_, last = layers_per_stage(config, plan.pp_size)
+        embeddings = embedding_parameters(config)
+        of_layers = (num_parameters(config) - embeddings) * first * plan.pp_size / number
+        return cls(first, last, of_layers + embeddings * plan.pp_size)
+
+
+def _tokens(plan: Namespace, rows: RowLengths) -> float:
+    """Of a micro-batch, pads included."""
+    return rows.tokens(plan) / (plan.num_microbatches or 1)
+
+
+def _activations(
+    plan: Namespace,
+    config: OPTConfig,
+    rows: RowLengths,
+    stages: _Stages,
+    width: int,
+    is_on_gpu: bool,
+) -> float:
+    """Bytes that forward keeps for backward, but for the logits'."""
+    plugin, number, every = (
+        plugin_class(plan.plugin),
+        config.num_hidden_layers,
+        plan.grad_checkpoint,
+    )
+    unit = _tokens(plan, rows) * config.hidden_size
+    fused_budget = None
+    if is_on_gpu and is_fused(plan, config):
+        fused_budget = residual.budget(config.do_layer_norm_before, not plan.lora_r)
+    kept = plugin.kept_bytes(plan, fused_budget)
+    # Norms and dropout are of the whole width on each tensor-parallel rank
+    of_layer = unit * kept * (10 + 24 / plan.tp_size) / 34 * width / 2
+    if not is_on_gpu and getattr(plan, "padding_free", False):  # attention needs a rectangle there
+        of_layer += 4 * width * config.hidden_size * (plan.batch_size + 1) * rows.longest
+    if getattr(plan, "eval_only", False):
+        return of_layer
+    share = sum(recomputes(layer, every) for layer in range(number)) / number
+    # Of as many micro-batches a stage keeps them at a time
+    under_way = min(plan.pp_size, plan.num_microbatches or 1)
+    activations = stages.first * under_way * (share * width * unit + (1 - share) * of_layer)
+    # Of as many the last stage keeps what its products wait for
+    waiting = plugin.waiting_bytes(plan) * is_on_gpu
+    activations = max(activations, stages.last * under_way * unit * waiting)
+    # Of the layer that is computed again; on a CPU its gradients lie beside what is let go of late
+    return activations + of_layer * (every > 0) * (1 if is_on_gpu else 2)
+
+
+def _logits(plan: Namespace, config: OPTConfig, rows: RowLengths, width: int) -> float:
+    """Bytes of the logits and what the loss keeps beside them."""
+    tokens, embedding = _tokens(plan, rows), config.word_embed_proj_dim
+    if not plan.fused_loss:
+        # In fp32 what log_softmax keeps, its gradient, and that of the logits
+        return 12 * tokens * config.vocab_size / plan.tp_size
+    logits = CHUNK * config.vocab_size * width + 2 * tokens * embedding * width
+    if not plan.lora_r:  # the head's gradient
+        logits += config.vocab_size / plan.tp_size * embedding * width
+    return logits
+
+
+def _buffers(
+    plan: Namespace, config: OPTConfig, stages: _Stages, width: int, is_on_gpu: bool
+) -> float:
+    """Bytes that pass through, and copies of weights in another form."""
+    plugin = plugin_class(plan.plugin)
+    buffers = plugin.buffer_bytes(plan, stages.parameters, plan.dp_size) + _WORKSPACE * is_on_gpu
+    if plan.fp8 and not plan.lora_r:
+        buffers += layer_matrices(config) / plan.pp_size  # by columns, for backward
+    if plan.load_in_4bit:  # unpacked, of a layer where that is kept for backward
+        of_layer = layer_matrices(config) / config.num_hidden_layers
+        largest = config.hidden_size * config.ffn_dim
+        buffers += width * (of_layer if plan.grad_checkpoint else 2 * largest)
+    return buffers
 
 
 def is_fused(plan: Namespace, config: OPTConfig) -> bool:
