@@ -65,7 +65,7 @@ class Boosted:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
-    recorded: graphs.GraphedBackward | None = None  # with --cuda_graph: replays forward, backward
+    graphed: graphs.GraphedBackward | None = None  # with --cuda_graph: replays forward, backward
 
     @property
     def plugin(self):
@@ -91,7 +91,7 @@ def boost(plan, here, config, weights, steps: schedule.Steps) -> Boosted:
     plugin.place(model, weights)  # only now it knows this process's share of each tensor
     boosted = Boosted(booster, model, optimizer, lr_schedule)
     if plan.cuda_graph:
-        boosted.recorded = graphs.record(partial(forward_backward, boosted), plugin, model)
+        boosted.graphed = graphs.record(partial(forward_backward, boosted), plugin, model)
     return boosted
 
 
@@ -167,14 +167,14 @@ def train_step(boosted: Boosted, batches: list[Batch]):
     for batch in batches:
         weight = plugin.spread.dp_size / targets
         with plugin.accumulate(model, optimizer, is_last_batch=batch is batches[-1]):
-            if boosted.recorded:
-                loss = boosted.recorded(batch.inputs, weight)
+            if boosted.graphed:
+                loss = boosted.graphed(batch.inputs, weight)
             else:
                 loss = forward_backward(boosted, batch.to(plugin.device), weight)
         share += loss / plugin.spread.dp_size
     optimizer.step()
     boosted.lr_schedule.step()
-    (boosted.recorded or optimizer).zero_grad()
+    (boosted.graphed or optimizer).zero_grad()
     return share, plugin.grad_norm(optimizer)
 
 

@@ -67,7 +67,7 @@ def main(output: Path, kills: int) -> None:
     dataset = tokenize(str(SAMPLE / "netflix_sample.csv"), "description", 64, 0.1, 1, tokenizer)
     (output / "metrics.jsonl").write_text("")
     run = SimpleNamespace(plan=plan, here=here, dataset=dataset, output=output)
-    run.before, run.weights, run.copies_checkpoints = None, initial, True
+    run.resumed_from, run.weights, run.copies_checkpoints = None, initial, True
 
     chance, made, in_the_middle = random.Random(0), 0, 0
     for _ in range(kills):

@@ -33,7 +33,7 @@ class Run:
     here: Place
     setup: Setup
     dataset: Dataset
-    before: Checkpoint | None  # which the run goes on from
+    resumed_from: Checkpoint | None
     steps: Steps
     needed: memory.Estimate
     room: memory.Room
@@ -42,12 +42,12 @@ class Run:
     @property
     def start(self) -> Position:
         """How far it had come when it starts."""
-        return self.before.position if self.before else Position()
+        return self.resumed_from.position if self.resumed_from else Position()
 
     @cached_property
     def weights(self) -> weights.Weights:
         """What the model starts with: a checkpoint's, or what was given."""
-        given, before = self.setup.weights, self.before
+        given, before = self.setup.weights, self.resumed_from
         return given.taken_up(before.tensors("weights")) if before else given
 
     @property
@@ -225,7 +225,7 @@ def describe(run: Run) -> str:
     longest = dataset.longest if plan.padding_free else None
     if kernels := missing_kernels(plan, here, setup.config, longest):
         lines["kernels"] = kernels
-    if run.before:
+    if run.resumed_from:
         lines["resumed"] = _resumed(run)
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
 
@@ -307,7 +307,7 @@ def _adapters(run: Run) -> str:
 
 def _resumed(run: Run) -> str:
     """What the run goes on from, and what it does otherwise."""
-    plan, before = run.plan, run.before
+    plan, before = run.plan, run.resumed_from
     resumed = f"{before.path}, {run.start.step:,} steps done"
     changes = [
         name
@@ -347,7 +347,7 @@ def memory_line(needed: memory.Estimate, room: memory.Room) -> str:
 def _other_course(run: Run) -> list[str]:
     """What a resumed run does otherwise than the one before it, whose learning rates and updates
     it would go on with."""
-    before, now = run.before.state["arguments"], vars(run.plan)
+    before, now = run.resumed_from.state["arguments"], vars(run.plan)
     flags = (
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"),
         *("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),

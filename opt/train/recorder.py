@@ -37,7 +37,7 @@ class Recorder:
             return
         run.output.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".writing")
-        fresh.write_bytes(run.before.metrics if run.before else b"")
+        fresh.write_bytes(run.resumed_from.metrics if run.resumed_from else b"")
         fresh.replace(self.path)
         self._file = open(self.path, "a", buffering=1)
         self._bar = tqdm(
@@ -155,7 +155,7 @@ class Recorder:
 def results_of_evaluation(run: Run, loss: float) -> None:
     """--eval_only: print the held-out loss, and write it into eval_results.json. All processes
     call it."""
-    if not run.before:
+    if not run.resumed_from:
         _warn(run, loss)
     if not run.here.is_main:
         return
@@ -163,7 +163,7 @@ def results_of_evaluation(run: Run, loss: float) -> None:
     result = _evaluation(run.start.step, loss) | {
         "rows": len(rows),
         "tokens": rows.num_tokens,
-        "model": str(run.before.path) if run.before else run.plan.model_name_or_path,
+        "model": str(run.resumed_from.path) if run.resumed_from else run.plan.model_name_or_path,
         "dataset": run.dataset.source,
     }
     file = run.output / "eval_results.json"
@@ -234,7 +234,7 @@ class _Wandb(_NoTracker):
     def __init__(self, run: Run):
         import wandb
 
-        before = run.before.state.get("tracking", {}) if run.before else {}
+        before = run.resumed_from.state.get("tracking", {}) if run.resumed_from else {}
         given = {}
         if "WANDB_PROJECT" not in os.environ:
             given["project"] = before.get("wandb_project", "opt-colossalai")
