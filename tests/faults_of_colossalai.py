@@ -462,6 +462,19 @@ def F57():
         raise AssertionError("no group any more") from None
 
 
+def F58():
+    """A step that the loss scale skips leaves no gradients to add to."""
+    manager = SimpleNamespace(accumulating_grads=True, reuse_fp16_chunk=False)
+    optimizer = SimpleNamespace(
+        module=SimpleNamespace(master_weights=False, chunk_manager=manager),
+        mix_precision_mixin=SimpleNamespace(should_skip_step=lambda: True),
+        **dict.fromkeys(("_set_grad_ptr", "_clear_global_norm", "zero_grad"), lambda: None),
+        verbose=False,
+    )
+    gemini_optimizer.GeminiOptimizer.step(optimizer)
+    assert not manager.accumulating_grads, "they are still there"
+
+
 if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

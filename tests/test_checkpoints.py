@@ -595,6 +595,22 @@ def test_steps_with_nan_are_skipped(nproc, flags, poisoned, tmp_path):
     assert newest.state["updates"] == last - sum(step <= last for step in skipped) >= 16
 
 
+def test_an_overflow_in_fp16_costs_its_step_alone(tmp_path):
+    """Also where several batches add up, as Gemini's did into the gradients that had overflowed:
+    low_level_zero, whose loss scale is the same, learns as much."""
+    flags = ("--precision", "fp16", "--gradient_accumulation_steps", 2, "--batch_size", 4)
+    flags += ("--max_train_steps", 14, "--warmup_steps", 0, "--dropout", 0, "--eval_steps", 7)
+    flags += ("--model_name_or_path", REPO / "sample" / "opt-tiny", "--learning_rate", 3e-3)
+    held_out = {}
+    for plugin in ("gemini", "low_level_zero"):
+        train(tmp_path / plugin, *flags, "--seed", 1, "--plugin", plugin, "--no_save")
+        lines = metrics(tmp_path / plugin)
+        held_out[plugin] = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    first, middle, last = held_out["low_level_zero"]
+    assert first - middle > 0.3 and middle - last > 0.05
+    assert held_out["gemini"] == pytest.approx([first, middle, last], abs=0.01)
+
+
 def test_too_many_bad_steps_in_a_row(poisoned, tmp_path):
     """The run ends, its model is not written, and the checkpoint from before is named."""
     given = (

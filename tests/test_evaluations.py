@@ -80,10 +80,13 @@ def test_the_best_model_is_the_one_that_is_written(nproc, flags, texts, tmp_path
     best, last = best_and_last(tmp_path)
     assert best < last == best + PATIENCE and len(losses(tmp_path)) == last
     assert f"ended early, after step {last} of 12" in done.stdout
-    assert f"after step {best}: its weights are saved" in done.stdout
+    assert f"saved are those after step {best}\n" in done.stdout
     found = evaluated(tmp_path)
     assert found[last] - found[best] > 0.05
     assert loss_of(tmp_path, texts) == pytest.approx(found[best], abs=0.02)
+    card = (tmp_path / "README.md").read_text()
+    assert f"The weights are those after step {best}, the best." in card
+    assert f"| {best} | {found[best]:.4f} |" in card and f"| steps | {last} of 12 (" in card
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_losses_of_other_texts_are_not_compared(through, texts, tmp_path):
     assert "other texts are held out" in done.stdout
     found = {step: loss for step, loss in evaluated(output).items() if step > last}
     chosen = min(found, key=found.get)
-    assert max(found) == 12 and f"after step {chosen}: its weights are saved" in done.stdout
+    assert max(found) == 12 and f"saved are those after step {chosen}\n" in done.stdout
     assert checkpoints.find("auto", output).evaluations.best_step == chosen
 
 

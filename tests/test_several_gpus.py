@@ -114,6 +114,13 @@ def reference(tmp_path_factory) -> list[float]:
             8,
             [*HYBRID, "--pp_size", "2", "--compile", "--gradient_accumulation_steps", "2"],
         ),
+        (
+            8,
+            [
+                *(*HYBRID, "--pp_size", "2", "--cuda_graph", "--compile"),
+                *("--gradient_accumulation_steps", "2"),
+            ],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else f"{value} rows",
 )

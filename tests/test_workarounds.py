@@ -50,6 +50,7 @@ SEEN = {
         "F31": r"\(1, 8, 4\) comes of \(1, 16, 4\)",
         "F54": "the embedding is the head",
         "F57": "no group any more",
+        "F58": "they are still there",
     },
     "others": {
         "F32": "0:30:00",

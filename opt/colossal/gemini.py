@@ -24,6 +24,7 @@ from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import TensorState, gemini_ddp
 from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 from colossalai.zero.gemini.chunk import chunk as chunk_module
+from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from colossalai.zero.gemini.memory_tracer import OrderedParamGenerator
 from torch import nn
 
@@ -130,6 +131,7 @@ class OptGeminiPlugin(Plugin, GeminiPlugin):
         frozen = model.chunk_manager.get_chunks(getattr(model, "frozen_params", []))
         optimizer.chunk16_set -= set(frozen)
         _mend(model)
+        _forget_skipped_batches(model, optimizer)
         if any(host_adam.is_on_host(c.paired_chunk) for c in optimizer.chunk16_set):
             optimizer.optim.host_adam = host_adam.HostAdam(model, optimizer)
         self.form = Chunks(model, optimizer)
@@ -209,6 +211,18 @@ def _mend(model: GeminiDDP) -> None:
         _do_without_hooks(model, chunks)
     else:
         _work_by_layer(model)
+
+
+def _forget_skipped_batches(model: GeminiDDP, optimizer: GeminiOptimizer) -> None:
+    """[F58] Where the loss scale skips a step ColossalAI 0.5.0 goes on adding to its gradients:
+    with accumulation all later ones overflow as well, and nothing is learned any more."""
+    zero_grad = optimizer.zero_grad
+
+    def forget(*args, **kwargs):
+        model.chunk_manager.accumulating_grads = False
+        return zero_grad(*args, **kwargs)
+
+    optimizer.zero_grad = forget
 
 
 def _do_without_hooks(model: GeminiDDP, chunks: tuple[Chunk, ...]) -> None:

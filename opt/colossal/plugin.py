@@ -123,8 +123,8 @@ class Plugin:
     def new_model(self, config: OPTConfig) -> OPTForCausalLM:
         """A model ready for Booster.boost, its weights still to be placed. Lazy, or in memory at
         once as it will be trained."""
-        # The ranks of a tensor-parallel group hold parts of the same activations and must drop the
-        # same; all others differ.
+        # The ranks of a tensor-parallel group must drop the same of activations that each holds
+        # whole; all others differ. Of those that are cut they drop the same places of each part.
         seed_everything(
             self.plan.seed + self.spread.dp_rank * self.spread.pp_size + self.spread.pp_rank
         )

@@ -176,7 +176,8 @@ def pack(
     The first `contexts` tokens of a row have the label -100. The last `pad_rows` rows, of pads,
     none longer than `longest`, round up `tokens`, by default those of these rows, so that few
     different shapes occur: to a multiple of up to an eighth of them. Given those of the rank that
-    has most, all ranks have the same shape, and a new one holds up all of them at once.
+    has most, all ranks have the same shape, and a new one holds up all of them at once; unless they
+    differ by more than these rows can fill, as where an epoch's last rows are few.
     """
     own = sum(map(len, rows))
     length, unit = _rounded(tokens or own, longest)

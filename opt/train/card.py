@@ -20,17 +20,18 @@ _LICENSE = "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/M
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 
 
-def text(run: Run) -> str | None:
-    """README.md of the model that `run` has trained; None, and a line that says why, where that
-    fails: no reason to lose the model."""
+def text(run: Run, step: int, best_step: int | None) -> str | None:
+    """README.md of the model that `run` has trained, in `step` steps; its weights are those after
+    `best_step`, if there is one. None, and a line that says why, where that fails: no reason to
+    lose the model."""
     try:
-        return _text(run)
+        return _text(run, step, best_step)
     except Exception as error:
         print(f"no model card ({CARD}): {in_a_line(error)}", flush=True)
         return None
 
 
-def _text(run: Run) -> str:
+def _text(run: Run, step: int, best_step: int | None) -> str:
     plan, steps, dataset = run.plan, run.steps, run.dataset
     base = plan.model_name_or_path
     is_adapter = bool(plan.lora_r) and not plan.merge_lora
@@ -41,8 +42,11 @@ def _text(run: Run) -> str:
     losses = [f"| {line['step']} | | {line['loss']:.4f} | |" for line in trained[:1] + trained[-1:]]
     losses += [
         f"| {line['step']} | {line['eval_loss']:.4f} | | {perplexity(line['eval_loss']):.2f} |"
-        for line in evaluated[:1] + evaluated[1:][-1:]
+        for number, line in enumerate(evaluated)
+        if number in (0, len(evaluated) - 1) or line["step"] == best_step
     ]
+    which = f"The weights are those after step {best_step}, the best. " if best_step else ""
+    of_planned = f" of {steps.total_steps:,}" if step < steps.total_steps else ""
     from_scratch = not weights.weight_files(run.setup.directory)
     name = Path(plan.output_path).resolve()
     settings = {
@@ -53,7 +57,7 @@ def _text(run: Run) -> str:
         "optimizer": plan.optim,
         "rows a step": plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size,
         "tokens a row, at most": plan.max_length,
-        "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch)",
+        "steps": f"{step:,}{of_planned} ({steps.steps_per_epoch:,} an epoch)",
         "learning rate": f"{steps.learning_rate:g}",
         "weight decay": plan.weight_decay,
         "seed": plan.seed,
@@ -85,7 +89,7 @@ Data: {dataset.source}; {dataset.counts.texts:,} texts, {dataset.counts.tokens:,
 |---|---|---|---|
 {chr(10).join(sorted(losses, key=lambda line: int(line.split()[1])))}
 
-Losses are in nats a token; `metrics.jsonl` has every step.
+{which}Losses are in nats a token; `metrics.jsonl` has every step.
 
 | | |
 |---|---|

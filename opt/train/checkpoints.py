@@ -230,8 +230,9 @@ class Saver:
         which they are. To be called by all processes after the last step and finish()."""
         is_finite = self._best is not None
         if self._here.is_main:
-            which = "its weights are saved" if is_finite else "the last weights are saved"
-            print(f"{self.evaluations.describe()}: {which}", flush=True)
+            step = self.evaluations.best_step
+            which = f"those after step {step}" if is_finite else "the last ones"
+            print(f"{self.evaluations.describe()}; saved are {which}", flush=True)
         if not is_finite:
             return
         damage = self._control.gather(_damage(self._best) if self._here.is_main else None)[0]

@@ -121,10 +121,15 @@ class GraphedBackward:
 
     def _backward(self, inputs, weight, reduces: bool) -> torch.Tensor:
         """The loss; its gradients go to where the optimizer finds them."""
-        # To be reduced with those of the batches before, which are added to; otherwise they are
-        # added together below.
-        adds = (reduces or self._places) and not self._is_first
-        start = self._gradients if adds else self._nothing
+        # Those that are reduced with the batches before, or whose products add to them, start from
+        # these; others are added together below, as a tied embedding's, which comes summed up over
+        # the pipeline stages.
+        start = self._nothing
+        if not self._is_first:
+            start = [
+                gradient if reduces or parameter in self._places else None
+                for parameter, gradient in zip(self._parameters, self._gradients, strict=True)
+            ]
         for parameter, gradient in zip(self._parameters, start, strict=True):
             parameter.grad = gradient
         loss = self._run(inputs, weight)

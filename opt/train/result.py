@@ -27,7 +27,9 @@ def save(
         saver.load_best()
     if not plan.no_save:
         whole = (setup.directory, setup.source, setup.tokenizer, plan.output_path)
-        export.export_model(plugin, *whole, card=card.text(run) if is_main else None)
+        best_step = saver.evaluations.best_step if plan.load_best_model_at_end else None
+        text = card.text(run, step, best_step) if is_main else None
+        export.export_model(plugin, *whole, card=text)
     if is_main and step < run.steps.total_steps:
         print(
             f"ended early, after step {step} of {run.steps.total_steps}: "
