@@ -7,7 +7,7 @@
 #
 # Environment variables, each a list: MODEL PLUGIN BS (rows per data-parallel rank) GPUNUM (processes; more than there are
 # GPUs is left out). And OUT (folder of the results), TIMEOUT (seconds a combination may take), PYTHON, INSTALL (0: no pip
-# install). Arguments go to opt_benchmark.py as they are. Killed and started again, it goes on where it stopped.
+# install). All other arguments go to opt_benchmark.py as they are. Killed and started again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
@@ -16,6 +16,16 @@ if [ "${INSTALL:-1}" != 0 ] && ! "$python" -c "import opt.installed; exit(bool(o
   "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 "$python" -m opt.installed run_benchmark.sh
+refuse() { echo "run_benchmark.sh: error: $*" >&2; exit 2; }
+for word in "$@"; do
+  case ${word%%=*} in
+    --model_name_or_path) refuse "$word: the sweep is over MODEL, a list" ;;
+    --plugin) refuse "$word: the sweep is over PLUGIN, a list" ;;
+    --batch_size) refuse "$word: the sweep is over BS, a list" ;;
+    --json) refuse "$word: the results are in OUT" ;;
+  esac
+done
+for n in ${GPUNUM:-1}; do case $n in 0 | *[!0-9]*) refuse "GPUNUM=$GPUNUM: $n is no number of at least 1" ;; esac; done
 found=$("$python" -m opt.limits)
 read -r gpus unused <<<"$found"
 out=${OUT:-benchmark_results}
@@ -47,15 +57,20 @@ stop() {
   exit 130
 }
 trap stop INT TERM
-total=${#combinations[@]} done_before=0 measured=0 begun=$SECONDS
+total=${#combinations[@]} done_before=0 failed_before=0 measured=0 begun=$SECONDS
 echo "run_benchmark: $total combinations, $gpus GPU(s)${unused:+ for PyTorch ($unused)}, results in $out/"
 
 for i in "${!combinations[@]}"; do
   read -r n model plugin bs <<<"${combinations[$i]}"
   # The name holds everything that the result depends on: other arguments are another measurement.
   name=$(printf '%s' "$model-$plugin-bs$bs-n$n${*:+-$*}" | tr -c 'A-Za-z0-9._-' '_')
+  [ ${#name} -le 200 ] || name=${name:0:180}-$(printf '%s' "$name" | cksum | cut -d ' ' -f 1) # file systems have 255
   file=$out/$name.json
-  if [ -s "$file" ]; then done_before=$((done_before + 1)); continue; fi
+  if [ -s "$file" ]; then
+    done_before=$((done_before + 1))
+    ! grep -q '^ "status":' "$file" || failed_before=$((failed_before + 1))
+    continue
+  fi
   left=""
   if [ $measured -gt 0 ]; then left=", about $(((SECONDS - begun) * (total - i) / measured / 60 + 1)) min left"; fi
   echo "[$((i + 1))/$total$left] $model, $plugin, batch $bs, $n process(es)"
@@ -78,5 +93,6 @@ for i in "${!combinations[@]}"; do
   tail -n +2 "$out/$name.log" | grep -E '^  (step|rate|memory|kernels)|: out of memory ' || echo "  failed$([ $status != 137 ] || echo ", killed, most likely for host memory"): $out/$name.log"
   measured=$((measured + 1))
 done
-[ $done_before -gt 0 ] && echo "run_benchmark: $done_before combinations were there already"
+[ $failed_before -eq 0 ] || failed=", $failed_before of them without a result: to try again, remove their .json from $out"
+[ $done_before -eq 0 ] || echo "run_benchmark: $done_before combinations were there already${failed:-}"
 "$python" -m benchmarks.report table "$out"

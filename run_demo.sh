@@ -7,7 +7,7 @@
 #
 # Environment variables that override a choice: MODEL DATASET PLUGIN GPUNUM (processes a node) TP PP BS (rows per
 # data-parallel rank) LR EPOCH OUTPUT HOSTFILE (several nodes) PYTHON INSTALL (0: no pip install).
-# Arguments go to opt_train_demo.py as they are.
+# Arguments go to opt_train_demo.py as they are, and come before what is chosen here. Paths are from this folder on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
@@ -18,6 +18,19 @@ if [ "${INSTALL:-1}" != 0 ] && ! "$python" -c "import opt.installed; exit(bool(o
 fi
 "$python" -m opt.installed run_demo.sh
 say() { echo "run_demo: $*"; }
+refuse() { echo "run_demo.sh: error: $*" >&2; exit 2; }
+for name in GPUNUM TP PP; do
+  case ${!name:-1} in 0 | *[!0-9]*) refuse "$name=${!name} is no number of at least 1" ;; esac
+done
+argument() { # NAME: what the arguments say of it, as "NAME VALUE" or "NAME=VALUE"
+  local name=$1 value="" before="" word
+  for word in "${arguments[@]}"; do
+    case $word in "$name="*) value=${word#*=} ;; *) [ "$before" != "$name" ] || value=$word ;; esac
+    before=$word
+  done
+  echo "$value"
+}
+arguments=("" "$@")
 
 # ---- what is there
 hub=${HF_ENDPOINT:-https://huggingface.co}
@@ -27,7 +40,10 @@ urllib.request.urlopen(sys.argv[1] + "/api/models/facebook/opt-350m", timeout=5)
 PY
 then reach="the Hub answers"; online=1; else reach="no answer from $hub within 5 s"; online=0; fi
 nodes=1
-[ -n "${HOSTFILE:-}" ] && nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE")
+if [ -n "${HOSTFILE:-}" ]; then
+  [ -r "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE cannot be read"
+  nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE") || refuse "HOSTFILE=$HOSTFILE names no host"
+fi
 found=$("$python" -m opt.limits)
 read -r gpus unused <<<"$found"
 
@@ -39,6 +55,10 @@ else
   default_model=sample/opt-tiny default_dataset=sample/netflix_sample.csv
   why=$([ "$gpus" -gt 0 ] && echo "$reach" || echo "no GPU${unused:+ for PyTorch: $unused}")
 fi
+MODEL=${MODEL:-$(argument --model_name_or_path)} PLUGIN=${PLUGIN:-$(argument --plugin)}
+TP=${TP:-$(argument --tp_size)} PP=${PP:-$(argument --pp_size)}
+data=(--dataset "${DATASET:-$default_dataset}") # one of the arguments' would be beside it
+[ -n "${DATASET:-}" ] || [ -z "$(argument --dataset)" ] || data=() DATASET=$(argument --dataset)
 model=${MODEL:-$default_model}
 dataset=${DATASET:-$default_dataset}
 [ "$online$gpus${MODEL:-}" = 10 ] && say "a larger model: MODEL=facebook/opt-125m bash run_demo.sh"
@@ -63,8 +83,8 @@ else say "$processes process(es) a node; --auto chooses the rest by what fits, a
 dp=$((processes * nodes / (tp * pp)))
 rows=32 lr=5e-5 epochs=10
 [ "$model" = sample/opt-tiny ] && rows=16 lr=1e-3 epochs=4 # a tiny model wants larger steps
-case " $* " in *" --lora_r "* | *" --lora_adapter "*) lr=2e-4 ;; esac # adapters take larger steps
-flags=(--model_name_or_path "$model" --dataset "$dataset" --output_path "${OUTPUT:-./output_model}" --auto)
+case $(argument --lora_r)$(argument --lora_adapter) in "" | 0) ;; *) lr=2e-4 ;; esac # adapters take larger steps
+flags=(--model_name_or_path "$model" "${data[@]}" --output_path "${OUTPUT:-./output_model}" --auto)
 flags+=(${plugin:+--plugin "$plugin"} $more --batch_size "${BS:-$((dp > 0 ? (rows + dp - 1) / dp : rows))}" --learning_rate "${LR:-$lr}" --num_epoch "${EPOCH:-$epochs}")
 flags+=("$@")
 

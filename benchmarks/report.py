@@ -649,7 +649,11 @@ def main() -> None:
     results = load(args.directory)
     print(write_tables(results, args.directory))
     draw(results, args.directory)
-    print(f"{args.directory}: results.csv, results.md, throughput.png, memory.png")
+    is_measured = any(status(result) == "ok" for result in results)
+    plots = ", throughput.png, memory.png" if is_measured else "; no combination has a result"
+    print(f"{args.directory}: results.csv, results.md{plots}")
+    if not is_measured:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ VALUES = [
     {"activation_function": None},
     {"activation_function": ["relu"]},
     *({"pad_token_id": value} for value in (None, -1, 2048, "1")),
+    *({"bos_token_id": value} for value in ([2], -1, 2048, "2")),
     *({"eos_token_id": value} for value in (7, 2048, -1, "2", [], [7], [2, None], {"end": 2})),
     *({"tie_word_embeddings": value} for value in (None, "yes", 0)),
 ]

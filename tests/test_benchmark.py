@@ -172,7 +172,21 @@ def test_a_killed_sweep_measures_only_what_is_missing(sweep):
     assert [("gemini" in file.name) for file in before] == [True]
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert "gemini, batch" not in printed and "torch_ddp, batch" in printed
-    assert "1 combinations were there already" in printed
+    assert "1 combinations were there already, 1 of them without a result: " in printed
+
+
+def test_what_a_sweep_does_not_take(tmp_path):
+    """What it sweeps over, as an argument; and a result that cannot be written, before it is
+    measured."""
+    command = ["bash", str(REPO / "run_benchmark.sh"), "--plugin=gemini"]
+    done = subprocess.run(command, env=of_a_sweep(OUT=tmp_path), capture_output=True, text=True)
+    said = "run_benchmark.sh: error: --plugin=gemini: the sweep is over PLUGIN, a list\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    (tmp_path / "file").touch()
+    benchmark = (REPO / "opt_benchmark.py", "--model_name_or_path", SAMPLE_MODEL)
+    for flags in (("--json", tmp_path), ("--profile", tmp_path / "file")):
+        done = run(*benchmark, *flags)
+        assert done.returncode == 2 and f"{flags[0]} {flags[1]} cannot be written" in done.stderr
 
 
 def test_a_combination_that_fails_is_a_row_that_says_so(sweep):
@@ -197,7 +211,7 @@ def test_a_combination_that_is_killed_is_a_row_that_says_so(tmp_path):
     wait_for(lambda: workers(sweep, "opt_benchmark.py"))
     workers(sweep, "opt_benchmark.py")[0].kill()
     printed, _ = sweep.communicate(timeout=60)
-    assert sweep.returncode == 0
+    assert sweep.returncode == 1 and "no combination has a result" in printed
     with open(tmp_path / "results.csv", newline="") as f:
         (row,) = csv.DictReader(f)
     assert row["status"] == "killed, most likely for host memory"

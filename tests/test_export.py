@@ -31,7 +31,7 @@ from opt.train import card, checks, export
 from opt.train.schedule import Steps
 from opt_train_demo import boost
 
-from .conftest import SAMPLE_MODEL, free_port, metrics
+from .conftest import SAMPLE_MODEL, free_port, metrics, train
 from .test_parity import HYBRID, run_worker
 from .test_training import Runs, all_rows, runs_in
 
@@ -169,6 +169,19 @@ def test_shards_load(written_by_four, odd_model):
         assert {
             name for name, where in index["weight_map"].items() if where == file.name
         } == tensors.keys()
+
+
+def test_what_will_be_gone_is_told(runs, tmp_path):
+    """In the plan; and a chat template that a tokenizer before had is not the new one's."""
+    shutil.copytree(runs.model, tmp_path / "there")
+    (tmp_path / "there" / "chat_template.jinja").write_text("of another")
+    flags = ("--max_train_steps", 1, "--lora_r", 2, "--model_name_or_path", runs.model)
+    done = train(tmp_path / "there", *flags)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("  output ")]
+    assert line.endswith("; config.json, model.safetensors there will be gone")
+    left = {file.name for file in (tmp_path / "there").iterdir()}
+    assert "adapter_config.json" in left
+    assert not left & {"config.json", "model.safetensors", "chat_template.jinja"}
 
 
 def test_an_earlier_model_is_replaced(written_by_four, odd_model):

@@ -311,7 +311,20 @@ def test_what_is_no_lora_of_this_model_is_refused(trained, tmp_path):
     from_scratch = ("--model_name_or_path", SAMPLE_MODEL)
     assert "has no weights" in refused(*model, *from_scratch, "--lora_r", 4)
     itself = ("--output_path", trained["base"])
-    assert "the model's own folder" in refused(*model, *itself, "--lora_r", 4)
+    assert "is the model's own" in refused(*model, *itself, "--lora_r", 4)
+    assert "is the model's own" in refused(*model, *itself)
+    weights = trained["base"] / "model.safetensors"
+    assert "is the model's own" in refused(*model, "--output_path", weights)
+
+    # Nor is an adapter of use beside weights that only this project reads
+    wrapped = shutil.copytree(trained["base"], tmp_path / "wrapped")
+    tensors = {f"module.{name}": tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, wrapped / "model.safetensors", {"format": "pt"})
+    beside = (*model, "--model_name_or_path", wrapped, "--lora_r", 4)
+    assert "PEFT do not read the weights" in refused(*beside)
+    train(tmp_path / "merged", *beside[4:], "--merge_lora", "--max_train_steps", 1)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(parameter.isfinite().all() for parameter in whole.parameters())
     adapter = ("--lora_adapter", trained["output"])
     assert "--lora_r is the adapter's own" in refused(*model, *adapter, "--lora_r", 8)
     assert "adapter_config.json cannot be read" in refused(*model, "--lora_adapter", tmp_path)

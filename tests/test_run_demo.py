@@ -131,6 +131,7 @@ HYBRID = "--plugin hybrid_parallel --tp_size"
         (4, {"PLUGIN": "hybrid_parallel"}, [], f"{HYBRID} 2 --pp_size 2 --batch_size 32"),
         (4, {"TP": "2"}, [], f"{HYBRID} 2 --pp_size 1 --batch_size 16"),
         (4, {"PP": "4"}, [], f"{HYBRID} 1 --pp_size 4 --batch_size 32"),
+        (4, {}, ["--tp_size=2"], f"{HYBRID} 2 --pp_size 1 --batch_size 16"),
     ],
 )
 def test_what_it_calls_on_gpus(tmp_path, gpus, env, arguments, expected):
@@ -156,6 +157,31 @@ esac
     assert " --auto " in command and command.endswith(" ".join(arguments))
     found = re.findall(r"--(?:plugin|[tp]p_size|batch_size) \S+", command)
     assert " ".join(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"GPUNUM": "abc"}, "GPUNUM=abc is no number of at least 1"),
+        ({"TP": "0"}, "TP=0 is no number of at least 1"),
+        ({"PP": "1.5"}, "PP=1.5 is no number of at least 1"),
+        ({"HOSTFILE": "none"}, "HOSTFILE=none cannot be read"),
+        ({"HOSTFILE": "/dev/null"}, "HOSTFILE=/dev/null names no host"),
+    ],
+)
+def test_what_is_no_choice_is_refused(env, said):
+    done = run_demo(**env)
+    assert (done.returncode, done.stderr) == (2, f"run_demo.sh: error: {said}\n")
+
+
+def test_arguments_are_choices_too(tmp_path):
+    """Data that are named take the place of the sample, and adapters' learning rate is theirs."""
+    (tmp_path / "mine.txt").write_text("a text of a few words\n" * 64)
+    flags = ("--dataset", str(tmp_path / "mine.txt"), "--lora_r=4", "--dry_run")
+    done = run_demo(*flags, OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert f"run_demo: data {tmp_path}/mine.txt (you chose it)" in done.stdout
+    assert "mine.txt: 64 texts" in done.stdout and "learning rate 0.0002;" in done.stdout
 
 
 def test_a_mistake_with_several_processes_is_one_line(tmp_path):

@@ -76,6 +76,7 @@ def test_rates_are_those_of_transformers_but_that_the_first_step_learns(name, kw
     [
         ("cosine", {"cycles": 2}, "unexpected keyword argument 'cycles'"),
         ("cosine", {"num_cycles": "two"}, "cannot be"),
+        ("cosine", {"last_epoch": 5}, "cannot be"),
         ("cosine_with_min_lr", {}, "min_lr_rate"),
         ("warmup_stable_decay", {}, "num_decay_steps"),
         ("warmup_stable_decay", {"num_decay_steps": 19}, "more than the 20 steps"),

@@ -314,7 +314,8 @@ def _no_column(file: File, names) -> Fault:
     there = f"its columns are {', '.join(names):.300}" if names else "it has none"
     missing = [column for column in file.columns if column not in names] or USUAL_COLUMNS
     lacks = " and no ".join(f"column '{column}'" for column in missing)
-    return Fault(f"has no {lacks}: {there}; choose one with --text_column")
+    by = "with --text_column" if len(file.columns) < 2 else "of these"
+    return Fault(f"has no {lacks}: {there}; choose {by}")
 
 
 # ---- JSON, parquet and Arrow: values of any type, nested

@@ -17,6 +17,11 @@ def load_config(directory: Path) -> OPTConfig:
     """The configuration in a model's directory. Raises UserError where there is none, it is not
     OPT's, or makes no model."""
     file = directory / "config.json"
+    if not file.is_file() and (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} is an adapter alone: give its base model, and the adapter with "
+            "--lora_adapter"
+        )
     if not file.is_file():
         raise UserError(
             f"{directory} has no config.json: give a model's directory in Hugging Face layout"
@@ -101,6 +106,12 @@ def _check_values(config: OPTConfig, file: Path) -> None:
         raise UserError(
             f"{file}: eos_token_id is {ends!r:.60}, and must be a token of the vocabulary's "
             f"{config.vocab_size}, a list of them, or null: OPT's is 2"
+        )
+    start = config.bos_token_id
+    if start is not None and not (type(start) is int and 0 <= start < config.vocab_size):
+        raise UserError(
+            f"{file}: bos_token_id is {start!r:.60}, and must be a token of the vocabulary's "
+            f"{config.vocab_size}, or null: OPT's is 2"
         )
     if config.layerdrop:
         raise UserError(

@@ -300,12 +300,13 @@ def read_adapter(folder: Path, config: OPTConfig) -> tuple[Lora, SavedAdapter]:
     return lora, saved
 
 
-def peft_config(lora: Lora, base_model: str) -> dict:
-    """adapter_config.json. `base_model`: the model's Hub id or directory."""
+def peft_config(lora: Lora, plan: Namespace) -> dict:
+    """adapter_config.json of adapters beside the model that `plan` names."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": plan.model_name_or_path,
+        "revision": plan.model_revision,
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,

@@ -118,6 +118,7 @@ class Weights(Mapping):
     embedding, which is there all the same."""
 
     notes: tuple[str, ...] = ()  # what was left out or taken for something else, in words
+    is_transformers_own = True  # whether transformers reads the files as they are, too
 
     def __init__(self, names: dict):
         self._names = names  # name -> where _read finds it
@@ -191,6 +192,9 @@ class CheckpointWeights(Weights):
             notes.append(f"{HEAD} is taken for the embedding, which lacks and is tied to it")
         super().__init__(names)
         self.notes = (*self._said, *notes)
+        self.is_transformers_own = not self._said and all(
+            key in (name, name.removeprefix("model.")) for name, (_, key) in names.items()
+        )
 
     def _file(self, file: Path):
         if file not in self._open:

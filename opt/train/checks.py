@@ -79,12 +79,21 @@ def check(flags: Namespace, here: Place) -> Setup:
     tokenizer, said = load_tokenizer(of_tokenizer, config)
     _check_prompts(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
+    base = contents
     plan, contents = with_adapters(plan, config, contents)
     low_memory.check_cuts(plan, contents)
-    if plan.lora_r and Path(plan.output_path).resolve() == directory.resolve():
+    writes = not plan.no_save and not plan.eval_only
+    own = (directory, *weights.weight_files(directory))
+    if writes and Path(plan.output_path).resolve() in {place.resolve() for place in own}:
         raise UserError(
-            f"--output_path {plan.output_path} is the model's own folder, which its adapters "
-            "would take the place of: choose another"
+            f"--output_path {plan.output_path} is the model's own, which the new one would take "
+            "the place of: choose another"
+        )
+    if writes and plan.lora_r and not plan.merge_lora and not base.is_transformers_own:
+        raise UserError(
+            f"transformers and PEFT do not read the weights in {directory} as they are "
+            f"({'; '.join(base.notes):.200}), and an adapter is of no use without them: give "
+            "--merge_lora, which saves the whole model, or write them anew first"
         )
     if plan.lora_r and not weights.weight_files(directory):
         raise UserError(
@@ -98,6 +107,7 @@ def check_benchmark(flags: Namespace, here: Place) -> tuple[Namespace, OPTConfig
     """The same for the benchmark, which needs no data and no trained weights: its plan, and the
     model. Raises UserError."""
     plan = settle(flags, here)
+    _check_results(plan)
     size = plan.model_name_or_path.removeprefix("facebook/").removeprefix("opt-")
     if size in PRESETS:
         config = with_dropout(preset_config(size), plan.dropout)
@@ -287,6 +297,26 @@ def _check_length(flag: str, length: int, config: OPTConfig) -> None:
             f"{flag} {length} is over the model's {config.max_position_embeddings} positions: use "
             f"{config.max_position_embeddings} or less"
         )
+
+
+def _check_results(plan: Namespace) -> None:
+    """Of the benchmark: that --json and --profile can be written at the end."""
+    for flag, place, is_wrong in (
+        ("--json", plan.json, os.path.isdir),
+        ("--profile", plan.profile, os.path.isfile),
+    ):
+        if not place:
+            continue
+        try:
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=Path(place).parent):
+                pass
+            reason = "it is a folder" if flag == "--json" else "it is a file"
+            reason = reason if is_wrong(place) else None
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            raise UserError(f"{flag} {place} cannot be written ({reason}): choose another place")
 
 
 def _check_writable(output_path: str) -> None:

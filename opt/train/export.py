@@ -4,6 +4,7 @@ loads; or its adapters, into one that PEFT loads."""
 import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -32,14 +33,30 @@ GENERATION = "generation_config.json"
 CARD = "README.md"
 # What loaders start from
 _HEADS = ("model.safetensors", "model.safetensors.index.json", lora.CONFIG_FILE)
-# Of a model that was there before: loaders would take it, or parts of it, for the new one's.
-OLD = (
-    *(*_HEADS, *lora.TENSORS_FILES, "model-*-of-*.safetensors", GENERATION),
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+_WEIGHTS = (
+    *(*_HEADS, *lora.TENSORS_FILES, "model-*-of-*.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
+# Of a model that was there before: loaders would take it, or parts of it, for the new one's.
+OLD = (*_WEIGHTS, GENERATION, *TOKENIZER)
 CARD_MARK = (
     "<!-- written by opt_train_demo.py: changes are lost with the next run into this folder -->"
 )
+
+
+def replaced(plan: Namespace) -> list[str]:
+    """Names of what there is of a model where this run's will be, which goes then."""
+    if plan.no_save or plan.eval_only:
+        return []
+    target = Path(plan.output_path)
+    if is_one_file(plan.output_path):
+        return [target.name] if target.is_file() else []
+    patterns = (*_WEIGHTS, *(["config.json"] if plan.lora_r and not plan.merge_lora else []))
+    return sorted(file.name for pattern in patterns for file in target.glob(pattern))
 
 
 def export_model(
@@ -103,7 +120,7 @@ def export_model(
         _assemble(shards, aside, one_file or is_adapter, suffix)
         if is_adapter:
             (aside / "one_file.safetensors").rename(aside / lora.TENSORS_FILES[0])
-            fields = lora.peft_config(plugin.adapters, plugin.plan.model_name_or_path)
+            fields = lora.peft_config(plugin.adapters, plugin.plan)
             (aside / lora.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
             (target / "config.json").unlink(missing_ok=True)  # of a whole model that was there
         else:

@@ -11,8 +11,7 @@ _FILES = (
     *("config.json", "generation_config.json", "README.md", "metrics.jsonl", "loss.png"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
     *("adapter_config.json", "adapter_model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja"),
+    *export.TOKENIZER,
 )
 
 

@@ -18,10 +18,9 @@ from opt.model import float8, kernel_probe, weights
 from opt.model.config import DTYPES
 from opt.model.lora import Lora
 from opt.registry import plugin_class
-from opt.train import checkpoints, fit, hub, memory
+from opt.train import checkpoints, export, fit, hub, memory
 from opt.train.checkpoints import Checkpoint
 from opt.train.checks import Setup, check_shared, lock_output
-from opt.train.export import output_directory
 from opt.train.schedule import Steps, count_steps
 
 
@@ -59,7 +58,7 @@ class Run:
     @property
     def output(self) -> Path:
         """The folder of its results."""
-        return output_directory(self.plan.output_path)
+        return export.output_directory(self.plan.output_path)
 
 
 def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
@@ -77,7 +76,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
         check_shared(plan.output_path, here)
     if plan.push_to_hub:
         node_first(here, lambda: hub.check(plan) if here.is_main else None)
-    folder = output_directory(plan.output_path)
+    folder = export.output_directory(plan.output_path)
     before = None
     if plan.resume or not plan.eval_only:
         saves = not plan.eval_only
@@ -188,6 +187,7 @@ def describe(run: Run) -> str:
     about = plugin_class(plan.plugin).describe(plan, plan.dp_size)
     schedule = f" ({steps.scheduler_type})" * (steps.scheduler_type != "linear")
     patience = f", until {plan.early_stopping_patience} in a row are no better"
+    there = export.replaced(plan)
     lines = {
         "device": _device(here),
         "plugin": plan.plugin + f" ({about})" * bool(about),
@@ -212,7 +212,8 @@ def describe(run: Run) -> str:
         * (_saves(plan) and run.copies_checkpoints),
         "output": plan.output_path
         + " (model not saved)" * plan.no_save
-        + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub),
+        + f", and {plan.push_to_hub} on the Hub" * bool(plan.push_to_hub)
+        + f"; {', '.join(there)} there will be gone" * bool(there),
     }
     if run.chosen:
         lines["auto"] = f"\n{' ' * 12}".join(run.chosen)
@@ -227,6 +228,8 @@ def describe(run: Run) -> str:
         lines["kernels"] = kernels
     if run.resumed_from:
         lines["resumed"] = _resumed(run)
+    elif plan.resume:
+        lines["resumed"] = "there is no checkpoint yet"
     return "\n".join(f"  {name:<9} {value}" for name, value in lines.items())
 
 
@@ -330,7 +333,8 @@ def memory_line(needed: memory.Estimate, room: memory.Room) -> str:
     processes = f" x {room.local} processes" if room.local > 1 else ""
     host = f"{memory.gib(needed.host)}{processes} of {memory.gib(room.host)} in host memory"
     if room.device is None:
-        line = f"{needed.parts}, the process itself {memory.gib(needed.host_process)}: {host}"
+        parts = f"{needed.parts}, " * bool(needed.parts)
+        line = f"{parts}the process itself {memory.gib(needed.host_process)}: {host}"
     else:
         if needed.host_optimizer:
             host += f", {memory.gib(needed.host_optimizer)} of them the optimizer's"

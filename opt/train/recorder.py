@@ -164,6 +164,7 @@ def results_of_evaluation(run: Run, loss: float) -> None:
         "rows": len(rows),
         "tokens": rows.num_tokens,
         "model": str(run.resumed_from.path) if run.resumed_from else run.plan.model_name_or_path,
+        **({"lora_adapter": run.plan.lora_adapter} if run.plan.lora_adapter else {}),
         "dataset": run.dataset.source,
     }
     file = run.output / "eval_results.json"

@@ -126,7 +126,7 @@ def _check(steps: Steps) -> None:
             raise ValueError("it is not always a number of at least 0")
         if warm_up + given.get("num_decay_steps", 0) > max(steps.total_steps, warm_up):
             raise ValueError(f"warm-up and decay take more than the {steps.total_steps} steps")
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"{name} cannot be: {error!s:.200}") from error
 
 
