@@ -262,6 +262,7 @@ def read_adapter(folder: Path, config: OPTConfig) -> tuple[Lora, SavedAdapter]:
             and r >= 1
             and isinstance(alpha, (int, float))
             and math.isfinite(alpha)
+            and alpha != 0
             and isinstance(dropout, (int, float))
             and 0 <= dropout <= 1
             and type(use_rslora) is bool

@@ -327,6 +327,8 @@ def _check_writable(output_path: str) -> None:
         raise UserError(
             f"--output_path {output_path} is a directory, its name one file's: choose another name"
         )
+    if is_one_file(output_path) and not Path(output_path).suffix:
+        raise UserError(f"--output_path {output_path} is a suffix alone: name the file")
     nearest = target
     try:
         nearest = next(p for p in (target, *target.absolute().parents) if p.exists())

@@ -304,7 +304,8 @@ def _adapters(run: Run) -> str:
         f"adapters of rank {plan.lora_r}, scale {Lora.of(plan).scale:g}, dropout "
         f"{plan.lora_dropout:g}, of {', '.join(plan.lora_target_modules)}"
         + f"; from {plan.lora_adapter}" * bool(plan.lora_adapter)
-        + ("; saved merged into the whole model" if plan.merge_lora else "; saved alone")
+        + f"; saved {'merged into the whole model' if plan.merge_lora else 'alone'}"
+        * (not plan.eval_only)
     )
 
 
