@@ -19,9 +19,6 @@ fi
 "$python" -m opt.installed run_demo.sh
 say() { echo "run_demo: $*"; }
 refuse() { echo "run_demo.sh: error: $*" >&2; exit 2; }
-for name in GPUNUM TP PP; do
-  case ${!name:-1} in 0 | *[!0-9]*) refuse "$name=${!name} is no number of at least 1" ;; esac
-done
 argument() { # NAME: what the arguments say of it, as "NAME VALUE" or "NAME=VALUE"
   local name=$1 value="" before="" word
   for word in "${arguments[@]}"; do
@@ -57,6 +54,9 @@ else
 fi
 MODEL=${MODEL:-$(argument --model_name_or_path)} PLUGIN=${PLUGIN:-$(argument --plugin)}
 TP=${TP:-$(argument --tp_size)} PP=${PP:-$(argument --pp_size)}
+for name in GPUNUM TP PP; do
+  case ${!name:-1} in 0 | *[!0-9]*) refuse "$name=${!name} is no number of at least 1" ;; esac
+done
 data=(--dataset "${DATASET:-$default_dataset}") # one of the arguments' would be beside it
 [ -n "${DATASET:-}" ] || [ -z "$(argument --dataset)" ] || data=() DATASET=$(argument --dataset)
 model=${MODEL:-$default_model}

@@ -65,10 +65,9 @@ class Saver:
         self._here, self._control, self._dataset = run.here, control, run.dataset
         self._optimizer, self._lr_schedule = boosted.optimizer, boosted.lr_schedule
         self._boosted, self._model = boosted, model
-        self.evaluations = run.resumed_from.evaluations if run.resumed_from else Evaluations()
-        self._best = (
-            run.resumed_from.best if run.resumed_from else None
-        )  # the checkpoint of the best one
+        before = run.resumed_from
+        self.evaluations = before.evaluations if before else Evaluations()
+        self._best = before.best if before else None  # the checkpoint of the best one
         self._frozen_checksum = model.frozen_checksum if run.here.is_main else None
         shapes = {name: torch.Size(model.shape(name)) for name in model}
         self._state = TrainingState(boosted.plugin.form, boosted.plugin.spread, shapes)
@@ -81,8 +80,8 @@ class Saver:
                 *self._directory.glob(f"{_REMOVING}*"),
             ):
                 shutil.rmtree(left_over)
-        if run.resumed_from:
-            self._restore(run.resumed_from)
+        if before:
+            self._restore(before)
 
     def after(self, position: Position, recorder, is_last: bool) -> str | None:
         """To be called after each step: saves where that is due, or where a signal asks the run to

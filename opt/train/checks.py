@@ -300,19 +300,19 @@ def _check_length(flag: str, length: int, config: OPTConfig) -> None:
 
 
 def _check_results(plan: Namespace) -> None:
-    """Of the benchmark: that --json and --profile can be written at the end."""
-    for flag, place, is_wrong in (
-        ("--json", plan.json, os.path.isdir),
-        ("--profile", plan.profile, os.path.isfile),
-    ):
+    """Of the benchmark: that what it writes at the end can be written."""
+    places = {
+        "--json": (plan.json, os.path.isdir, "it is a folder"),
+        "--profile": (getattr(plan, "profile", None), os.path.isfile, "it is a file"),
+    }
+    for flag, (place, is_other, what) in places.items():
         if not place:
             continue
         try:
             Path(place).parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=Path(place).parent):
                 pass
-            reason = "it is a folder" if flag == "--json" else "it is a file"
-            reason = reason if is_wrong(place) else None
+            reason = what if is_other(place) else None
         except OSError as error:
             reason = error.strerror
         if reason:
