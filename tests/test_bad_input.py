@@ -323,6 +323,17 @@ CASES = [
         "--output_path {}/folder.bin",
         ["--output_path", "folder.bin", "directory"],
     ),
+    Case(
+        "a folder where a file belongs",
+        "--output_path {}/taken",
+        ["taken/model.safetensors is a folder"],
+    ),
+    Case(
+        "a file where checkpoints belong",
+        "--output_path {}/filed",
+        ["filed/checkpoints is a file"],
+    ),
+    Case("a suffix alone", "--output_path {}/.bin", ["is a suffix alone"]),
 ]
 
 
@@ -398,6 +409,9 @@ def broken(tmp_path_factory) -> Path:
     (root / "not.parquet").write_text("show_id,description\ns1,One.\n")
     (root / "not.jsonl").write_text('{"description": "One."}\n{"description": \n')
     (root / "folder.bin").mkdir()
+    (root / "taken" / "model.safetensors").mkdir(parents=True)
+    (root / "filed").mkdir()
+    (root / "filed" / "checkpoints").touch()
     return root
 
 

@@ -30,7 +30,7 @@ from opt.model.kernel_probe import has_bf16, has_fp8
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
 from opt.registry import ways_to_hold
-from opt.train.export import is_one_file, output_directory
+from opt.train.export import FILES, is_one_file, output_directory
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -340,6 +340,14 @@ def _check_writable(output_path: str) -> None:
             f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose "
             "another place"
         ) from error
+    files = (*FILES, ".opt_train.lock")
+    if folder := next((target / name for name in files if (target / name).is_dir()), None):
+        raise UserError(f"--output_path {output_path}: {folder} is a folder, a file belongs there")
+    if (target / "checkpoints").is_file():
+        raise UserError(
+            f"--output_path {output_path}: {target / 'checkpoints'} is a file, a folder belongs "
+            "there"
+        )
 
 
 # Of config.json, what an export changes

@@ -41,6 +41,11 @@ _WEIGHTS = (
     *(*_HEADS, *lora.TENSORS_FILES, "model-*-of-*.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
+# All that a run may write for others to read; of shards the pattern
+FILES = (
+    *("config.json", GENERATION, CARD, "metrics.jsonl", "loss.png", *_HEADS),
+    *(lora.TENSORS_FILES[0], "model-*-of-*.safetensors", *TOKENIZER),
+)
 # Of a model that was there before: loaders would take it, or parts of it, for the new one's.
 OLD = (*_WEIGHTS, GENERATION, *TOKENIZER)
 CARD_MARK = (

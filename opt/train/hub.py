@@ -6,14 +6,6 @@ from argparse import Namespace
 from opt.errors import UserError, in_a_line
 from opt.train import export
 
-# What the Hub is for; checkpoints, logs, and whatever else lies in the folder, stay here.
-_FILES = (
-    *("config.json", "generation_config.json", "README.md", "metrics.jsonl", "loss.png"),
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
-    *("adapter_config.json", "adapter_model.safetensors"),
-    *export.TOKENIZER,
-)
-
 
 def check(plan: Namespace) -> None:
     """Raise UserError unless the token may write to the repository, which is made if it is not
@@ -65,7 +57,8 @@ def push(plan: Namespace) -> None:
             repo_id=repo,
             folder_path=folder,
             commit_message=plan.run_name or "OPT, fine-tuned with ColossalAI",
-            allow_patterns=list(_FILES),
+            # Checkpoints, logs, and whatever else lies in the folder, stay here
+            allow_patterns=list(export.FILES),
             delete_patterns=list(export.OLD),
         )
     except Exception as error:
