@@ -54,6 +54,7 @@ def main(flags, measured_by) -> None:
     if here.is_main:
         print(describe(result), flush=True)
         if plan.json:
+            Path(plan.json).parent.mkdir(parents=True, exist_ok=True)
             Path(plan.json).write_text(json.dumps(result, indent=1) + "\n")
     processes.stop()
 

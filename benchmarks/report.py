@@ -177,9 +177,9 @@ def conditions(results: list[dict]) -> str:
     return "\n".join([*found, ""]) if found else ""
 
 
-def draw(results: list[dict], directory: Path) -> None:
+def draw(results: list[dict], directory: Path) -> bool:
     """throughput.png and memory.png: by batch size, a line for each plugin, a panel for each model
-    and number of GPUs."""
+    and number of GPUs. False where no combination was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -187,7 +187,7 @@ def draw(results: list[dict], directory: Path) -> None:
 
     good = [r for r in results if status(r) == "ok"]
     if not good:
-        return
+        return False
     panels = sorted({(r["model"], r["world_size"]) for r in good})
     plugins = sorted({r["plugin"] for r in good})
     quantities = {
@@ -230,6 +230,7 @@ def draw(results: list[dict], directory: Path) -> None:
         figure.tight_layout()
         figure.savefig(directory / f"{name}.png", dpi=110)
         pyplot.close(figure)
+    return True
 
 
 # ---- campaigns
@@ -648,8 +649,7 @@ def main() -> None:
         return
     results = load(args.directory)
     print(write_tables(results, args.directory))
-    draw(results, args.directory)
-    is_measured = any(status(result) == "ok" for result in results)
+    is_measured = draw(results, args.directory)
     plots = ", throughput.png, memory.png" if is_measured else "; no combination has a result"
     print(f"{args.directory}: results.csv, results.md{plots}")
     if not is_measured:

@@ -301,6 +301,11 @@ def read_adapter(folder: Path, config: OPTConfig) -> tuple[Lora, SavedAdapter]:
     return lora, saved
 
 
+def is_saved_alone(plan: Namespace) -> bool:
+    """Whether a run saves an adapter, and not the whole model."""
+    return bool(plan.lora_r) and not plan.merge_lora
+
+
 def peft_config(lora: Lora, plan: Namespace) -> dict:
     """adapter_config.json of adapters beside the model that `plan` names."""
     return {

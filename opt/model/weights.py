@@ -30,7 +30,7 @@ EMBEDDING = "model.decoder.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SAMPLE = 256  # elements of a tensor that are looked at again where it was placed
 # In the order of preference of transformers' from_pretrained.
-_FILES = (
+FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -40,8 +40,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 # What says that there are weights -> all their files
 _READ = {
-    _FILES[:2]: "model*.safetensors",
-    _FILES[2:]: "pytorch_model*.bin",
+    FILES[:2]: "model*.safetensors",
+    FILES[2:]: "pytorch_model*.bin",
 }
 _DEPTH = 2  # folders in folders that are looked into for weights in another form
 # Files that hold weights in a form that is not read -> what to do. By the first pattern that fits a
@@ -389,13 +389,13 @@ def _tensors_in(content, file: Path) -> tuple[dict[str, torch.Tensor], list[str]
 def taken_before(name: str) -> tuple[str, ...] | None:
     """Names of weights files that loaders of a folder take before the one of this `name`; None if
     they do not look for it."""
-    return _FILES[: _FILES.index(name)] if name in _FILES else None
+    return FILES[: FILES.index(name)] if name in FILES else None
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the directory's weights; empty where there are none. Raises UserError for
     a missing shard."""
-    for name in _FILES:
+    for name in FILES:
         file = directory / name
         if not file.is_file():
             continue
@@ -439,14 +439,13 @@ def _refuse_unread(files: Iterable[str], place: str) -> None:
             None,
         )
         if advice and not any(fnmatch(name.lower(), pattern) for pattern in _NO_WEIGHTS):
-            if name in _FILES:
+            if name in FILES:
                 advice = (
                     f"give {file.removesuffix(name)} itself, with config.json and the "
                     "tokenizer in it, or move its files up"
                 )
             raise UserError(
-                f"{place} has no {' or '.join(_FILES[::2])}, but {file}, which is not read: "
-                f"{advice}"
+                f"{place} has no {' or '.join(FILES[::2])}, but {file}, which is not read: {advice}"
             )
 
 

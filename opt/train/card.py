@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from opt import installed, measure
 from opt.errors import in_a_line
-from opt.model import weights
+from opt.model import lora, weights
 from opt.train.export import CARD, CARD_MARK, is_one_file
 from opt.train.plan import Run
 from opt.train.recorder import perplexity
@@ -34,7 +34,7 @@ def text(run: Run, step: int, best_step: int | None) -> str | None:
 def _text(run: Run, step: int, best_step: int | None) -> str:
     plan, steps, dataset = run.plan, run.steps, run.dataset
     base = plan.model_name_or_path
-    is_adapter = bool(plan.lora_r) and not plan.merge_lora
+    is_adapter = lora.is_saved_alone(plan)
     data = ModelCardData(**_metadata(run, is_adapter))
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line.get("loss") is not None]

@@ -79,23 +79,23 @@ def check(flags: Namespace, here: Place) -> Setup:
     tokenizer, said = load_tokenizer(of_tokenizer, config)
     _check_prompts(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
-    base = contents
     plan, contents = with_adapters(plan, config, contents)
     low_memory.check_cuts(plan, contents)
     writes = not plan.no_save and not plan.eval_only
-    own = (directory, *weights.weight_files(directory))
-    if writes and Path(plan.output_path).resolve() in {place.resolve() for place in own}:
+    files = weights.weight_files(directory)
+    own = {place.resolve() for place in (directory, *files)}
+    if writes and Path(plan.output_path).resolve() in own:
         raise UserError(
             f"--output_path {plan.output_path} is the model's own, which the new one would take "
             "the place of: choose another"
         )
-    if writes and plan.lora_r and not plan.merge_lora and not base.is_transformers_own:
+    if writes and lora.is_saved_alone(plan) and not contents.base.is_transformers_own:
         raise UserError(
             f"transformers and PEFT do not read the weights in {directory} as they are "
-            f"({'; '.join(base.notes):.200}), and an adapter is of no use without them: give "
+            f"({'; '.join(contents.notes):.200}), and an adapter is of no use without them: give "
             "--merge_lora, which saves the whole model, or write them anew first"
         )
-    if plan.lora_r and not weights.weight_files(directory):
+    if plan.lora_r and not files:
         raise UserError(
             f"{directory} has no weights, and adapters are trained beside those of a trained "
             "model: give one, or leave out --lora_r"
@@ -306,22 +306,29 @@ def _check_results(plan: Namespace) -> None:
         "--profile": (getattr(plan, "profile", None), os.path.isfile, "it is a file"),
     }
     for flag, (place, is_other, what) in places.items():
-        if not place:
-            continue
-        try:
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=Path(place).parent):
-                pass
-            reason = what if is_other(place) else None
-        except OSError as error:
-            reason = error.strerror
-        if reason:
-            raise UserError(f"{flag} {place} cannot be written ({reason}): choose another place")
+        if place:
+            _check_folder(f"{flag} {place}", Path(place).parent)
+        if place and is_other(place):
+            raise UserError(f"{flag} {place} cannot be written ({what}): choose another place")
+
+
+def _check_folder(given: str, folder: Path) -> None:
+    """Write and remove a file in it, or in the nearest folder above that exists; `given`: the flag
+    that it is of."""
+    nearest = folder
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        # Of exists() too: a name too long, a folder that this user may not look into
+        raise UserError(
+            f"{given} cannot be written ({error.strerror}: {nearest}): choose another place"
+        ) from error
 
 
 def _check_writable(output_path: str) -> None:
-    """Write and remove a file where the results will go, or in the nearest folder above that
-    exists."""
+    """Raise UserError where the results cannot go."""
     target = output_directory(output_path)
     if is_one_file(output_path) and os.path.isdir(output_path):
         raise UserError(
@@ -329,17 +336,7 @@ def _check_writable(output_path: str) -> None:
         )
     if is_one_file(output_path) and not Path(output_path).suffix:
         raise UserError(f"--output_path {output_path} is a suffix alone: name the file")
-    nearest = target
-    try:
-        nearest = next(p for p in (target, *target.absolute().parents) if p.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        # Of exists() too: a name too long, a folder that this user may not look into
-        raise UserError(
-            f"--output_path {output_path} cannot be written ({error.strerror}: {nearest}): choose "
-            "another place"
-        ) from error
+    _check_folder(f"--output_path {output_path}", target)
     files = (*FILES, ".opt_train.lock")
     if folder := next((target / name for name in files if (target / name).is_dir()), None):
         raise UserError(f"--output_path {output_path}: {folder} is a folder, a file belongs there")

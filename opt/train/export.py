@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import OPTConfig
 
 from opt.colossal.plugin import Plugin
-from opt.model import lora
+from opt.model import lora, weights
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit for one weights file
 
@@ -31,26 +31,24 @@ def output_directory(output_path: str) -> Path:
 
 GENERATION = "generation_config.json"
 CARD = "README.md"
-# What loaders start from
-_HEADS = ("model.safetensors", "model.safetensors.index.json", lora.CONFIG_FILE)
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja"),
-)
-_WEIGHTS = (
-    *(*_HEADS, *lora.TENSORS_FILES, "model-*-of-*.safetensors"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
-)
-# All that a run may write for others to read; of shards the pattern
-FILES = (
-    *("config.json", GENERATION, CARD, "metrics.jsonl", "loss.png", *_HEADS),
-    *(lora.TENSORS_FILES[0], "model-*-of-*.safetensors", *TOKENIZER),
-)
-# Of a model that was there before: loaders would take it, or parts of it, for the new one's.
-OLD = (*_WEIGHTS, GENERATION, *TOKENIZER)
 CARD_MARK = (
     "<!-- written by opt_train_demo.py: changes are lost with the next run into this folder -->"
 )
+# What loaders start from in a model that is written here
+_HEADS = (*weights.FILES[:2], lora.CONFIG_FILE)
+_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+# All that a run may write for others to read
+FILES = (
+    *("config.json", GENERATION, CARD, "metrics.jsonl", "loss.png", *_HEADS),
+    *(lora.TENSORS_FILES[0], _SHARDS[0], *_TOKENIZER),
+)
+# Of a model that was there before: loaders would take it, or parts of it, for the new one's.
+_WEIGHTS = (lora.CONFIG_FILE, *weights.FILES, *lora.TENSORS_FILES, *_SHARDS)
+OLD = (*_WEIGHTS, GENERATION, *_TOKENIZER)
 
 
 def replaced(plan: Namespace) -> list[str]:
@@ -60,7 +58,7 @@ def replaced(plan: Namespace) -> list[str]:
     target = Path(plan.output_path)
     if is_one_file(plan.output_path):
         return [target.name] if target.is_file() else []
-    patterns = (*_WEIGHTS, *(["config.json"] if plan.lora_r and not plan.merge_lora else []))
+    patterns = (*_WEIGHTS, *(["config.json"] if lora.is_saved_alone(plan) else []))
     return sorted(file.name for pattern in patterns for file in target.glob(pattern))
 
 
@@ -135,9 +133,9 @@ def export_model(
         tokenizer.save_pretrained(aside)
         _add_card(card, aside, target)
         if one_file:
-            weights = next(aside.glob("one_file*"))
-            _put_beside([file for file in sorted(aside.iterdir()) if file != weights], target)
-            os.replace(weights, output_path)
+            whole = next(aside.glob("one_file*"))
+            _put_beside([file for file in sorted(aside.iterdir()) if file != whole], target)
+            os.replace(whole, output_path)
             flush_to_disk(target)
         else:
             _publish(aside, target)
@@ -229,7 +227,7 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
 def _publish(aside: Path, target: Path) -> None:
     """Move the files into place; the one that a loader starts from leaves first and arrives
     last."""
-    for pattern in OLD:  # _HEADS first
+    for pattern in OLD:  # its heads first
         for old in target.glob(pattern):
             old.unlink()
     for file in sorted(aside.iterdir(), key=lambda f: f.name in _HEADS):

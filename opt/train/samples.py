@@ -49,7 +49,7 @@ def _say(line: str) -> None:
 def _write(run: Run, prompts: list[str]) -> list[str]:
     """What comes after each of them. Equal ones are written together, as one batch."""
     tokenizer, device = run.setup.tokenizer, run.here.device
-    is_adapter = bool(run.plan.lora_r) and not run.plan.merge_lora
+    is_adapter = lora.is_saved_alone(run.plan)
     saved = run.setup.directory if is_adapter else run.plan.output_path
     model = AutoModelForCausalLM.from_pretrained(saved, torch_dtype="auto")
     if is_adapter:
