@@ -9,7 +9,7 @@
 # GPUs is left out). And OUT (folder of the results), TIMEOUT (seconds a combination may take), PYTHON, INSTALL (0: no pip
 # install). All other arguments go to opt_benchmark.py as they are. Killed and started again, it goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 python=${PYTHON:-python3}
 
 if [ "${INSTALL:-1}" != 0 ] && ! "$python" -c "import opt.installed; exit(bool(opt.installed.out_of_bounds()))"; then # see run_demo.sh

@@ -9,7 +9,7 @@
 # data-parallel rank) LR EPOCH OUTPUT HOSTFILE (several nodes) PYTHON INSTALL (0: no pip install).
 # Arguments go to opt_train_demo.py as they are, and come before what is chosen here. Paths are from this folder on.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 python=${PYTHON:-python3}
 
 # [F4] Not where all is there already: pip would take a newer torch away, which ColossalAI's own pins do not allow.
@@ -55,7 +55,7 @@ fi
 MODEL=${MODEL:-$(argument --model_name_or_path)} PLUGIN=${PLUGIN:-$(argument --plugin)}
 TP=${TP:-$(argument --tp_size)} PP=${PP:-$(argument --pp_size)}
 for name in GPUNUM TP PP; do
-  case ${!name:-1} in 0 | *[!0-9]*) refuse "$name=${!name} is no number of at least 1" ;; esac
+  case ${!name:-1} in 0* | *[!0-9]*) refuse "$name=${!name} is no number of at least 1" ;; esac
 done
 data=(--dataset "${DATASET:-$default_dataset}") # one of the arguments' would be beside it
 [ -n "${DATASET:-}" ] || [ -z "$(argument --dataset)" ] || data=() DATASET=$(argument --dataset)
@@ -92,7 +92,7 @@ flags+=("$@")
 if [ -n "${HOSTFILE:-}" ]; then
   # Mistakes first: here they are said once.
   WORLD_SIZE=$((processes * nodes)) LOCAL_WORLD_SIZE=$processes "$python" opt_train_demo.py "${flags[@]}" --dry_run >/dev/null
-  launch=("$python" -m opt.hosts run_demo "$HOSTFILE" "$processes")
+  launch=("$python" -m opt.hosts run_demo.sh "$HOSTFILE" "$processes")
 elif [ "$processes" -gt 1 ]; then
   launch=("$python" -m opt.torchrun --standalone --nproc_per_node "$processes")
 else

@@ -1,7 +1,7 @@
 """What each of the project's own parts is worth, alone: the same run with a library's in its place.
 
-    python benchmarks/ablations.py --out FILE.jsonl [--only update,liger] [--demo_model DIR
-        --demo_dataset FILE]
+    python benchmarks/ablations.py --out FILE.jsonl --demo_model DIR --demo_dataset FILE
+    python benchmarks/ablations.py --out FILE.jsonl --work 350m,1.3b --only update,liger
 
 On one GPU: OPT-350m and 1.3b, 16 rows of 1,024 tokens (opt_benchmark.py, compiled, fused loss), and
 the demo's step (opt_train_demo.py on short rows, CUDA graphs), each with everything, and with one
@@ -79,8 +79,11 @@ def measure(part: str, work: str, script: str, flags: list[str]) -> dict:
         else:
             flags = [*flags, "--output_path", folder]
         command = [sys.executable, __file__, "--one", part, script, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=180)
         found = {"work": work, "without": part, "instead": WITHOUT[part], "flags": flags}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=180)
+        except subprocess.TimeoutExpired as error:
+            return found | {"failed": str(error)}
         if done.returncode:
             return found | {"failed": (done.stdout + done.stderr)[-600:]}
         if script == "opt_benchmark":
@@ -108,6 +111,8 @@ def main() -> None:
     parser.add_argument("--demo_model", help="a folder with opt-350m's configuration")
     parser.add_argument("--demo_dataset", help="the descriptions")
     args = parser.parse_args()
+    if "demo" in args.work.split(",") and not (args.demo_model and args.demo_dataset):
+        parser.error("--work demo needs --demo_model and --demo_dataset")
     works = {
         name: ("opt_benchmark", ["--model_name_or_path", name, *BENCHMARK])
         for name in ("350m", "1.3b")

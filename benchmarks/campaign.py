@@ -377,8 +377,8 @@ class Campaign:
         if m.engine == "demo":
             output = self.args.logs / f"{m.name}.model"
             shutil.rmtree(output, ignore_errors=True)
-            return f"INSTALL=0 PYTHON={python} OUTPUT={output} exec env {command}"
-        return f"exec {python} {command.removeprefix('python ')} --json {result}"
+            return f"INSTALL=0 PYTHON={python} OUTPUT={shlex.quote(str(output))} exec env {command}"
+        return f"exec {python} {command.removeprefix('python ')} --json {shlex.quote(str(result))}"
 
     def _files(self, m: Measurement) -> tuple[Path, Path]:
         return self.args.logs / f"{m.name}.log", self.args.logs / f"{m.name}.json"

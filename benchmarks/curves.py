@@ -49,7 +49,7 @@ def main() -> None:
         "--techniques",
         nargs="*",
         default=TECHNIQUES,
-        help="flags of opt_train_demo.py, in quotes; default all below",
+        help="flags of opt_train_demo.py, in quotes; default those of TECHNIQUES",
     )
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps; default 100")
     parser.add_argument(

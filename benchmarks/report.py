@@ -458,14 +458,14 @@ def others_line(result: dict) -> str:
     )
 
 
-def claim(results: list[dict], model: str = "1.3b", rows_each: int = 16) -> list[dict]:
-    """The rows that carry the claim: one GPU, this model and rows, all parameters by the same
+def claim(results: list[dict]) -> list[dict]:
+    """The rows that carry the claim: one GPU, 1.3b, 16 rows, all parameters by the same
     AdamW, nothing in host memory, nothing computed again but by default; the fastest first. Of the
     kind of GPU of which there are most, of two the first by name."""
     found = [
         r
         for r in results
-        if (r["world_size"], r["model"], r["batch_size"]) == (1, model, rows_each)
+        if (r["world_size"], r["model"], r["batch_size"]) == (1, "1.3b", 16)
         and status(r) == "ok"
         and not r.get("offload_optim_frac")
         and not r.get("lora_r")

@@ -211,7 +211,8 @@ def _answer_of(asked: subprocess.Popen, host: str) -> dict | str:
     """What a host says of itself, and when (here); or what is wrong with it."""
     timer = threading.Timer(ANSWER_SECONDS, asked.kill)
     timer.start()
-    said = asked.stdout.readline()
+    # Ahead of it may be what a login shell prints.
+    said = next((line for line in asked.stdout if line.startswith("{")), None)
     timer.cancel()
     if said:
         return json.loads(said) | {"heard": time.time()}
@@ -307,8 +308,10 @@ def main() -> int:
     sys.argv = sys.argv[1:]  # whose name lines begin with
     hostfile, processes, *script = sys.argv[1:]
     flags = ArgumentParser(allow_abbrev=False, add_help=False)
-    flags.add_argument("--output_path", default="./output_model")
+    flags.add_argument("--output_path", type=os.path.expanduser, default="./output_model")
     output = HERE / flags.parse_known_args(script)[0].output_path
+    if output.suffix in (".bin", ".safetensors"):  # one file, see opt/train/export.py: its folder
+        output = output.parent
     try:
         hosts = read_hostfile(hostfile)
         wrong, port = check(hosts, output)

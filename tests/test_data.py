@@ -616,6 +616,22 @@ print(tokens.tokenize(train_parser().parse_args({flags!r}), tokenizer), done[0],
     }
 
 
+@pytest.mark.parametrize("file", ["train.tokens", "held_out.rows", "counts.json"])
+def test_a_damaged_cache_is_made_anew(plain, cache, tmp_path, capfd, file):
+    """As a power failure or a quota leaves files: shorter than they were."""
+    texts = write(tmp_path / "d.csv", TEXTS)
+    whole = read(texts, plain, eval_fraction=0.2)
+    rows = [row.tolist() for row in whole.train]
+    (entry,) = (f for f in cache.iterdir() if f.is_dir())
+    del whole  # which has the files mapped
+    os.truncate(entry / file, (entry / file).stat().st_size // 2)
+    again = read(texts, plain, eval_fraction=0.2)
+    assert [row.tolist() for row in again.train] == rows
+    assert f"{entry} is damaged: tokenizing anew" in capfd.readouterr().out
+    read(texts, plain, eval_fraction=0.2)
+    assert not capfd.readouterr().out
+
+
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(plain, cache, tmp_path, monkeypatch):
     file = write(tmp_path / "d.csv", TEXTS)
     (tmp_path / "a file").touch()

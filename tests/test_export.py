@@ -283,7 +283,11 @@ def test_one_file_that_no_loader_would_find(output, beside, runs, tmp_path):
                 "datasets": ["hugginglearners/netflix-shows"],
             },
         ),
-        ("acme/opt", ["acme/shows", "sample/netflix_sample.csv"], {"datasets": ["acme/shows"]}),
+        (
+            "acme/opt",
+            ["acme/shows", "sample/netflix_sample.csv", "corpus/*.csv"],
+            {"datasets": ["acme/shows"]},
+        ),
         (".", ["./texts.csv"], {"license": "mit", "base_model": "acme/base"}),
     ],
 )

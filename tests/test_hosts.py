@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, train
+from .conftest import REPO, SAMPLE_DATA, SAMPLE_MODEL, finish, losses, metrics, start, train
 from .hosts import Hosts, why_not
 from .test_faults import ENDLESS
 from .test_launchers import without_timing
@@ -62,7 +62,7 @@ def hostfile(tmp_path, *names) -> Path:
 def by_hosts(hosts, tmp_path, number, processes, *flags) -> subprocess.Popen:
     """Training on `number` hosts, as run_demo.sh starts it after its own checks."""
     file = hostfile(tmp_path, *hosts.names[:number])
-    way = (PYTHON, "-m", "opt.hosts", "run_demo", file, processes, SCRIPT)
+    way = (PYTHON, "-m", "opt.hosts", "run_demo.sh", file, processes, SCRIPT)
     return begin(hosts, "node0", *way, *MODEL, "--output_path", tmp_path / "out", *flags)
 
 
@@ -105,13 +105,13 @@ def test_each_fault_of_a_host_is_a_line_before_anything_starts(hosts, tmp_path):
     assert done.returncode == 2 and not done.stdout
     lines = done.stderr.splitlines()
     expected = [
-        "run_demo: error: node1 does not answer by ssh: ",
-        f"run_demo: error: node2 has torch 2.5.0, node0 {version}",
-        f"run_demo: error: node3: --output_path {output} is another folder than on node0: ",
-        "run_demo: error: node4's clock is ",
-        f"run_demo: error: node5 has other scripts in {REPO} than node0 (commit ",
-        f"run_demo: error: node6 has no Python at {PYTHON}: ",
-        f"run_demo: error: node7 has no folder {REPO} with these scripts",
+        "run_demo.sh: error: node1 does not answer by ssh: ",
+        f"run_demo.sh: error: node2 has torch 2.5.0, node0 {version}",
+        f"run_demo.sh: error: node3: --output_path {output} is another folder than on node0: ",
+        "run_demo.sh: error: node4's clock is ",
+        f"run_demo.sh: error: node5 has other scripts in {REPO} than node0 (commit ",
+        f"run_demo.sh: error: node6 has no Python at {PYTHON}: ",
+        f"run_demo.sh: error: node7 has no folder {REPO} with these scripts",
     ]
     assert len(lines) == len(expected), done.stderr
     for line in expected:
@@ -119,6 +119,28 @@ def test_each_fault_of_a_host_is_a_line_before_anything_starts(hosts, tmp_path):
     late = next(float(x.split()[5]) for x in lines if "node4's clock" in x and "behind" in x)
     assert 85 < late < 95
     assert list(output.iterdir()) == []
+
+
+def test_the_folder_of_one_file_in_the_home_folder(tmp_path):
+    """It is the one that the hosts are asked about, whatever a login shell prints."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shell = tmp_path / "sh"
+    shell.write_text('#!/bin/bash\necho Welcome\nexec bash "$@"\n')
+    shell.chmod(0o755)
+    file = tmp_path / "hostfile"
+    file.write_text("localhost\n")
+    env = {
+        "HOME": str(home),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    flags = (*MODEL, *SHORT, "--output_path", "~/new/model.safetensors")
+    way = (PYTHON, "-m", "opt.hosts", "run_demo.sh", str(file), "1")
+    done = good(finish(start(SCRIPT, *flags, launcher=way, env=env), 90))
+    assert f"saved the model to {home}/new/model.safetensors" in done.stdout
+    assert (home / "new" / "model.safetensors").is_file() and not (REPO / "~").exists()
+    assert not list(home.rglob(".opt_train.probe*"))
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +298,7 @@ def test_a_host_that_is_lost_ends_what_was_started_by_a_list_of_hosts(hosts, tmp
     begun = time.monotonic()
     done = finish(started, 150)
     assert done.returncode == 1, done.stderr
-    assert "run_demo: error: node2 is lost: it does not answer" in done.stderr
+    assert "run_demo.sh: error: node2 is lost: it does not answer" in done.stderr
     says = "node2 (rank 2) does not answer: the node's power or network is gone"
     assert done.stderr.count(says) == 2, done.stderr[-4000:]
     assert time.monotonic() - begun < 120
@@ -355,7 +377,7 @@ def test_a_signal_to_run_demo_saves_on_all_hosts_and_the_rest_is_the_same(hosts,
         started = begin(hosts, "node0", *demo, **settings)
         until_step(tmp_path / "out", step, started)
         if number == signal.SIGKILL:
-            min(hosts.processes("node0", "opt.hosts", "run_demo"), key=lambda p: p.pid).kill()
+            min(hosts.processes("node0", "opt.hosts", "run_demo.sh"), key=lambda p: p.pid).kill()
         else:
             min(hosts.processes("node0", "run_demo.sh"), key=lambda p: p.pid).send_signal(number)
         done = finish(started, 120)

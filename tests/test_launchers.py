@@ -125,3 +125,53 @@ def test_colossalai_is_imported_without_its_side_effects(connections):
         [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", str(connections)]
+
+
+SRUN = """#!/bin/sh
+export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NNODES=1
+shift
+exec "$@"
+"""
+SCONTROL = """#!/bin/sh
+case $1 in show) echo localhost ;; *) echo "$@" >>"$REQUESTS" ;; esac
+"""
+# Python that has SLURM send its signal where `of` is called first.
+SIGNALLED = """#!{python}
+import os, runpy, signal, sys, time
+sys.path.insert(0, "")
+import opt_train_demo
+from opt.train import {module}
+before = {of}
+def signalled(*args, **kwargs):
+    {of} = before
+    os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(1)
+    return before(*args, **kwargs)
+{of} = signalled
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "of", "is_queued"),
+    [("checkpoints", "checkpoints.Saver.after", True), ("export", "export.export_model", False)],
+    ids=["before the last step", "behind it"],
+)
+def test_slurm_queues_again_what_is_not_done(tmp_path, module, of, is_queued):
+    """Under stand-ins of srun and scontrol; tests/test_slurm.py has the real ones."""
+    scripts = {"srun": SRUN, "scontrol": SCONTROL}
+    scripts["signalled"] = SIGNALLED.format(python=sys.executable, module=module, of=of)
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = devices() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "signalled"}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0", "REQUESTS": str(tmp_path / "asked")}
+    output = tmp_path / "out"
+    flags = (*on_the_sample(output), "--max_train_steps", 3)
+    done = finish(start("cluster/slurm.sbatch", *flags, launcher=["bash"], env=env), 90)
+    assert done.returncode == 0 and "SIGUSR1" in done.stdout, done.stderr[-4000:]
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == "requeue 7\n" * is_queued
+    assert (output / "model.safetensors").is_file() is not is_queued
+    assert len(list((output / "checkpoints").glob("step-*"))) == is_queued

@@ -75,14 +75,14 @@ def test_a_signal_during_the_upload_ends_it(tmp_path):
 
 
 def test_a_signal_after_the_last_step():
-    """It is known when all is saved; and another one does what it does anywhere."""
+    """It is known when all is saved, be it that moment; and another one does what it does
+    anywhere."""
     code = """
 import os, signal, time
 from opt.colossal import processes
 from opt.train.signals import Control
 control = Control(processes.place())
 os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(0.5)
 print(control.close().name, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(5)

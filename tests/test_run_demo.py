@@ -25,8 +25,8 @@ NO_HUB = {
 }
 
 
-def run_demo(*arguments, cores: set[int] | None = None, **env):
-    command = ["bash", str(REPO / "run_demo.sh"), *arguments]
+def run_demo(*arguments, cores: set[int] | None = None, script=REPO / "run_demo.sh", **env):
+    command = ["bash", str(script), *arguments]
     return subprocess.run(
         command,
         env=os.environ | NO_HUB | env,
@@ -163,6 +163,7 @@ esac
     ("env", "said"),
     [
         ({"GPUNUM": "abc"}, "GPUNUM=abc is no number of at least 1"),
+        ({"TP": "08"}, "TP=08 is no number of at least 1"),
         ({"TP": "0"}, "TP=0 is no number of at least 1"),
         ({"PP": "1.5"}, "PP=1.5 is no number of at least 1"),
         ({"HOSTFILE": "none"}, "HOSTFILE=none cannot be read"),
@@ -175,10 +176,13 @@ def test_what_is_no_choice_is_refused(env, said):
 
 
 def test_arguments_are_choices_too(tmp_path):
-    """Data that are named take the place of the sample, and adapters' learning rate is theirs."""
+    """Data that are named take the place of the sample, and adapters' learning rate is theirs; by
+    whatever link it is called."""
+    link = tmp_path / "demo"
+    link.symlink_to(REPO / "run_demo.sh")
     (tmp_path / "mine.txt").write_text("a text of a few words\n" * 64)
     flags = ("--dataset", str(tmp_path / "mine.txt"), "--lora_r=4", "--dry_run")
-    done = run_demo(*flags, OUTPUT=str(tmp_path / "out"))
+    done = run_demo(*flags, OUTPUT=str(tmp_path / "out"), script=link)
     assert done.returncode == 0, done.stderr
     assert f"run_demo: data {tmp_path}/mine.txt (you chose it)" in done.stdout
     assert "mine.txt: 64 texts" in done.stdout and "learning rate 0.0002;" in done.stdout

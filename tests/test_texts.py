@@ -612,6 +612,11 @@ def test_files_globs_and_folders_in_their_order(tmp_path):
     assert found("f", split="held_out", flags=("--validation_split", "test"))[0] == ["u"]
     with pytest.raises(UserError, match="no split 'dev': its splits are train, test"):
         found("f", flags=("--train_split", "dev"))
+    validation = (tmp_path / "f" / "test.csv").rename(tmp_path / "f" / "validation.csv")
+    assert found("f")[1].endswith(", split train, held out: split validation")
+    none = found("f", flags=("--eval_fraction", "0"))[1]
+    assert none.endswith(", split train, left aside: validation")
+    validation.rename(tmp_path / "f" / "test.csv")
     # What is held out by name is what was kept for it, and never what others train on
     flags = ("--validation_file", str(tmp_path / "f"))
     assert found("b.csv", split="held_out", flags=flags)[0] == ["u"]

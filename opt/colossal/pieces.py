@@ -2,7 +2,7 @@
 them.
 
 ZeRO keeps a flat slice of each tensor on each data-parallel rank, Gemini what falls into its slice
-of a chunk, tensor parallelism rows or columns. Joined to whole fp32 tensors with names, the state
+of a chunk, tensor parallelism rows or columns. Joined to whole tensors with names (fp32, or as --optim keeps them), the state
 depends neither on the plugin nor on parallel sizes: others can take it up.
 """
 

@@ -203,8 +203,7 @@ def find(plan: Namespace) -> Source:
         own = next((s for s in ("validation", "test") if s in one.splits), _train_split(one, None))
         held_out.append(one.part(own, form, plan))
         said.append(f"held out: {one.said}" + f", split {own}" * (len(one.splits) > 1))
-    wants = plan.eval_fraction or plan.validation_file or plan.validation_split
-    splits = {"train": train} | ({"held_out": held_out} if held_out and wants else {})
+    splits = {"train": train} | ({"held_out": held_out} if held_out else {})
     return Source("; ".join(said), splits, form)
 
 
@@ -260,7 +259,8 @@ def _train_split(one: _Found, asked_for: str | None) -> str:
 def _validation_split(one: _Found, train: str, plan: Namespace) -> str | None:
     """The split of its own that a data set is evaluated on."""
     asked_for = plan.validation_split
-    if asked_for == "none" or (plan.validation_file and not asked_for):
+    has_others = plan.validation_file or not plan.eval_fraction  # other texts, or none are wanted
+    if asked_for == "none" or (not asked_for and has_others):
         return None
     if asked_for and asked_for not in one.splits:
         if list(one.splits) == ["train"] and not one.commit:
@@ -404,13 +404,14 @@ def _on_the_hub(
             f"{asked_for}: neither a file here nor a data set on the Hub, or a private one"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        if not note.is_file():
+        found = _noted(note)
+        if not found:
             reason = str(error).split("\n")[0]
             raise UserError(
                 f"{asked_for}: not a file here and not to be had from the Hub ({reason}); give a "
                 "local file"
             ) from error
-        origin, found = "cached from the Hub, which does not answer", json.loads(note.read_text())
+        origin = "cached from the Hub, which does not answer"
     else:
         remote = _builder(asked_for, repository, config, others)
         found = {
@@ -425,7 +426,9 @@ def _on_the_hub(
         }
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(found))
+            new = note.with_suffix(f".{os.getpid()}")  # other runs may read it, or write it too
+            new.write_text(json.dumps(found))
+            new.replace(note)
         except OSError as error:
             raise UserError(
                 f"{asked_for}: its files' names cannot be kept ({error}): choose another folder "
@@ -451,6 +454,14 @@ def _on_the_hub(
     said = f"{origin}, {repository}" + f", {config}" * bool(config)
     splits = _Downloads(found["splits"], download)
     return _Found(asked_for, said, splits, found["commit"], config, found["delimiter"])
+
+
+def _noted(note: Path) -> dict | None:
+    """What was kept of a data set when the Hub last answered; None if nothing was, or not whole."""
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class _Downloads(dict):

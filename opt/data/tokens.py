@@ -25,7 +25,7 @@ from opt.data import rows, texts
 from opt.data.files import PART
 from opt.errors import UserError
 
-_CACHE_VERSION = 5  # count up when the tokens of the same text, or the files, change
+_CACHE_VERSION = 6  # count up when the tokens of the same text, or the files, change
 _BATCH = 2 * PART  # characters that are tokenized at a time, by all cores
 _SAVED_EVERY = 64 * PART  # characters after which a killed run need not tokenize again
 
@@ -98,10 +98,12 @@ def tokenize(plan: Namespace, tokenizer) -> Path:
         if not _is_whole(directory):
             with _alone(directory) as part:
                 if not _is_whole(directory):  # which another run may have made meanwhile
+                    if directory.exists():
+                        print(f"{directory} is damaged: tokenizing anew", flush=True)
+                        shutil.rmtree(directory)
                     _prepare(source, plan, tokenizer, part)
                     _move(part, directory)
     except OSError as error:
-        shutil.rmtree(directory.with_suffix(".part"), ignore_errors=True)
         raise UserError(
             f"the tokens cannot be cached ({error}): choose another folder with XDG_CACHE_HOME"
         ) from error
@@ -109,7 +111,12 @@ def tokenize(plan: Namespace, tokenizer) -> Path:
 
 
 def _is_whole(directory: Path) -> bool:
-    return (directory / "counts.json").is_file()
+    """Whether all files are there, as long as they were written."""
+    try:
+        sizes = json.loads((directory / "counts.json").read_text())["bytes"]
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 @contextmanager
@@ -132,6 +139,9 @@ def _alone(directory: Path) -> Iterator[Path]:
     part.mkdir(exist_ok=True)
     try:
         yield part
+    except OSError:  # a full disk, most likely
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     finally:
         with suppress(OSError):  # renamed; or left as it is, for the next start to go on
             part.rmdir()
@@ -189,8 +199,17 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
         )
     for path in part.glob("*.all*"):
         path.unlink()
-    facts = {"counts": asdict(counts), "source": source.said, "splits": splits}
+    sizes = {path.name: path.stat().st_size for path in part.iterdir()}
+    facts = {"counts": asdict(counts), "source": source.said, "splits": splits, "bytes": sizes}
     (part / "counts.json").write_text(json.dumps(facts))
+    for path in part.iterdir():  # or a power failure could leave their names and sizes alone
+        _flush(path)
+
+
+def _flush(path: str | Path) -> None:
+    """Wait until a file's content is on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _check_enough(plan: Namespace, counts: rows.Counts, number: dict, fraction: float) -> None:
@@ -353,10 +372,12 @@ def _tokenize_split(
                 break
             _append(batch, encoder, done, limit, tokens, ends)
             if done.characters - saved > _SAVED_EVERY:
-                tokens.flush()
-                ends.flush()
                 new = progress.with_suffix(".new")
                 new.write_text(json.dumps(asdict(done)))
+                for file in (tokens, ends):
+                    file.flush()
+                for path in (tokens.name, ends.name, new):  # before it is said that they are there
+                    _flush(path)
                 new.replace(progress)
                 saved = done.characters
     return done

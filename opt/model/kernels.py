@@ -50,7 +50,7 @@ def _adamw(
     blocks,
     # Fp32 scalar that the gradients are divided by; nothing is updated where it is not finite
     divisor,
-    rates,  # fp32 (3,): see adamw()
+    rates,  # fp32 (4,): see adamw(), which has no use for the fourth
     beta1,
     beta2,
     eps,

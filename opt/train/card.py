@@ -1,5 +1,6 @@
 """The model card: README.md of an exported model, with the metadata that the Hub reads."""
 
+import glob
 import json
 import os
 import shlex
@@ -39,7 +40,9 @@ def _text(run: Run, step: int, best_step: int | None) -> str:
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line.get("loss") is not None]
     evaluated = [line for line in lines if line.get("eval_loss") is not None]
-    losses = [f"| {line['step']} | | {line['loss']:.4f} | |" for line in trained[:1] + trained[-1:]]
+    losses = [
+        f"| {line['step']} | | {line['loss']:.4f} | |" for line in trained[:1] + trained[1:][-1:]
+    ]
     losses += [
         f"| {line['step']} | {line['eval_loss']:.4f} | | {perplexity(line['eval_loss']):.2f} |"
         for number, line in enumerate(evaluated)
@@ -114,7 +117,9 @@ def _metadata(run: Run, is_adapter: bool) -> dict:
     datasets = [
         name
         for name in run.plan.dataset
-        if name.count("/") == 1 and not os.path.exists(name) and name[0] not in "./~"
+        if name.count("/") == 1
+        and name[0] not in "./~"
+        and not (os.path.exists(name) or glob.has_magic(name))
     ]
     if datasets:
         found["datasets"] = datasets

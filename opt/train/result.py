@@ -1,6 +1,9 @@
 """What a run leaves behind: the model, in the weights that were asked for, with its card; and the
 last lines."""
 
+import os
+from pathlib import Path
+
 from opt.colossal.plugin import Plugin
 from opt.train import card, export, hub, samples
 from opt.train.checkpoints import Saver
@@ -22,6 +25,8 @@ def save(
                 "same command and --resume auto",
                 flush=True,
             )
+            if file := os.environ.get("OPT_STOPPED_FILE"):  # for cluster/slurm.sbatch
+                Path(file).write_text(stopped_by)
         return False
     if plan.load_best_model_at_end:
         saver.load_best()

@@ -13,8 +13,8 @@ from opt.train.export import is_one_file
 from opt.train.plan import Run
 
 
-def show(run: Run, number: int = 3) -> None:
-    """Print what the saved model writes after each --prompt, or `number` descriptions, or a line
+def show(run: Run) -> None:
+    """Print what the saved model writes after each --prompt, or three descriptions, or a line
     that says why there is nothing."""
     if run.plan.no_save or is_one_file(run.plan.output_path):
         return
@@ -27,7 +27,7 @@ def show(run: Run, number: int = 3) -> None:
         return
     prompts = run.plan.prompt
     try:
-        written = _write(run, prompts or [""] * number)
+        written = _write(run, prompts or [""] * 3)
         if prompts:
             _say("what it writes after each prompt:")
             for prompt, text in zip(prompts, written, strict=True):

@@ -117,7 +117,7 @@ def _check(steps: Steps) -> None:
     if steps.scheduler_type in _NEEDED and not given:
         raise UserError(f"{name} needs --lr_scheduler_kwargs '{_NEEDED[steps.scheduler_type]}'")
     name += f" with --lr_scheduler_kwargs {given}" * bool(given)
-    places = {step for i in range(1000) if (step := i * steps.total_steps // 1000) >= 0}
+    places = {i * steps.total_steps // 1000 for i in range(1000)}
     warm_up, last = steps.warmup_steps, steps.total_steps - 1
     try:
         factor = _factor(steps)

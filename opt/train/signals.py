@@ -20,6 +20,7 @@ STOP_SIGNALS = (
 # torchrun hands a signal on to processes that Ctrl-C, or a scheduler, has sent it to as well:
 # within this time it is the same.
 _SAME_SIGNAL_SECONDS = 2.0
+_NO_MORE = 0  # no signal's number
 
 
 class Control:
@@ -32,12 +33,13 @@ class Control:
         self.group = dist.new_group(backend="gloo") if here.world_size > 1 else None
         self.signal: signal.Signals | None = None
         self._received_at = 0.0
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.set_wakeup_fd(self._pipe)
         # The pipe has them; without a handler of Python's it would not
         self._before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
-        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(read,), daemon=True)
+        self._watcher.start()
 
     def agree(self, **values: int) -> dict[str, int]:
         """The largest of each value over all processes."""
@@ -61,16 +63,18 @@ class Control:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
+        os.write(self._pipe, bytes([_NO_MORE]))  # behind what has come and is not read yet
+        self._watcher.join()
         return self.signal
 
     def _watch(self, pipe: int) -> None:
         """Runs in a thread of its own, since Python calls handlers only when the main thread comes
         back from C."""
-        while True:
-            number = signal.Signals(os.read(pipe, 1)[0])
+        while (number := os.read(pipe, 1)[0]) != _NO_MORE:
             now = time.monotonic()
             if number not in STOP_SIGNALS:
                 continue
+            number = signal.Signals(number)
             if self.signal is None:
                 self.signal, self._received_at = number, now
             elif now - self._received_at > _SAME_SIGNAL_SECONDS:
