@@ -154,8 +154,9 @@ def train_step(boosted: Boosted, batches: list[Batch]):
 
     Every target token of the step weighs the same, whichever rank, batch or micro-batch it is in:
     each sum of losses is divided by the step's number of targets over all ranks, times the
-    data-parallel size that the plugin's average divides by. Where gradients are clipped, be it to
-    infinity, a step whose gradient is not finite changes nothing.
+    data-parallel size that the plugin's average divides by. With 10 targets on 2 ranks together the
+    weight is 2/10 on either, and after the average over both 1/10 a target. Where gradients are
+    clipped, be it to infinity, a step whose gradient is not finite changes nothing.
 
     Returns:
         loss: this process's share of the step's mean loss before the update, a scalar on the
@@ -163,19 +164,19 @@ def train_step(boosted: Boosted, batches: list[Batch]):
         grad_norm: the global gradient norm before clipping; None where the plugin does not know it.
     """
     plugin, model, optimizer = boosted.plugin, boosted.model, boosted.optimizer
-    share, targets = 0.0, sum(batch.targets for batch in batches)
+    targets = sum(batch.targets for batch in batches)
+    own_loss, weight = 0.0, plugin.spread.dp_size / targets
     for batch in batches:
-        weight = plugin.spread.dp_size / targets
         with plugin.accumulate(model, optimizer, is_last_batch=batch is batches[-1]):
             if boosted.graphed:
                 loss = boosted.graphed(batch.inputs, weight)
             else:
                 loss = forward_backward(boosted, batch.to(plugin.device), weight)
-        share += loss / plugin.spread.dp_size
+        own_loss += loss / plugin.spread.dp_size
     optimizer.step()
     boosted.lr_schedule.step()
     (boosted.graphed or optimizer).zero_grad()
-    return share, plugin.grad_norm(optimizer)
+    return own_loss, plugin.grad_norm(optimizer)
 
 
 def forward_backward(boosted: Boosted, inputs: dict[str, torch.Tensor], weight=1.0, trains=True):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from opt.data import tokens
 from opt.data.rows import ROW, Dataset, Rows, open_dataset
 
 REPO = Path(__file__).resolve().parent.parent
+# Where a script starts pytest in the background SIGINT is ignored, by all that pytest starts too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _from_scratch() -> Path:

@@ -201,6 +201,7 @@ def trained(*runs) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+@pytest.mark.long
 def test_a_run(tmp_path, small_model):
     """40 steps in 8 bits: the losses of adamw_torch on average; 6.2 bytes a parameter held, with
     gradients in bf16 (of so small a model a fifteenth are positions, with moments in bf16); resumed bit for bit, under the other plugin; and on two processes, which cut

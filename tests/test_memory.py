@@ -237,7 +237,7 @@ def test_what_is_chosen(monkeypatch, model, flags, gpus, device, host, expected,
     assert {name: getattr(plan, name) for name in more} == more
     rows = asked.plan.batch_size * asked.plan.gradient_accumulation_steps * gpus
     assert plan.batch_size * plan.gradient_accumulation_steps * plan.dp_size == rows
-    assert chosen.room.is_enough(chosen.estimate())
+    assert chosen.room.is_surely_enough(chosen.estimate())
     given = {name: getattr(asked.flags, name) for name in asked.flags.auto}
     given.pop("batch_size", None)  # of which the rows a step stay
     assert {name: getattr(chosen.flags, name) for name in given} == given
@@ -266,7 +266,7 @@ def test_only_what_cannot_fit_is_refused(monkeypatch, rows, is_refused, is_enoug
     """OPT-1.3b: 32 rows took 51.2 GiB, 64 ran out of memory of 79.2, by less than the estimate may
     be wrong."""
     asked = case(monkeypatch, "--model_name_or_path", "1.3b", *FAST, "--batch_size", rows)
-    assert asked.room.is_enough(asked.estimate()) == is_enough
+    assert asked.room.is_surely_enough(asked.estimate()) == is_enough
     if not is_refused:
         fit.refuse(asked)
         return
@@ -292,7 +292,7 @@ def test_only_what_cannot_fit_is_refused(monkeypatch, rows, is_refused, is_enoug
             *words.split(),
         )
         assert other.estimate().device / 2**30 == pytest.approx(float(gib), abs=0.06)
-        assert of_way.room.is_enough(other.estimate())
+        assert of_way.room.is_surely_enough(other.estimate())
 
 
 @pytest.mark.parametrize(

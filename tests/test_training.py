@@ -175,6 +175,8 @@ RUNS = {
         ),
     ),
 }
+# What has a near relative above, or takes a minute to compile
+LONG = ("gemini, compiled, alone", "tp=2 x pp=2, bf16", "torch_ddp, padded")
 
 
 class Runs:
@@ -345,7 +347,10 @@ def test_the_plain_loop_is_a_fair_judge(runs):
     assert len(set(dataset.train.lengths)) > 10
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in RUNS],
+)
 def test_losses_are_those_of_a_plain_loop(name, runs):
     run, lines = RUNS[name], metrics(runs.output(name))
     steps = [line for line in lines if "loss" in line]

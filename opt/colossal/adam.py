@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from colossalai.accelerator import get_accelerator
+from colossalai.interface import OptimizerWrapper
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.nn import optimizer as colossalai_optimizer
 from colossalai.zero.gemini import gemini_optimizer
@@ -145,6 +146,13 @@ def sums_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def innermost(optimizer: torch.optim.Optimizer) -> "HybridAdam":
+    """Of a boosted optimizer, the one that was boosted."""
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.optim
+    return optimizer
+
+
 def divisor_on(device: torch.device, divisor: torch.Tensor | float) -> torch.Tensor | None:
     """What gradients are divided by, as update() takes it; None where that is 1."""
     if isinstance(divisor, torch.Tensor):
@@ -155,6 +163,11 @@ def divisor_on(device: torch.device, divisor: torch.Tensor | float) -> torch.Ten
 class HybridAdam(colossalai_optimizer.HybridAdam):
     """ColossalAI's HybridAdam, which updates by update() and takes no step along a gradient that is
     not finite.
+
+    Whether it is finite a GPU knows after the host has gone on. So a step is, in time: the host
+    counts it (count), for bias correction follows from the count; the GPU updates or leaves all as
+    it is (update_group); the norm that it decided by is on its way to the host (counted_by); the
+    next step, or a checkpoint, reads it and takes back what was counted for nothing (settle).
 
     [F16] In 0.5.0 the update of bf16 gradients in host memory, which Gemini offloads, is a dozen
     passes over it, without `div_scale`.

@@ -114,17 +114,6 @@ class HybridPlugin(Plugin, HybridParallelPlugin):
         return 2 * (7 + 9 if plan.tp_size == 1 else 5 / plan.tp_size + 2)
 
     @staticmethod
-    def update_kernels(plan):
-        """In bf16 the update is ours (copies.Copies, sharded.Sharded); otherwise ColossalAI widens
-        gradients before it."""
-        own = plan.precision == "bf16"
-        yield (
-            "update",
-            torch.bfloat16 if own else torch.float32,
-            DTYPES[plan.precision] if own else None,
-        )
-
-    @staticmethod
     def halves_from(plan) -> int | None:
         """From how many tokens on a batch goes through the layers in halves, see halves.Halves;
         None: never. With twice as many kernels, only where they are recorded."""

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
-from colossalai.interface import OptimizerWrapper
 from colossalai.zero.gemini import gemini_optimizer
 
 from opt.colossal.adam import MOMENTS, HybridAdam, adam_state, divisor_on, rates_of
@@ -149,10 +148,3 @@ class LowMemoryAdam(HybridAdam):
 
 # [F15] As for HybridAdam
 gemini_optimizer._AVAIL_OPTIM_LIST |= {LowMemoryAdam}
-
-
-def adam_of(optimizer: torch.optim.Optimizer) -> LowMemoryAdam:
-    """The innermost of a boosted optimizer."""
-    while isinstance(optimizer, OptimizerWrapper):
-        optimizer = optimizer.optim
-    return optimizer

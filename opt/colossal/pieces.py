@@ -2,8 +2,9 @@
 them.
 
 ZeRO keeps a flat slice of each tensor on each data-parallel rank, Gemini what falls into its slice
-of a chunk, tensor parallelism rows or columns. Joined to whole tensors with names (fp32, or as --optim keeps them), the state
-depends neither on the plugin nor on parallel sizes: others can take it up.
+of a chunk, tensor parallelism rows or columns. Joined to whole tensors with names, in fp32 or as
+--optim keeps them, the state depends neither on the plugin nor on parallel sizes: others can take
+it up.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,9 @@ import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.checkpoint_io.utils import gather_distributed_param
-from colossalai.interface import OptimizerWrapper
 from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
 
-from opt.colossal.adam import adam_state
+from opt.colossal.adam import adam_state, innermost
 from opt.colossal.processes import Spread
 from opt.model.four_bits import FourBits
 from opt.model.linear import Linear
@@ -153,9 +153,8 @@ class TrainingState:
 
     def __init__(self, form: Form, spread: Spread, shapes: dict[str, torch.Size]):
         """`shapes`: of the named parameters in the whole model, unsplit and unpadded."""
-        self._spread, self._shapes, self._form, self._adam = spread, shapes, form, form.optimizer
-        while isinstance(self._adam, OptimizerWrapper):
-            self._adam = self._adam.optim
+        self._spread, self._shapes, self._form = spread, shapes, form
+        self._adam = innermost(form.optimizer)
         self._pieces = list(form.pieces())
 
     @property

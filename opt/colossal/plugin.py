@@ -26,6 +26,7 @@ from transformers import OPTConfig
 from transformers.modeling_utils import no_init_weights
 
 from opt.colossal import low_memory
+from opt.colossal.adam import innermost
 from opt.colossal.pieces import Form
 from opt.colossal.processes import Spread, seed_everything
 from opt.model import four_bits, linear, lora
@@ -115,8 +116,14 @@ class Plugin:
 
     @staticmethod
     def update_kernels(plan: Namespace) -> Iterable[tuple]:
-        """Those of opt/model/kernels.py that an update comes to, as kernel_probe knows them."""
-        raise NotImplementedError
+        """Those of opt/model/kernels.py that an update comes to, as kernel_probe knows them. In
+        bf16 it is ours, of both; otherwise ColossalAI widens gradients before it."""
+        if low_memory.is_low(plan):
+            yield from low_memory.update_kernels(plan)
+        elif plan.precision == "bf16":
+            yield "update", torch.bfloat16, torch.bfloat16
+        else:
+            yield "update", torch.float32, None
 
     # ---- hold
 
@@ -179,7 +186,7 @@ class Plugin:
         """In configure(), behind the form: with --optim what rounds has to know where its pieces
         lie."""
         if low_memory.is_low(self.plan):
-            low_memory.adam_of(optimizer).know(self.form.pieces(), self.plan.seed)
+            innermost(optimizer).know(self.form.pieces(), self.plan.seed)
 
     def _finish_layers(self, model: OPTForCausalLM, cut=lambda module: None) -> None:
         """The last thing in configure(): linear maps of the layers that are here, put together of

@@ -90,50 +90,10 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     ColossalAI's. Raises UserError.
 
     A collective that some process does not come to ends with an error after `timeout_minutes`, on
-    every other one.
+    every other one. So it does in groups that are made later: dist.new_group is replaced.
     """
-    from colossalai.accelerator import set_accelerator
-
-    from opt.colossal.cpu import use_cpu
-
-    alone = {}  # of several processes a launcher's variables say it
-    variables = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
-    missing = [name for name in variables if name not in os.environ]
-    if not missing and not os.environ["MASTER_PORT"].isdecimal():
-        raise UserError(
-            f"the environment variable MASTER_PORT is '{os.environ['MASTER_PORT']:.40}', not a "
-            "port: a launcher sets it"
-        )
-    if missing:  # MASTER_ADDR alone may be what a job's script says to all that it starts
-        if here.world_size > 1:
-            raise UserError(
-                f"WORLD_SIZE is {here.world_size}, but of the environment's variables "
-                f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set: use torchrun "
-                "or colossalai run"
-            )
-        # It has its port from now on: of runs that begin side by side, two would find the same one
-        # free, seconds before either takes it.
-        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-        }
-        alone = {"store": store, "rank": 0, "world_size": 1}
-    if here.device.type == "cuda":
-        set_accelerator("cuda")
-        torch.cuda.set_device(here.device)
-        if mem_cap_gib:
-            total = torch.cuda.get_device_properties(here.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, mem_cap_gib * 2**30 / total), here.device
-            )
-    else:
-        use_cpu()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads(limits.cores(), processes, here.device.type))
-
+    alone = _as_launched(here)
+    _take_device(here, mem_cap_gib)
     global _timeout
     _timeout = 60 * timeout_minutes
     timeout = timedelta(minutes=timeout_minutes)
@@ -146,6 +106,57 @@ def start(here: Place, mem_cap_gib: float = 0, timeout_minutes: float = 10) -> N
     # for.
     dist.new_group = functools.partial(dist.new_group, timeout=timeout)
     _introduce(here.world_size)
+
+
+def _as_launched(here: Place) -> dict:
+    """See that the environment has what a launcher sets; of the only process of a run without one,
+    set it. What init_process_group is to be given besides."""
+    variables = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    missing = [name for name in variables if name not in os.environ]
+    if not missing:
+        if not os.environ["MASTER_PORT"].isdecimal():
+            raise UserError(
+                f"the environment variable MASTER_PORT is '{os.environ['MASTER_PORT']:.40}', not a "
+                "port: a launcher sets it"
+            )
+        return {}
+    if here.world_size > 1:  # MASTER_ADDR alone may be what a job's script says to all it starts
+        raise UserError(
+            f"WORLD_SIZE is {here.world_size}, but of the environment's variables "
+            f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set: use torchrun "
+            "or colossalai run"
+        )
+    # It has its port from now on: of runs that begin side by side, two would find the same one
+    # free, seconds before either takes it.
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+    return {"store": store, "rank": 0, "world_size": 1}
+
+
+def _take_device(here: Place, mem_cap_gib: float) -> None:
+    """Compute on this process's GPU, within `mem_cap_gib` if that is over 0, or on its share of the
+    cores."""
+    from colossalai.accelerator import set_accelerator
+
+    from opt.colossal.cpu import use_cpu
+
+    if here.device.type == "cuda":
+        set_accelerator("cuda")
+        torch.cuda.set_device(here.device)
+        if mem_cap_gib:
+            total = torch.cuda.get_device_properties(here.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, mem_cap_gib * 2**30 / total), here.device
+            )
+    else:
+        use_cpu()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads(limits.cores(), processes, here.device.type))
 
 
 def threads(cores: int, processes: int, device_type: str) -> int:

@@ -1,13 +1,11 @@
 """--plugin low_level_zero: 16-bit weights on each device, optimizer state (stage 1) and gradients
 (stage 2) spread over the processes."""
 
-import torch
 from colossalai.booster.plugin import LowLevelZeroPlugin
 
 from opt.colossal import low_memory
 from opt.colossal.plugin import Plugin
 from opt.colossal.sharded import Sharded
-from opt.model.config import DTYPES
 
 
 class ZeroPlugin(Plugin, LowLevelZeroPlugin):
@@ -40,20 +38,6 @@ class ZeroPlugin(Plugin, LowLevelZeroPlugin):
             adam = low_memory.moment_bytes(plan)
         gradients = width / (dp_size if plan.zero_stage == 2 else 1)
         return parameters * width, parameters * gradients, parameters * adam / dp_size
-
-    @staticmethod
-    def update_kernels(plan):
-        """In bf16 the update is ours (sharded.Sharded); otherwise ColossalAI widens gradients
-        before it."""
-        if low_memory.is_low(plan):
-            yield from low_memory.update_kernels(plan)
-            return
-        own = plan.precision == "bf16"
-        yield (
-            "update",
-            torch.bfloat16 if own else torch.float32,
-            DTYPES[plan.precision] if own else None,
-        )
 
     # ---- plugin, travel, form
 

@@ -46,47 +46,48 @@ class Batches:
         self.dp_rank, self.dp_size, self.seed = dp_rank, dp_size, seed
         self.microbatches = microbatches if padding_free else 1
 
-    def __len__(self):
-        """Batches an epoch."""
-        return batches_an_epoch(len(self.rows), self.batch_size, self.dp_size)
-
-    def epoch(self, number: int = 0, done: int = 0) -> Iterator["Batch"]:
-        """The batches of epoch `number`, in the same order whenever it is asked for; in the rows'
-        own order if unseeded.
+    def epoch(self, epoch: int = 0, done: int = 0) -> Iterator["Batch"]:
+        """The batches of an epoch, by its number, in the same order whenever it is asked for; in
+        the rows' own order if unseeded.
 
         `done`: leave out as many rows, those that a run had done when it stopped, whatever its
         batches were.
         """
         order = np.arange(len(self.rows))
         if self.seed is not None:
-            np.random.default_rng((self.seed, number)).shuffle(order)
-        longest = self.rows.longest
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
         per_step = self.batch_size * self.dp_size
         for start in range(done, len(order), per_step):
             # Every rank knows every row's length: no rank has to ask the others what they hold.
             everyone = order[start : start + per_step]
             lengths, contexts = self.rows.lengths[everyone], self.rows.contexts[everyone]
-            # What is packed, or padded, together: of this rank's as many as it has micro-batches
-            number = self.microbatches
-            together = deal(lengths, self.dp_size * number)
-            own = together[self.dp_rank * number : (self.dp_rank + 1) * number]
-            if self.padding_free:
-                most = max(int(lengths[part].sum()) for part in together)
-                shape = self.batch_size // number, longest, self.pad_id, most
-                # They differ by less than a row, and what rounds them up is less than another.
-                pad_rows = 1 if number == 1 else 2
-                packed = [
-                    pack([self.rows[j] for j in everyone[part]], contexts[part], *shape, pad_rows)
-                    for part in own
-                ]
-                inputs = packed[0] if number == 1 else stack(packed)
-            else:
-                # No pads beyond the longest row of all: the model may have no positions there.
-                length = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, longest)
-                rows = [self.rows[j] for j in everyone[own[0]]]
-                inputs = collate(rows, contexts[own[0]], self.batch_size, length, self.pad_id)
+            make = self._packed if self.padding_free else self._padded
             tokens = int(lengths.sum())
+            inputs = make(everyone, lengths, contexts)
             yield Batch(inputs, tokens - int(contexts.sum()), tokens, len(everyone))
+
+    def _packed(self, everyone: np.ndarray, lengths, contexts) -> dict[str, torch.Tensor]:
+        """This rank's of the rows of a step, whose numbers are `everyone`, without pads: one batch,
+        or its micro-batches, see stack."""
+        parts = self.microbatches
+        dealt = deal(lengths, self.dp_size * parts)
+        most = max(int(lengths[part].sum()) for part in dealt)
+        shape = self.batch_size // parts, self.rows.longest, self.pad_id, most
+        # They differ by less than a row, and what rounds them up is less than another.
+        pad_rows = 1 if parts == 1 else 2
+        packed = [
+            pack([self.rows[j] for j in everyone[part]], contexts[part], *shape, pad_rows)
+            for part in dealt[self.dp_rank * parts : (self.dp_rank + 1) * parts]
+        ]
+        return packed[0] if parts == 1 else stack(packed)
+
+    def _padded(self, everyone: np.ndarray, lengths, contexts) -> dict[str, torch.Tensor]:
+        """The same, padded to the longest row of all ranks."""
+        own = deal(lengths, self.dp_size)[self.dp_rank]
+        # No pads beyond the longest row of all: the model may have no positions there.
+        length = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, self.rows.longest)
+        rows = [self.rows[j] for j in everyone[own]]
+        return collate(rows, contexts[own], self.batch_size, length, self.pad_id)
 
     def steps(
         self, start: "Position", total_steps: int, accumulated: int

@@ -122,7 +122,18 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
             )
 
         # [F22] Gemini's embedding gives a ColoTensor, which no kernel takes for one
-        hidden_states = hidden_states.as_subclass(torch.Tensor)
+        hidden_states = self._run_layers(hidden_states.as_subclass(torch.Tensor), rows)
+        if not self.stage.is_last:
+            return {"hidden_states": hidden_states}
+        if decoder.final_layer_norm is not None:
+            hidden_states = decoder.final_layer_norm(hidden_states)
+        if decoder.project_out is not None:
+            hidden_states = decoder.project_out(hidden_states)
+        return {"loss": self.sum_loss(hidden_states, labels)}
+
+    def _run_layers(self, hidden_states: torch.Tensor, rows) -> torch.Tensor:
+        """This stage's layers, of hidden states (batch, length, hidden): in halves where that is
+        asked for, some computed again in backward, with a hook before, between and behind them."""
         halves = self.halves if self.training and rows is None else WHOLE
         seeds = None
         if self.training:
@@ -141,14 +152,7 @@ class OPTForCausalLM(transformers.OPTForCausalLM):
         hidden_states = halves.join(parts)
         if self.between_layers:
             self.between_layers(before, None, hidden_states)
-
-        if not self.stage.is_last:
-            return {"hidden_states": hidden_states}
-        if decoder.final_layer_norm is not None:
-            hidden_states = decoder.final_layer_norm(hidden_states)
-        if decoder.project_out is not None:
-            hidden_states = decoder.project_out(hidden_states)
-        return {"loss": self.sum_loss(hidden_states, labels)}
+        return hidden_states
 
     def sum_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The next-token cross-entropy in fp32, summed over the labels that are not -100."""

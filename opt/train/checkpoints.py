@@ -12,11 +12,11 @@ A checkpoint is a folder <output_path>/checkpoints/step-00000123:
     metrics.jsonl                the run's up to here
     manifest.json                bytes and SHA-256 of each of these
 
-Nothing in it is a pickle. It is written under another name, flushed to disk and renamed, and
-`latest` names it last. Tensors are copied to host memory while training waits (12 bytes a parameter
-over all processes, with --optim 6 or 4); a thread writes them while it goes on. Where they are in
-host memory already (--offload_optim_frac), or it has no room for a copy, training waits until they
-are written, a tensor at a time.
+Nothing in it is a pickle. It is written under another name, flushed to disk and renamed. Tensors
+are copied to host memory while training waits (12 bytes a parameter over all processes, with
+--optim 6 or 4); a thread writes them while it goes on. Where they are in host memory already
+(--offload_optim_frac), or it has no room for a copy, training waits until they are written, a
+tensor at a time.
 """
 
 import errno
@@ -84,10 +84,17 @@ class Saver:
             self._restore(before)
 
     def after(self, position: Position, recorder, is_last: bool) -> str | None:
-        """To be called after each step: saves where that is due, or where a signal asks the run to
-        stop, which it returns the name of.
+        """To be called after each step by all processes, which all do the same of this:
 
-        Raises Diverged on all processes after --max_bad_steps steps in a row that changed nothing.
+        - after --max_bad_steps steps in a row that changed nothing raise Diverged;
+        - where a signal has come to any of them, save, and return its name; not after the last
+          step, as the run ends by itself;
+        - where a checkpoint is due (--save_steps, an epoch's end) and the step changed something,
+          or the evaluation was the best so far, save;
+        - otherwise, when all have written what was begun before, make it a checkpoint.
+
+        What only some of them know is agreed on: a signal, what is skipped (the main process's
+        recorder counts it), whether a thread still writes.
         """
         is_due = bool(self._plan.save_steps) and (
             position.step % self._plan.save_steps == 0 or position.rows == 0 or is_last
@@ -266,8 +273,8 @@ class Saver:
             self._written[name] = _write(self._aside / name, [text])
 
     def _publish(self, manifest: dict, best: Path | None) -> None:
-        """Rename the folder, then move the pointer, then remove what is now too old, but for the
-        best one up to here where that is to be exported."""
+        """Rename the folder, then remove what is now too old, but for the best one up to here where
+        that is to be exported."""
         for name in manifest:
             if not (self._aside / name).is_file():
                 raise OSError(
@@ -280,9 +287,6 @@ class Saver:
         if self._final.exists():  # of an earlier try, from which this run has gone back
             self._remove(self._final)
         self._aside.rename(self._final)
-        pointer = self._directory / ".latest.writing"
-        _write(pointer, [f"{self._final.name}\n".encode()])
-        pointer.replace(self._directory / "latest")
         flush_to_disk(self._directory)
         there = complete(self._directory)
         abandoned = [c for c in there if c.name > self._final.name]  # the run went back behind them

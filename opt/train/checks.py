@@ -77,7 +77,7 @@ def check(flags: Namespace, here: Place) -> Setup:
     if plan.tokenizer_name:
         of_tokenizer = weights.locate(plan.tokenizer_name, tokenizer_alone=True)
     tokenizer, said = load_tokenizer(of_tokenizer, config)
-    _check_prompts(plan, tokenizer, config)
+    _check_uses(plan, tokenizer, config)
     contents = weights.open_weights(directory, meta_model(config), plan.seed, here.device)
     plan, contents = with_adapters(plan, config, contents)
     low_memory.check_cuts(plan, contents)
@@ -273,8 +273,9 @@ def load_tokenizer(directory: Path, config: OPTConfig) -> tuple[PreTrainedTokeni
     return tokenizer, said
 
 
-def _check_prompts(plan: Namespace, tokenizer: PreTrainedTokenizerFast, config: OPTConfig) -> None:
-    """What needs the model's folder, at the end."""
+def _check_uses(plan: Namespace, tokenizer: PreTrainedTokenizerFast, config: OPTConfig) -> None:
+    """Of what is done with the trained model, --prompt and --push_to_hub: that it will be a folder,
+    and that the prompts fit into its positions."""
     for flag, given in (("--prompt", plan.prompt), ("--push_to_hub", plan.push_to_hub)):
         if given and is_one_file(plan.output_path):
             raise UserError(

@@ -2,6 +2,7 @@
 loads; or its adapters, into one that PEFT loads."""
 
 import json
+import math
 import os
 import shutil
 from argparse import Namespace
@@ -83,7 +84,6 @@ def export_model(
     the tensors of all stages at once, which is more memory than a shard, and cuts elsewhere, over
     the stages' ends and where a tensor is larger than `shard_bytes`.
     """
-    one_file = is_one_file(output_path)
     target = output_directory(output_path)
     aside = target / ".model.writing"
     is_main = dist.get_rank() == 0
@@ -91,30 +91,9 @@ def export_model(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-
-    spread = plugin.spread
-    writes = spread.dp_rank == 0 and spread.tp_rank == 0
     is_adapter = bool(plugin.adapters) and not plugin.plan.merge_lora
-    # All processes go through all weights, which takes them all
-    tensors = (found for found in plugin.form.whole_weights(is_adapter) if writes)
-    if is_adapter:
-        tensors = ((lora.peft_name(name), tensor) for name, tensor in tensors)
-    elif plugin.adapters:
-        tensors = lora.merged(tensors, plugin.adapters)
-    shards, dtype = [], None  # [(file, {name: bytes})] of this process
-    block, size = {}, 0
-    for name, tensor in tensors:
-        dtype = dtype or tensor.dtype
-        nbytes = tensor.numel() * tensor.element_size()
-        if block and size + nbytes > shard_bytes and not one_file:
-            shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
-            block, size = {}, 0
-        block[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size += nbytes
-    if block:
-        shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
-        block = {}  # which may be read again as a whole
-
+    one_file = is_one_file(output_path)
+    shards, dtype = _write_shards(plugin, aside, is_adapter, math.inf if one_file else shard_bytes)
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, shards)
     if is_main:
@@ -133,14 +112,39 @@ def export_model(
         tokenizer.save_pretrained(aside)
         _add_card(card, aside, target)
         if one_file:
-            whole = next(aside.glob("one_file*"))
-            _put_beside([file for file in sorted(aside.iterdir()) if file != whole], target)
-            os.replace(whole, output_path)
-            flush_to_disk(target)
+            _publish_file(aside, output_path)
         else:
             _publish(aside, target)
         shutil.rmtree(aside)
     dist.barrier()
+
+
+def _write_shards(
+    plugin: Plugin, aside: Path, is_adapter: bool, shard_bytes: float
+) -> tuple[list[tuple[str, dict[str, int]]], torch.dtype | None]:
+    """This process's part of the weights, into `aside`: of each file its name and what is in it,
+    {name: bytes}; and their dtype. To be called by all processes: all go through all weights, which
+    takes them all."""
+    spread = plugin.spread
+    writes = spread.dp_rank == 0 and spread.tp_rank == 0
+    tensors = (found for found in plugin.form.whole_weights(is_adapter) if writes)
+    if is_adapter:
+        tensors = ((lora.peft_name(name), tensor) for name, tensor in tensors)
+    elif plugin.adapters:
+        tensors = lora.merged(tensors, plugin.adapters)
+    shards, dtype = [], None
+    block, size = {}, 0
+    for name, tensor in tensors:
+        dtype = dtype or tensor.dtype
+        nbytes = tensor.numel() * tensor.element_size()
+        if block and size + nbytes > shard_bytes:
+            shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
+            block, size = {}, 0
+        block[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += nbytes
+    if block:
+        shards.append(_write_shard(aside, spread.pp_rank, len(shards), block))
+    return shards, dtype
 
 
 def _save_config(config: OPTConfig, dtype: torch.dtype, directory: Path) -> None:
@@ -222,6 +226,14 @@ def _assemble(shards: list, directory: Path, one_file: bool, suffix: str) -> Non
         total += sum(sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _publish_file(aside: Path, output_path: str) -> None:
+    """Move the one weights file into place, behind what belongs to it."""
+    target, whole = output_directory(output_path), next(aside.glob("one_file*"))
+    _put_beside([file for file in sorted(aside.iterdir()) if file != whole], target)
+    os.replace(whole, output_path)
+    flush_to_disk(target)
 
 
 def _publish(aside: Path, target: Path) -> None:

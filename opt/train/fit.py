@@ -63,7 +63,7 @@ class Case:
         """Of several ways, each some flags that are other than given, and what it takes."""
         for way in ways:
             plan = self.plan_with(way)
-            if plan and self.room.is_enough(needed := self.estimate(plan)):
+            if plan and self.room.is_surely_enough(needed := self.estimate(plan)):
                 return way, needed
         return None
 
@@ -72,7 +72,7 @@ def refuse(case: Case, others: Case | None = None) -> Estimate:
     """What it takes. Raises UserError if that cannot fit, which says what would. `others`: the
     case in which other ways are looked at, where `case` has fewer tokens than training will."""
     needed, room = case.estimate(), case.room
-    if room.lacks(needed, ERROR) <= 0 or case.flags.ignore_memory_estimate:
+    if not room.is_surely_too_small(needed) or case.flags.ignore_memory_estimate:
         return needed
     is_device = room.device is not None and needed.device / (1 + ERROR) > room.device
     takes = needed.device if is_device else needed.host * room.local
@@ -201,11 +201,11 @@ def choose(case: Case) -> tuple[Case, list[str]]:
         states = list(_states(case)) or [({}, "the fastest on a CPU")]
         if "optim" in given:
             states = [(state, why) for state, why in states if "optim" not in state]
-    for is_sure in (True, False):
-        for number, (state, why), way in _courses(case, states, given):
+    for is_enough in (case.room.is_surely_enough, case.room.is_enough):
+        for number, state, why, way in _courses(case, states, given):
             if plan := case.plan_with(state | way):
                 needed = case.estimate(plan)
-                if case.room.is_enough(needed) if is_sure else case.room.lacks(needed) <= 0:
+                if is_enough(needed):
                     flags = case.flags.but(**state | way)
                     passed = [other for other, _ in states[:number]]
                     said = _reasons(case, plan, needed, why, passed)
@@ -215,8 +215,15 @@ def choose(case: Case) -> tuple[Case, list[str]]:
 
 
 def _courses(case: Case, states: list[tuple[dict, str]], given: set[str]) -> Iterator[tuple]:
-    """(number of the state, the state, flags of batches and checkpointing), the fastest first. Ways
-    that keep all of Adam on the GPUs go together: none of them is as slow as computing again."""
+    """What is tried, the fastest first: the state's number, its flags and why, and the flags of
+    batches and checkpointing.
+
+    States that keep all of Adam on the GPUs, in fp32, go together from pace to pace: none of them
+    is as slow as computing layers again. Any other goes alone through all its paces. On two GPUs:
+    low_level_zero, its stage 2, gemini, each in large batches; the same three with layers computed
+    again; the three in small batches; then low_level_zero with moments in 8 bits, at each pace;
+    gemini with Adam in host memory, at each pace; ...
+    """
     groups: dict[int, list[int]] = {}
     for number, (state, _) in enumerate(states):
         is_whole = not any(state.get(f) for f in ("optim", "offload_optim_frac", "tp_size"))
@@ -226,7 +233,7 @@ def _courses(case: Case, states: list[tuple[dict, str]], given: set[str]) -> Ite
         for at_a_pace in zip(*paces, strict=True):
             for number, ways in zip(numbers, at_a_pace, strict=True):
                 state, why = states[number]
-                yield from ((number, (s, why), way) for way in ways for s in _fractions(state))
+                yield from ((number, s, why, way) for way in ways for s in _fractions(state))
 
 
 def _paces(case: Case, state: dict, given: set[str]) -> tuple[list[dict], ...]:

@@ -253,17 +253,20 @@ class Room:
     host: float  # for all processes of a node together
     local: int  # processes of a node
 
-    def lacks(self, needed: Estimate, error: float = 0.0) -> float:
-        """By how much it is too small, at least, if `needed` is over by a share of `error`; 0 or
-        less if it is not. The device's where both are."""
-        device = needed.device / (1 + error) - self.device if self.device is not None else 0
-        return device if device > 0 else needed.host * self.local / (1 + error) - self.host
+    def is_surely_enough(self, needed: Estimate) -> bool:
+        """Whether it is, with an estimate that is too low by ERROR."""
+        return self.is_enough(needed, 1 / (1 - ERROR))
 
-    def is_enough(self, needed: Estimate) -> bool:
-        """Whether it is, whatever the estimate's error."""
-        return self.lacks(needed, -ERROR) <= 0
+    def is_enough(self, needed: Estimate, times: float = 1.0) -> bool:
+        """Whether it is, of the device and of the host, if `times` the estimate is needed."""
+        is_enough = self.device is None or needed.device * times <= self.device
+        return is_enough and needed.host * self.local * times <= self.host
 
-    def is_enough_to_copy(self, needed: Estimate) -> bool:
+    def is_surely_too_small(self, needed: Estimate) -> bool:
+        """Whether it is, with an estimate that is too high by ERROR."""
+        return not self.is_enough(needed, 1 / (1 + ERROR))
+
+    def is_surely_enough_to_copy(self, needed: Estimate) -> bool:
         """Whether a checkpoint's copy has room in host memory too."""
         return (needed.host + needed.host_copy) * self.local / (1 - ERROR) <= self.host
 

@@ -53,7 +53,7 @@ class Run:
     def copies_checkpoints(self) -> bool:
         """Whether training goes on while a copy is written: not where Adam is in host memory, or
         this has no room for it."""
-        return not self.plan.offload_optim_frac and self.room.is_enough_to_copy(self.needed)
+        return not self.plan.offload_optim_frac and self.room.is_surely_enough_to_copy(self.needed)
 
     @property
     def output(self) -> Path:
@@ -342,9 +342,9 @@ def memory_line(needed: memory.Estimate, room: memory.Room) -> str:
         line = f"{needed.parts}: {memory.gib(needed.device)} of {memory.gib(room.device)} on each"
         line += f" GPU; {host}"
     line += " (an estimate, GiB)"
-    if room.lacks(needed, memory.ERROR) > 0:
+    if room.is_surely_too_small(needed):
         line += "; it does not fit, and starts all the same (--ignore_memory_estimate)"
-    elif not room.is_enough(needed):
+    elif not room.is_surely_enough(needed):
         line += f"; it may not fit: estimates are within {memory.ERROR:.0%}"
     return line
 
