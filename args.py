@@ -42,6 +42,9 @@ OF_TRANSFORMERS = {
     "--per_device_train_batch_size": "--batch_size",
     "--gradient_checkpointing": "--grad_checkpoint",
     "--max_grad_norm": "--max_norm",
+    "--max_steps": "--max_train_steps",
+    "--hub_model_id": "--push_to_hub",
+    "--eval_strategy": "--eval_steps",
     "--resume_from_checkpoint": "--resume",
     "--max_seq_length": "--max_length",
     "--dataset_name": "--dataset",
@@ -106,10 +109,11 @@ class Parser(argparse.ArgumentParser):
         known, hints = self._option_string_actions, []
         for flag in (word.partition("=")[0] for word in unknown.split() if word[:2] == "--"):
             name = "--" + flag[2:].replace("-", "_")
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            ours = OF_TRANSFORMERS.get(name) or "".join(near)
+            ours = name if name in known else OF_TRANSFORMERS.get(name)
             if ours and ours.split()[0] in known:
                 hints.append(f"; {flag} is {ours} here")
+            elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                hints.append(f"; did you mean {near[0]} instead of {flag}?")
         return "".join(hints)
 
 

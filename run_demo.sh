@@ -75,6 +75,9 @@ if [ "$plugin" = hybrid_parallel ]; then
   elif [ $((processes % 4)) = 0 ]; then tp=2 pp=2
   elif [ $((processes % 2)) = 0 ]; then tp=2; fi
   more="--tp_size $tp --pp_size $pp"
+else # for the script to refuse, beside a plugin that has no such thing
+  [ "${TP:-1}" = 1 ] || more="--tp_size $TP"
+  [ "${PP:-1}" = 1 ] || more+=" --pp_size $PP"
 fi
 if [ -n "$plugin" ]; then say "plugin $plugin${more:+ $more} on $processes process(es) a node ($why)"
 else say "$processes process(es) a node; --auto chooses the rest by what fits, and says why"; fi

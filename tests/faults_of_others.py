@@ -197,6 +197,20 @@ def F44():
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
+def F59():
+    """What the disk refuses is an OSError of torch.save too."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+        try:
+            with open(f"{folder}/a.bin", "wb") as file:
+                torch.save({"a": torch.ones(1_000_000)}, file)
+        except OSError:
+            pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 def F45():
     """A Hub that takes the connection and is silent is not waited for without a limit."""
     from huggingface_hub import snapshot_download

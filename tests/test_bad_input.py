@@ -75,6 +75,8 @@ def assert_refused(done, *says, script="opt_train_demo.py") -> None:
         ("--dataset", ["--dataset"]),
         ("--output_dir x --bf16", ["--output_dir is --output_path here", "--precision bf16 here"]),
         ("--batch-size=4", ["--batch-size is --batch_size here"]),
+        ("--max_steps 5", ["--max_steps is --max_train_steps here"]),
+        ("--load_in_8bit", ["did you mean --load_in_4bit instead of --load_in_8bit?"]),
     ],
 )
 def test_a_mistyped_argument(flags, says):

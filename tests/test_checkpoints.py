@@ -393,13 +393,15 @@ def test_kill_while_saving(kills, tmp_path):
     assert counts["half_written"] >= kills // 5, "kills that did not hit a save show nothing"
 
 
-def on_a_small_disk(folder, size: str, launcher: str, flags: str, then: str):
-    """opt_train_demo.py with `folder` on a file system of `size`, and then a shell command: what
-    they print, and the lines of the script's errors."""
+def on_a_small_disk(
+    folder, size: str, launcher: str, flags: str, then: str, limit: int | str = "unlimited"
+):
+    """opt_train_demo.py with `folder` on a file system of `size`, and files of `limit` x 512 bytes
+    at most, and then a shell command: what they print, and the lines of the script's errors."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace (unshare -rm)")
     script = (
-        f"mount -t tmpfs -o size={size} tmpfs {folder} && {shlex.quote(sys.executable)} {launcher} "
+        f"ulimit -f {limit}; mount -t tmpfs -o size={size} tmpfs {folder} && {shlex.quote(sys.executable)} {launcher} "
         f"opt_train_demo.py --model_name_or_path {SAMPLE_MODEL} --dataset {SAMPLE_DATA} "
         f"--output_path {folder} --batch_size 4 {flags}; echo code=$?; {then}"
     )
@@ -450,6 +452,19 @@ def test_disk_full_at_the_end(tmp_path):
     assert len(errors) == 1 and "No space left on device" in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert "code=1" in done.stdout and "model.safetensors" not in done.stdout.split("code=1")[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "name", "why"),
+    [("7m", "unlimited", "model.bin", "No space left"), ("99m", 6000, "model", "File too large")],
+    ids=["a full disk, .bin", "a limit, .safetensors"],
+)
+def test_what_a_disk_refuses_is_a_line(tmp_path, size, limit, name, why):
+    flags = f"--max_train_steps 1 --eval_fraction 0 --output_path {tmp_path}/{name}"
+    done, errors = on_a_small_disk(tmp_path, size, "", flags, f"ls {tmp_path}/*", limit)
+    assert len(errors) == 1 and why in errors[0] and "make room" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr and "code=1" in done.stdout
+    assert "metrics.jsonl" in done.stdout and f"{name}\n" not in done.stdout.split("code=1")[1]
 
 
 class Started:

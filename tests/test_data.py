@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import OPTConfig
+from transformers import AutoTokenizer, OPTConfig
 
 from args import train_parser
 from opt.colossal.processes import Place
@@ -103,6 +103,60 @@ def test_a_row_is_bos_text_eos_once(tokenizer, cache, tmp_path):
         assert (row[0], row[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert not set(row[1:-1]) & set(tokenizer.all_special_ids)
         assert tokenizer.decode(row[1:-1], clean_up_tokenization_spaces=False) == text
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A tokenizer with a chat's markers, special ones and others, as transformers adds them."""
+    folder = tmp_path_factory.mktemp("chat")
+    chat = AutoTokenizer.from_pretrained(SAMPLE_MODEL)
+    chat.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
+    chat.add_tokens(["<<plain>>"])
+    chat.save_pretrained(folder)
+    return tokens.load_tokenizer(folder)
+
+
+def test_a_chats_markers_are_tokens(chat, cache, tmp_path, monkeypatch):
+    """In texts, however long, and in templates, as transformers has them."""
+    text = "<|user|>Who is it?<|bot|>A ferry <<plain>> crosses.<|user|>Why?"
+    wanted = chat(text, add_special_tokens=False)["input_ids"]
+    assert {"<|user|>", "<|bot|>", "<<plain>>"} <= {*chat.convert_ids_to_tokens(wanted)}
+    (row,) = as_lists(read(write(tmp_path / "d.jsonl", [text]), chat).train)
+    assert row[1:-1] == wanted
+    monkeypatch.setattr(files, "PART", 7)
+    (row,) = as_lists(read(write(tmp_path / "e.jsonl", [f"{text} again"]), chat).train)
+    assert row[1:-1] == chat(f"{text} again", add_special_tokens=False)["input_ids"]
+    file = tmp_path / "qa.jsonl"
+    file.write_text('{"q": "Who?", "a": "Me."}\n')
+    template = "<|user|>{q}<|bot|>{a}"
+    rows = read(file, chat, "--template", template, column=None).train
+    prompt, answer = (
+        chat(part, add_special_tokens=False)["input_ids"] for part in ("<|user|>Who?<|bot|>", "Me.")
+    )
+    assert as_lists(rows) == [[chat.bos_token_id, *prompt, *answer, chat.eos_token_id]]
+    assert rows.contexts.tolist() == [1 + len(prompt)]
+
+
+def test_a_control_token_is_one_in_templates_alone(plain, cache, tmp_path):
+    """There the user means it; in a text it is characters, and counted."""
+    file = tmp_path / "qa.jsonl"
+    file.write_text('{"q": "a</s>b</s>", "a": "c"}\n{"q": "d", "a": "e<s>"}\n')
+    dataset = read(file, plain, "--template", "{q}</s>\\n{a}!", column=None)
+    end, start = plain.eos_token_id, plain.bos_token_id
+    backend = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    parts = [backend.encode(part).ids for part in ("a</s>b</s>", "\n", "c!")]
+    assert as_lists(dataset.train)[0] == [start, *parts[0], end, *parts[1], *parts[2], end]
+    assert dataset.counts.notes == {
+        "texts with </s> as characters": 1,
+        "texts with <s> as characters": 1,
+    }
+    assert start == end  # OPT's
+    for template, says in (("</s>{q}: {a}", "begins"), ("{q}: {a}</s>\\n", "ends")):
+        with pytest.raises(
+            UserError, match=f"--template {says} with </s>, as each text does by itself"
+        ):
+            read(file, plain, "--template", template, column=None)
 
 
 def test_every_file_format_gives_the_same_rows(plain, cache, tmp_path):
@@ -259,6 +313,22 @@ def test_samples(plain, cache, tmp_path):
     assert sorted(rows[0] + rows[1]) == sorted(everything[:10])
     few = read(file, plain, "--max_train_samples", 8, "--max_eval_samples", 1, eval_fraction=0.2)
     assert (as_lists(few.train), as_lists(few.held_out)) == (rows[0], rows[1][:1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (("--max_train_samples", 3), (3, 1)),  # and not none held out
+        (("--max_train_samples", 3, "--max_eval_samples", 2), (3, 2)),
+        (("--max_train_samples", 3, "--max_eval_samples", 99), (3, 4)),  # of all that there are
+    ],
+)
+def test_few_samples(plain, cache, tmp_path, flags, sizes):
+    file = write(tmp_path / "d.csv", TEXTS)
+    dataset = read(file, plain, *flags, eval_fraction=0.1)
+    assert (len(dataset.train), len(dataset.held_out)) == sizes
+    assert dataset.counts.texts == sum(sizes)
+    assert not {*map(tuple, dataset.train)} & {*map(tuple, dataset.held_out)}
 
 
 def test_held_out_rows_are_not_trained_on(plain, cache, tmp_path):

@@ -87,6 +87,8 @@ def test_the_best_model_is_the_one_that_is_written(nproc, flags, texts, tmp_path
     card = (tmp_path / "README.md").read_text()
     assert f"The weights are those after step {best}, the best." in card
     assert f"| {best} | {found[best]:.4f} |" in card and f"| steps | {last} of 12 (" in card
+    launcher = f"torchrun --nproc_per_node {nproc}" if nproc else "python"
+    assert f"```bash\n{launcher} " in card
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,16 @@ def test_what_is_no_choice_is_refused(env, said):
     assert (done.returncode, done.stderr) == (2, f"run_demo.sh: error: {said}\n")
 
 
+def test_a_choice_that_a_plugin_does_not_have_is_refused(tmp_path):
+    """And not left out."""
+    done = run_demo(PLUGIN="torch_ddp", GPUNUM="2", TP="2", PP="1", OUTPUT=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "--tp_size has no meaning for --plugin torch_ddp: it is for hybrid_parallel; leave it out "
+        "or change the plugin"
+    )
+
+
 def test_arguments_are_choices_too(tmp_path):
     """Data that are named take the place of the sample, and adapters' learning rate is theirs; by
     whatever link it is called."""

@@ -54,6 +54,7 @@ SEEN = {
     },
     "others": {
         "F32": "0:30:00",
+        "F59": "unexpected pos",
         "F33": "^RuntimeError.*can't allocate memory",
         "F34": "^RuntimeError.*(Connection|closed|reset)",
         "F35": "exit code 1",

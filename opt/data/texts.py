@@ -8,10 +8,11 @@ import glob
 import hashlib
 import json
 import os
+import re
 import string
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,9 +40,11 @@ class Text:
 class Layout:
     """How the fields of a row make a text: one column; a prompt and a response; or a template."""
 
-    def __init__(self, plan: Namespace):
+    def __init__(self, plan: Namespace, controls: Iterable[str] = ()):
+        """`controls`: a tokenizer's control tokens, which in a template are meant as such."""
         if plan.template:
             parts = parse_template(plan.template, plan.response_column)
+            parts = [(_marked(literal, controls), name) for literal, name in parts]
             self._parts, names = parts, [name for _, name in parts if name]
             # The prompt ends where the response begins: at its last occurrence
             response = plan.response_column or names[-1]
@@ -53,6 +56,11 @@ class Layout:
         else:
             self._parts = None
             self.columns = (plan.text_column,) if plan.text_column else ()
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether there are control tokens in it, as MARKED has them."""
+        return self.has_prompt and any("\0" in literal for literal, _ in self._parts)
 
     @property
     def has_prompt(self) -> bool:
@@ -71,6 +79,17 @@ class Layout:
         prompt = "".join(map("".join, before)) + filled[self._response][0]
         after = "".join(map("".join, filled[self._response + 1 :]))
         return Text(response + after, prompt, ends)
+
+
+# A control token between two characters that no text has: files.py leaves them out
+MARKED = "\0{}\0"
+
+
+def _marked(literal: str, controls: Iterable[str]) -> str:
+    if not controls:
+        return literal
+    any_of_them = "|".join(map(re.escape, sorted(controls, key=len, reverse=True)))
+    return re.sub(any_of_them, lambda found: MARKED.format(found[0]), literal)
 
 
 def parse_template(template: str, response: str | None) -> list[tuple[str, str | None]]:
@@ -174,9 +193,10 @@ class Source:
             raise UserError(f"{name} was changed while it was read: start again")
 
 
-def find(plan: Namespace) -> Source:
-    """The texts that the flags name; those on the Hub are downloaded. Raises UserError."""
-    form = Layout(plan)
+def find(plan: Namespace, controls: Iterable[str] = ()) -> Source:
+    """The texts that the flags name; those on the Hub are downloaded. `controls`: see Layout.
+    Raises UserError."""
+    form = Layout(plan, controls)
     found = [_find(f"--dataset {name}", name, plan) for name in plan.dataset]
     config = plan.dataset_config_name
     if config and not any(one.config == config for one in found):

@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import AddedToken
 
 from opt.data import rows, texts
 from opt.data.files import PART
 from opt.errors import UserError
 
 _CACHE_VERSION = 6  # count up when the tokens of the same text, or the files, change
+_OPTS_OWN = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
 _BATCH = 2 * PART  # characters that are tokenized at a time, by all cores
 _SAVED_EVERY = 64 * PART  # characters after which a killed run need not tokenize again
 
@@ -71,7 +73,8 @@ def tokenize(plan: Namespace, tokenizer) -> Path:
 
     To be run by one process a node; another run with the same texts waits for it. Raises UserError.
     """
-    source = texts.find(plan)
+    _check_template(plan, tokenizer)
+    source = texts.find(plan, control_tokens(tokenizer))
     settings = (
         "template",
         "prompt_column",
@@ -159,11 +162,12 @@ def _move(part: Path, directory: Path) -> None:
 
 def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> None:
     """Everything that Dataset is read from, into the folder `part`. Raises UserError."""
-    encoder, notes, counts = _Encoder(tokenizer, bool(plan.block_size)), Counter(), rows.Counts()
+    encoder = _Encoder(tokenizer, bool(plan.block_size), source.form.is_marked)
+    notes, counts = Counter(), rows.Counts()
     own = "held_out" in source.splits
     fraction = 0.0 if own else plan.eval_fraction
     limits = {
-        "train": _texts_to_read(plan.max_train_samples, fraction),
+        "train": _texts_to_read(plan, fraction),
         "held_out": plan.max_eval_samples,
     }
     if plan.block_size:  # samples are blocks, see rows.cut
@@ -186,8 +190,10 @@ def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> No
         counts.notes["texts, too few to hold any out: the last tokens are"] = counts.texts
     else:
         evaluated = rows.first_of(held_out, limits["held_out"])
+        trained = rows.first_of(~held_out, None if plan.block_size else plan.max_train_samples)
         rows.select(part, "train", "held_out", evaluated, plan, tokenizer)
-        rows.select(part, "train", "train", ~held_out if fraction else None, plan, tokenizer)
+        rows.select(part, "train", "train", trained if fraction else None, plan, tokenizer)
+        counts.texts = int(evaluated.sum() + trained.sum())
     splits = {}
     for split in ("train", "held_out"):
         splits[split] = rows.cut(part, split, plan, counts)
@@ -228,12 +234,15 @@ def _check_enough(plan: Namespace, counts: rows.Counts, number: dict, fraction: 
         )
 
 
-def _texts_to_read(wanted: int | None, fraction: float) -> int | None:
-    """How many texts are to be read for `wanted` to be left when `fraction` of them is held out."""
-    if wanted is None:
-        return None
-    number = int(wanted / (1 - fraction))
-    while number - round(number * fraction) < wanted:
+def _texts_to_read(plan: Namespace, fraction: float) -> int | None:
+    """How many texts are to be read for --max_train_samples to be left when `fraction` of them is
+    held out, and for one, or --max_eval_samples, to be held out; None: all."""
+    wanted = plan.max_train_samples
+    if wanted is None or not fraction:
+        return wanted
+    evaluated = plan.max_eval_samples or 1
+    number = int(max(wanted / (1 - fraction), (evaluated - 1) / fraction))
+    while number - round(number * fraction) < wanted or round(number * fraction) < evaluated:
         number += 1
     return number
 
@@ -241,28 +250,70 @@ def _texts_to_read(wanted: int | None, fraction: float) -> int | None:
 # ---- texts to tokens
 
 
-class _Encoder:
-    """A tokenizer, for texts in which nothing is a control token."""
+def control_tokens(tokenizer) -> list[str]:
+    """What begins, ends and pads rows, and the like: OPT's own, and those that the tokenizer names
+    so; not what a chat's format has added (<|user|>)."""
+    named = [value for value in tokenizer.special_tokens_map.values() if isinstance(value, str)]
+    own = [
+        token for token in _OPTS_OWN if tokenizer.backend_tokenizer.token_to_id(token) is not None
+    ]
+    return list(dict.fromkeys([*own, *named]))
 
-    def __init__(self, tokenizer, joined: bool):
+
+def _check_template(plan: Namespace, tokenizer) -> None:
+    """Raise UserError for a --template that begins or ends as each text does by itself."""
+    parts = texts.parse_template(plan.template, plan.response_column) if plan.template else []
+    begins = bool(parts) and parts[0][0].strip().startswith(tokenizer.bos_token or "\0")
+    ends = bool(parts) and not parts[-1][1] and parts[-1][0].strip().endswith(tokenizer.eos_token)
+    for is_so, verb, token in (
+        (begins, "begins", tokenizer.bos_token),
+        (ends, "ends", tokenizer.eos_token),
+    ):
+        if is_so:
+            raise UserError(
+                f"--template {verb} with {token}, as each text does by itself: leave it out"
+            )
+
+
+class _Encoder:
+    """A tokenizer, for texts in which nothing is a control token, but what texts.MARKED has."""
+
+    def __init__(self, tokenizer, joined: bool, is_marked: bool):
         self.joined = joined
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._backend = type(tokenizer.backend_tokenizer).from_str(
-            tokenizer.backend_tokenizer.to_str()
-        )
+        self.controls = control_tokens(tokenizer)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole = []  # in texts these are one token
+        for one in model["added_tokens"]:
+            if one["content"] not in self.controls:  # <|user|>, see below
+                one["special"] = False
+                whole.append(one["content"])
+        self._backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(model))
+        self._real: dict[int, int] = {}  # of a marked control token: its own id
+        for control in self.controls if is_marked else ():
+            marked = texts.MARKED.format(control)
+            self._backend.add_tokens([AddedToken(marked, normalized=False)])
+            real = tokenizer.convert_tokens_to_ids(control)
+            self._real[self._backend.token_to_id(marked)] = real
+            whole.append(marked)
         self._backend.no_truncation()
         self._backend.no_padding()
-        # "</s>" in a text is four characters. Special tokens are added here, once: OPT's tokenizers
-        # differ in whether they add a BOS, and none adds an EOS.
+        # "</s>" in a text is four characters. It is added here, once: OPT's tokenizers differ in
+        # whether they add a BOS, and none adds an EOS.
         self._backend.encode_special_tokens = True
-        model = json.loads(self._backend.to_str())
         before = model["pre_tokenizer"] or {}
-        self.can_cut = before.get("type") == "ByteLevel" and not model["normalizer"]
+        self.can_cut = (
+            before.get("type") == "ByteLevel"
+            and not model["normalizer"]
+            and not any(_BOUNDARY.search(f"a{token}a") for token in whole)
+        )
 
     def __call__(self, batch: list[str]) -> list[list[int]]:
         """The tokens of each text."""
         found = self._backend.encode_batch_fast(batch, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        if not self._real:
+            return [encoding.ids for encoding in found]
+        return [[self._real.get(token, token) for token in encoding.ids] for encoding in found]
 
 
 # Between these two characters no token of a byte-level BPE lies (its words are ` ?\p{L}+` and the
@@ -288,11 +339,18 @@ class _Piece:
 
 
 def _in_pieces(
-    source: Iterator[texts.Text], can_cut: bool, counts: rows.Counts
+    source: Iterator[texts.Text], encoder: _Encoder, counts: rows.Counts, notes: Counter
 ) -> Iterator[_Piece]:
-    """The texts in pieces that can be tokenized one by one; what has no text is counted."""
-    parts, length, starts = [], 0, True
+    """The texts in pieces that can be tokenized one by one; what has no text, and what looks like a
+    control token, is counted."""
+    parts, length, starts, can_cut = [], 0, True, encoder.can_cut
+    controls = re.compile("(?<!\0)(?:" + "|".join(map(re.escape, encoder.controls)) + ")")
+    found: set[str] = set()  # in the text in the making
     for text in source:
+        found.update(controls.findall(text.text or ""), controls.findall(text.prompt or ""))
+        if text.ends:
+            notes.update(f"texts with {control} as characters" for control in found)
+            found.clear()
         if starts and text.ends and not parts and not (text.text and text.text.strip()):
             counts.empty += 1
             continue
@@ -366,7 +424,7 @@ def _tokenize_split(
         tokens.truncate(done.tokens * 4)
         ends.truncate(done.texts * rows.TEXT.itemsize)
         read = source.texts(split, notes, lambda position: bar.update(position - bar.n))
-        batches = _batches(_in_pieces(read, encoder.can_cut, counts))
+        batches = _batches(_in_pieces(read, encoder, counts, notes))
         for batch in itertools.islice(batches, done.batches, None):
             if limit and done.texts >= limit:
                 break

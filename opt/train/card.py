@@ -99,9 +99,15 @@ Data: {dataset.source}; {dataset.counts.texts:,} texts, {dataset.counts.tokens:,
 {table}
 
 ```bash
-python {shlex.join(sys.argv)}
+{_launcher(run.here.world_size)} {shlex.join(sys.argv)}
 ```
 """
+
+
+def _launcher(world_size: int) -> str:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = f"--nnodes {world_size // local} " * (world_size > local)
+    return "python" if world_size == 1 else f"torchrun {nodes}--nproc_per_node {local}"
 
 
 def _metadata(run: Run, is_adapter: bool) -> dict:

@@ -194,7 +194,14 @@ def _save(tensors: dict, file: Path) -> None:
     """Write tensors to disk, for good, in the format that the file's name says."""
     file.touch()
     if file.suffix == ".bin":
-        torch.save(tensors, file)
+        try:
+            with open(file, "wb") as f:
+                torch.save(tensors, f)
+        except RuntimeError as error:
+            # [F59] What the disk refuses is behind an exception of torch.save's own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     else:
         mode = file.stat().st_mode
         save_file(tensors, file, metadata={"format": "pt"})

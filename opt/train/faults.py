@@ -1,6 +1,7 @@
 """What goes wrong while it runs, told in a line: out of memory, a process that is lost or silent, a
 bug on one of many ranks."""
 
+import errno
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ def reported(flags: Namespace) -> Iterator[None]:
             _end(f"out of memory ({_first_line(error)}); {memory_advice(flags)}", OUT_OF_MEMORY)
         if own := nccl_error(error):
             _end(f"error: {own}", 1)
-        if "No space left on device" in str(error):
+        if any(why in str(error) for why in _FULL):
             # [F44] Safetensors has an exception of its own for it
             _end(
                 f"error: the disk is full ({_first_line(error)}): make room, or choose another "
@@ -52,6 +53,9 @@ def reported(flags: Namespace) -> Iterator[None]:
         traceback.print_exc()
         where = f" on rank {dist.get_rank()} of {dist.get_world_size()}" if _several() else ""
         _end(f"failed{where}: {type(error).__name__}: {_first_line(error)} (traceback above)", 1)
+
+
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 
 
 def _end(line: str, code: int) -> None:

@@ -52,7 +52,9 @@ def count_steps(plan: Namespace, rows: int, start: Position) -> Steps:
     )
     total = max(start.step, min(start.step + left, plan.max_train_steps or start.step + left))
     rate = plan.learning_rate * (plan.dp_size if plan.scale_lr else 1)
-    warm_up = round(total * plan.warmup_ratio) if plan.warmup_steps is None else plan.warmup_steps
+    warm_up = plan.warmup_steps
+    if warm_up is None:
+        warm_up = math.ceil(total * plan.warmup_ratio)
     how = plan.lr_scheduler_type, plan.lr_scheduler_kwargs
     counted = Steps(steps, total, warm_up, plan.eval_steps or steps, rate, *how)
     _check(counted)
