@@ -95,6 +95,7 @@ def tokenize(plan: Namespace, tokenizer) -> Path:
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
+        control_tokens(tokenizer),
     ]
     directory = texts.cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     try:
