@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what the tests need and run all that this machine can (tests that need a GPU are skipped without one).
 #
-#   bash test_ci.sh                     about 28 minutes on 2 cores, after the installation
+#   bash test_ci.sh                     about 27 minutes on 2 cores, after the installation
 #   bash test_ci.sh --full              the long tests as well (marked `long`)
 #   bash test_ci.sh tests/test_data.py -x        other arguments go to pytest
 set -euo pipefail

@@ -85,7 +85,7 @@ SHORT = (
     "torch_ddp, accumulated",
     "low_level_zero, stage 2, bf16",
     "gemini, offloaded, accumulated",
-    "tp=2 x pp=2",
+    "tp=2",
 )
 STEPS, SAVED, PER_EPOCH = 9, 6, 4
 

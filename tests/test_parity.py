@@ -343,8 +343,8 @@ def plainly_trained(untied, rows) -> tuple[list[float], dict]:
     return losses, dict(model.named_parameters())
 
 
-CASES = [
-    (n, setting, precision)
+CASES = [  # four processes train in test_training.py
+    pytest.param(n, setting, precision, marks=[pytest.mark.long] * (n == 4))
     for n, settings in SETTINGS.items()
     for setting in settings
     for precision in precisions(setting)
@@ -380,7 +380,9 @@ def test_an_untied_head_learns_and_is_written(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("setting", "precision"), [case[1:] for case in CASES if case[0] == 1])
+@pytest.mark.parametrize(
+    ("setting", "precision"), [case.values[1:] for case in CASES if case.values[0] == 1]
+)
 def test_first_loss_on_a_gpu(worker, expected, setting, precision):
     check_losses(worker(1, "cuda"), expected, setting, precision, [TRAINED_LAYOUT])
 

@@ -176,7 +176,10 @@ RUNS = {
     ),
 }
 # What has a near relative above, or takes a minute to compile
-LONG = ("gemini, compiled, alone", "tp=2 x pp=2, bf16", "torch_ddp, padded")
+LONG = (
+    *("gemini, compiled, alone", "tp=2 x pp=2, bf16", "torch_ddp, padded"),
+    "pp=2 x dp=2, zero 1, bf16",
+)
 
 
 class Runs:
