@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 from opt.data.texts import parse_template
 from opt.errors import UserError, report_user_error
@@ -124,6 +125,17 @@ class _Extend(argparse.Action):
         before = getattr(namespace, self.dest, self.default)
         given = [] if before is self.default else before
         setattr(namespace, self.dest, [*given, *values])
+
+
+def is_one_file(output_path: str) -> bool:
+    """Whether --output_path names one weights file and not a directory."""
+    return output_path.endswith((".bin", ".safetensors"))
+
+
+def output_directory(output_path: str) -> Path:
+    """Where metrics.jsonl and loss.png go: --output_path, or the folder of the file that it
+    names."""
+    return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
 
 
 # An argparse type: what may be a path. Of --flag=~/folder no shell makes the home.

@@ -25,10 +25,10 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from args import output_directory, train_parser
 from opt import installed
 from opt.errors import UserError, report_user_error
 
@@ -307,11 +307,7 @@ def main() -> int:
         return node()
     sys.argv = sys.argv[1:]  # whose name lines begin with
     hostfile, processes, *script = sys.argv[1:]
-    flags = ArgumentParser(allow_abbrev=False, add_help=False)
-    flags.add_argument("--output_path", type=os.path.expanduser, default="./output_model")
-    output = HERE / flags.parse_known_args(script)[0].output_path
-    if output.suffix in (".bin", ".safetensors"):  # one file, see opt/train/export.py: its folder
-        output = output.parent
+    output = HERE / output_directory(train_parser().parse_known_args(script)[0].output_path)
     try:
         hosts = read_hostfile(hostfile)
         wrong, port = check(hosts, output)

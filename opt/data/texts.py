@@ -42,6 +42,7 @@ class Layout:
 
     def __init__(self, plan: Namespace, controls: Iterable[str] = ()):
         """`controls`: a tokenizer's control tokens, which in a template are meant as such."""
+        self.controls = tuple(controls)
         if plan.template:
             parts = parse_template(plan.template, plan.response_column)
             parts = [(_marked(literal, controls), name) for literal, name in parts]

@@ -95,7 +95,7 @@ def tokenize(plan: Namespace, tokenizer) -> Path:
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
-        control_tokens(tokenizer),
+        source.form.controls,
     ]
     directory = texts.cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     try:
@@ -163,7 +163,7 @@ def _move(part: Path, directory: Path) -> None:
 
 def _prepare(source: texts.Source, plan: Namespace, tokenizer, part: Path) -> None:
     """Everything that Dataset is read from, into the folder `part`. Raises UserError."""
-    encoder = _Encoder(tokenizer, bool(plan.block_size), source.form.is_marked)
+    encoder = _Encoder(tokenizer, bool(plan.block_size), source.form)
     notes, counts = Counter(), rows.Counts()
     own = "held_out" in source.splits
     fraction = 0.0 if own else plan.eval_fraction
@@ -263,26 +263,26 @@ def control_tokens(tokenizer) -> list[str]:
 
 def _check_template(plan: Namespace, tokenizer) -> None:
     """Raise UserError for a --template that begins or ends as each text does by itself."""
-    parts = texts.parse_template(plan.template, plan.response_column) if plan.template else []
-    begins = bool(parts) and parts[0][0].strip().startswith(tokenizer.bos_token or "\0")
-    ends = bool(parts) and not parts[-1][1] and parts[-1][0].strip().endswith(tokenizer.eos_token)
-    for is_so, verb, token in (
-        (begins, "begins", tokenizer.bos_token),
-        (ends, "ends", tokenizer.eos_token),
-    ):
-        if is_so:
-            raise UserError(
-                f"--template {verb} with {token}, as each text does by itself: leave it out"
-            )
+    if not plan.template:
+        return
+    parts = texts.parse_template(plan.template, plan.response_column)
+    (first, _), (last, column) = parts[0], parts[-1]
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if bos and first.strip().startswith(bos):
+        what = f"begins with {bos}"
+    elif not column and last.strip().endswith(eos):
+        what = f"ends with {eos}"
+    else:
+        return
+    raise UserError(f"--template {what}, as each text does by itself: leave it out")
 
 
 class _Encoder:
     """A tokenizer, for texts in which nothing is a control token, but what texts.MARKED has."""
 
-    def __init__(self, tokenizer, joined: bool, is_marked: bool):
-        self.joined = joined
+    def __init__(self, tokenizer, joined: bool, form: texts.Layout):
+        self.joined, self.controls = joined, form.controls
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.controls = control_tokens(tokenizer)
         model = json.loads(tokenizer.backend_tokenizer.to_str())
         whole = []  # in texts these are one token
         for one in model["added_tokens"]:
@@ -291,7 +291,7 @@ class _Encoder:
                 whole.append(one["content"])
         self._backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(model))
         self._real: dict[int, int] = {}  # of a marked control token: its own id
-        for control in self.controls if is_marked else ():
+        for control in self.controls if form.is_marked else ():
             marked = texts.MARKED.format(control)
             self._backend.add_tokens([AddedToken(marked, normalized=False)])
             real = tokenizer.convert_tokens_to_ids(control)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from args import is_one_file
 from opt import installed, measure
 from opt.errors import in_a_line
 from opt.model import lora, weights
-from opt.train.export import CARD, CARD_MARK, is_one_file
+from opt.train.export import CARD, CARD_MARK
 from opt.train.plan import Run
 from opt.train.recorder import perplexity
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import OPTConfig, PreTrainedTokenizerFast
 
-from args import resolve
+from args import is_one_file, output_directory, resolve
 from opt.colossal import low_memory
 from opt.colossal.processes import Place
 from opt.data import tokens
@@ -30,7 +30,7 @@ from opt.model.kernel_probe import has_bf16, has_fp8
 from opt.model.opt import meta_model
 from opt.model.sizes import PRESETS, preset_config
 from opt.registry import ways_to_hold
-from opt.train.export import FILES, is_one_file, output_directory
+from opt.train.export import FILES
 
 DEFAULT_MAX_LENGTH = 512
 

@@ -13,21 +13,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import OPTConfig
 
+from args import is_one_file, output_directory
 from opt.colossal.plugin import Plugin
 from opt.model import lora, weights
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit for one weights file
-
-
-def is_one_file(output_path: str) -> bool:
-    """Whether --output_path names one weights file and not a directory."""
-    return output_path.endswith((".bin", ".safetensors"))
-
-
-def output_directory(output_path: str) -> Path:
-    """Where metrics.jsonl and loss.png go: --output_path, or the folder of the file that it
-    names."""
-    return Path(output_path).parent if is_one_file(output_path) else Path(output_path)
 
 
 GENERATION = "generation_config.json"

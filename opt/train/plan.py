@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig
 
+from args import output_directory
 from opt import limits
 from opt.colossal.processes import Place, node_first
 from opt.data.batches import Position
@@ -58,7 +59,7 @@ class Run:
     @property
     def output(self) -> Path:
         """The folder of its results."""
-        return export.output_directory(self.plan.output_path)
+        return output_directory(self.plan.output_path)
 
 
 def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
@@ -76,7 +77,7 @@ def make_run(setup: Setup, here: Place, dataset: Dataset) -> Run:
         check_shared(plan.output_path, here)
     if plan.push_to_hub:
         node_first(here, lambda: hub.check(plan) if here.is_main else None)
-    folder = export.output_directory(plan.output_path)
+    folder = output_directory(plan.output_path)
     before = None
     if plan.resume or not plan.eval_only:
         saves = not plan.eval_only

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from args import is_one_file
 from opt.errors import in_a_line
 from opt.model import lora
-from opt.train.export import is_one_file
 from opt.train.plan import Run
 
 
