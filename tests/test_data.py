@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, OPTConfig
 
 from args import train_parser
 from opt.colossal.processes import Place
-from opt.data import files, tokens
+from opt.data import files, texts, tokens
 from opt.data.batches import PAD_TO, Batches, batches_an_epoch, collate, pack
 from opt.data.rows import Counts, Dataset, Rows
 from opt.errors import UserError
@@ -123,9 +123,13 @@ def test_a_chats_markers_are_tokens(chat, cache, tmp_path, monkeypatch):
     assert {"<|user|>", "<|bot|>", "<<plain>>"} <= {*chat.convert_ids_to_tokens(wanted)}
     (row,) = as_lists(read(write(tmp_path / "d.jsonl", [text]), chat).train)
     assert row[1:-1] == wanted
-    monkeypatch.setattr(files, "PART", 7)
+    for module in (files, tokens):
+        monkeypatch.setattr(module, "PART", 7)
     (row,) = as_lists(read(write(tmp_path / "e.jsonl", [f"{text} again"]), chat).train)
     assert row[1:-1] == chat(f"{text} again", add_special_tokens=False)["input_ids"]
+    form = texts.Layout(train_parser().parse_args([]), tokens.control_tokens(chat))
+    pieces = [*tokens._Encoder(chat, False, form).pieces(text * 9)]
+    assert "".join(pieces) == text * 9 and len(pieces) > 2 * 9
     file = tmp_path / "qa.jsonl"
     file.write_text('{"q": "Who?", "a": "Me."}\n')
     template = "<|user|>{q}<|bot|>{a}"
@@ -135,6 +139,20 @@ def test_a_chats_markers_are_tokens(chat, cache, tmp_path, monkeypatch):
     )
     assert as_lists(rows) == [[chat.bos_token_id, *prompt, *answer, chat.eos_token_id]]
     assert rows.contexts.tolist() == [1 + len(prompt)]
+
+
+def test_a_chats_texts_in_pieces_have_the_tokens_of_the_whole(chat, cache, tmp_path, monkeypatch):
+    """No marker is cut, wherever it stands."""
+    monkeypatch.setattr(tokens, "PART", 5)
+    monkeypatch.setattr(files, "PART", 7)
+    monkeypatch.setattr(tokens, "_BATCH", 40)
+    rng = np.random.default_rng(0)
+    alphabet = [*"ab |<>.!-", " a", "é", "🙂", "I'll ", "<|user|>", "<|bot|>", "<<plain>>", "\n"]
+    found = ["x" + "".join(rng.choice(alphabet, 60)) for _ in range(150)]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"description": text}) + "\n" for text in found))
+    expected = [chat(text, add_special_tokens=False)["input_ids"] for text in found]
+    assert [row[1:-1] for row in as_lists(read(file, chat, max_length=512).train)] == expected
 
 
 def test_a_control_token_is_one_in_templates_alone(plain, cache, tmp_path):

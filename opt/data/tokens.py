@@ -284,11 +284,11 @@ class _Encoder:
         self.joined, self.controls = joined, form.controls
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         model = json.loads(tokenizer.backend_tokenizer.to_str())
-        whole = []  # in texts these are one token
+        self._whole = []  # in texts these are one token
         for one in model["added_tokens"]:
             if one["content"] not in self.controls:  # <|user|>, see below
                 one["special"] = False
-                whole.append(one["content"])
+                self._whole.append(one["content"])
         self._backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(model))
         self._real: dict[int, int] = {}  # of a marked control token: its own id
         for control in self.controls if form.is_marked else ():
@@ -296,18 +296,14 @@ class _Encoder:
             self._backend.add_tokens([AddedToken(marked, normalized=False)])
             real = tokenizer.convert_tokens_to_ids(control)
             self._real[self._backend.token_to_id(marked)] = real
-            whole.append(marked)
+            self._whole.append(marked)
         self._backend.no_truncation()
         self._backend.no_padding()
         # "</s>" in a text is four characters. It is added here, once: OPT's tokenizers differ in
         # whether they add a BOS, and none adds an EOS.
         self._backend.encode_special_tokens = True
         before = model["pre_tokenizer"] or {}
-        self.can_cut = (
-            before.get("type") == "ByteLevel"
-            and not model["normalizer"]
-            and not any(_BOUNDARY.search(f"a{token}a") for token in whole)
-        )
+        self.can_cut = before.get("type") == "ByteLevel" and not model["normalizer"]
 
     def __call__(self, batch: list[str]) -> list[list[int]]:
         """The tokens of each text."""
@@ -316,19 +312,28 @@ class _Encoder:
             return [encoding.ids for encoding in found]
         return [[self._real.get(token, token) for token in encoding.ids] for encoding in found]
 
+    def pieces(self, text: str) -> Iterator[str]:
+        """`text` in pieces of PART characters or little more, as few tokenizers take a book at
+        once, whose tokens are those of the whole; where it cannot be cut, in one."""
+        start = 0
+        while len(text) - start > 2 * PART and (cut := self._cut(text, start + PART)):
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
+
+    def _cut(self, text: str, behind: int) -> int | None:
+        """The first place from `behind` on between two tokens, neither of which is one of
+        _whole."""
+        for found in _BOUNDARY.finditer(text, behind) if self.can_cut else ():
+            at = found.start()
+            if not any(x in text[max(at - len(x), 0) : at + len(x)] for x in self._whole):
+                return at
+        return None
+
 
 # Between these two characters no token of a byte-level BPE lies (its words are ` ?\p{L}+` and the
 # like): the tokens of what is before and of what is behind are those of the whole.
 _BOUNDARY = re.compile(r"(?<=\S) (?=[^\W\d_])|(?<=[^\w\s'])(?=[^\W\d_])")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of PART characters or little more, as few tokenizers take a book at once."""
-    start = 0
-    while len(text) - start > 2 * PART and (found := _BOUNDARY.search(text, start + PART)):
-        yield text[start : found.start()]
-        start = found.start()
-    yield text[start:]
 
 
 @dataclass
@@ -344,7 +349,7 @@ def _in_pieces(
 ) -> Iterator[_Piece]:
     """The texts in pieces that can be tokenized one by one; what has no text, and what looks like a
     control token, is counted."""
-    parts, length, starts, can_cut = [], 0, True, encoder.can_cut
+    parts, length, starts = [], 0, True
     controls = re.compile("(?<!\0)(?:" + "|".join(map(re.escape, encoder.controls)) + ")")
     found: set[str] = set()  # in the text in the making
     for text in source:
@@ -356,14 +361,14 @@ def _in_pieces(
             counts.empty += 1
             continue
         if text.prompt:
-            for prompt in _pieces(text.prompt) if can_cut else [text.prompt]:
+            for prompt in encoder.pieces(text.prompt):
                 yield _Piece(prompt, True, starts, False)
                 starts = False
         parts.append(text.text or "")
         length += len(parts[-1])
-        if not text.ends and (length <= 2 * PART or not can_cut):
+        if not text.ends and (length <= 2 * PART or not encoder.can_cut):
             continue
-        *pieces, rest = _pieces("".join(parts)) if can_cut else ["".join(parts)]
+        *pieces, rest = encoder.pieces("".join(parts))
         for piece in pieces:
             yield _Piece(piece, False, starts, False)
             starts = False
